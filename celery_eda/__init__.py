@@ -1,0 +1,8 @@
+"""Reliable, event-driven Celery: transactional outbox, idempotent inbox, late acknowledgement."""
+
+from celery_eda.app import EDA
+from celery_eda.errors import EDAError
+from celery_eda.tables import Tables
+
+__all__ = ["EDA", "EDAError", "Tables"]
+__version__ = "0.1.0"

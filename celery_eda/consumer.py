@@ -1,0 +1,175 @@
+"""From the broker to the ack: admit, handle, commit; then Celery acknowledges.
+
+The inbox row, the handler's rows and the messages it published are committed together, before
+the acknowledgement. A copy that comes later finds the row and takes no effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from celery import Task
+from celery.exceptions import Ignore, Reject, Retry
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from celery_eda import checkpoints, context, handling
+from celery_eda.attempts import Attempts
+from celery_eda.dead_letters import Reason
+from celery_eda.delivery import Delivery, foreign, identity_of
+from celery_eda.errors import NoNextAttempt, WorkersLost
+from celery_eda.failures import Failures
+from celery_eda.handling import Ending
+from celery_eda.inbox import GotAhead, Handled, Inbox, Outcome
+from celery_eda.patience import Passing, Patience
+from celery_eda.unit_of_work import UnitsOfWork
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """The consuming side of one service: the idempotent consumer on its own database.
+
+    Attributes:
+        max_deliveries: redeliveries without an outcome after which a message is a dead letter.
+    """
+
+    engine: Engine
+    inbox: Inbox
+    attempts: Attempts
+    units: UnitsOfWork
+    failures: Failures
+    patience: Patience
+    max_deliveries: int
+
+    def deliver(self, task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Let *task* take effect once, however often its message comes.
+
+        Returns:
+            The handler's result, or the recorded one if an earlier copy took effect.
+
+        Raises:
+            Ignore: an earlier copy ended otherwise; nothing is left to do.
+            Retry: the attempt failed, its effects are undone, and the next one is on its way.
+            Reject: the broker shall bring it again, because the handler says so or because the
+                database has been away for too long; or it is a dead letter that may go.
+            Exception: the handler's own, for good; the message is a dead letter.
+        """
+        checkpoints.reach("delivery.received")
+        try:
+            delivery = Delivery(task, identity_of(task))
+        except ValueError as error:
+            delivery = Delivery(task, foreign(task))
+            self._persist(self.failures.bury, delivery, Reason.malformed, error)
+            raise
+        if delivery.redelivered:
+            self._persist(self._count, delivery)
+        return answer(delivery, self._persist(self._attempt, delivery, args, kwargs))
+
+    def _attempt(
+        self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Ending | Handled:
+        """One attempt: it takes effect, or its failure is recorded and its effects are undone."""
+        try:
+            return self._handle_or_hand_on(delivery, args, kwargs)
+        except (Ignore, Retry, Passing):
+            raise
+        except GotAhead as error:
+            raise Passing from error
+        except MemoryError as error:
+            # Celery's main process raises it again and would never acknowledge.
+            raise Reject(error, requeue=True) from error
+        except Reject as reject:
+            if self.patience.is_passing(reject.reason):
+                raise Passing from reject.reason
+            if not reject.requeue:
+                # Redis drops a rejected message (kombu, QoS.reject), so it is recorded first.
+                self.failures.bury(delivery, Reason.rejected, reject)
+            raise
+        except Exception as error:
+            if self.patience.is_passing(error):
+                raise Passing from error
+            self.failures.bury(delivery, Reason.failed, error)
+            raise
+
+    def _handle_or_hand_on(
+        self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Ending | Handled:
+        """Take effect, or leave it to the next attempt that the handler has asked for."""
+        try:
+            return self._handle(delivery, args, kwargs)
+        except Retry as retry:
+            if self.patience.is_passing(retry.exc):
+                raise Passing from retry.exc
+            attempt = context.in_progress.get()
+            if attempt is None or attempt.retry is None:
+                raise NoNextAttempt(
+                    f"{delivery.consumer} raised Retry, but nothing was published that could be "
+                    "the next attempt. Say `raise self.retry()` in a task with bind=True."
+                ) from retry
+            self.failures.hand_on(delivery, attempt.retry)
+            raise
+
+    def _handle(
+        self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Ending | Handled:
+        """The last stretch of the road, in one transaction: admit, handle, commit."""
+        with self.units.begin(delivery) as unit:
+            message = (unit.connection, delivery.consumer, delivery.identity)
+            if handled := self.inbox.admit(*message):
+                return handled
+            checkpoints.reach("inbox.admitted")
+            ending = handling.run(delivery.task, args, kwargs)
+            unit.flush()
+            checkpoints.reach("delivery.handled")
+            outcome = Outcome.skipped if ending.ignored else Outcome.done
+            self.inbox.record(*message, outcome, ending.recorded)
+            unit.commit()
+        checkpoints.reach("delivery.committed")
+        unit.outgoing.hand_off()
+        return ending
+
+    def _count(self, delivery: Delivery) -> None:
+        """Count a redelivery on its own; one too many and the message is a dead letter."""
+        with self.engine.begin() as connection:
+            if self.inbox.find(connection, delivery.consumer, delivery.identity):
+                return
+            lost = self.attempts.count(connection, delivery.consumer, delivery.identity)
+        checkpoints.reach("delivery.started")
+        if lost > self.max_deliveries:
+            error = WorkersLost(f"{lost} deliveries of this message had no outcome")
+            self.failures.bury(delivery, Reason.lost_worker, error)
+            raise error
+
+    def _forgive(self, delivery: Delivery) -> None:
+        """Forget the redeliveries counted so far: no worker was lost with the next one."""
+        with suppress(SQLAlchemyError), self.engine.begin() as connection:
+            self.attempts.forget(connection, delivery.consumer, delivery.identity)
+
+    def _persist(self, step: Callable[..., T], delivery: Delivery, *arguments: Any) -> T:
+        return self.patience.persist(
+            partial(step, delivery, *arguments), forgive=partial(self._forgive, delivery)
+        )
+
+
+def answer(delivery: Delivery, end: Ending | Handled) -> Any:
+    """What Celery gets to know: of a copy, what came of the message before.
+
+    Raises:
+        Ignore: there is no result.
+        Exception: the handler's own, once more: the worker that should have told the result
+            backend of it was lost.
+    """
+    task = delivery.task
+    if isinstance(end, Ending):
+        return end.answer()
+    if end.outcome is Outcome.done:
+        return handling.recall(task, end.result)
+    if end.outcome is Outcome.dead and delivery.redelivered and end.result is not None:
+        raise handling.recall(task, end.result)
+    raise Ignore(f"this attempt has been recorded as {end.outcome.value}")

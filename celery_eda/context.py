@@ -1,0 +1,136 @@
+"""What is going on right here: the transaction a publish belongs to, and the message in progress.
+
+Context variables answer only "which one?". What was captured lives in the transaction itself,
+because sessions are closed in other contexts than they were opened in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, RootTransaction
+from sqlalchemy.orm import Session
+
+from celery_eda.errors import TwoSessions
+
+if TYPE_CHECKING:
+    from celery_eda.message import Identity, Message
+
+
+class Capturing:
+    """A transaction that keeps the messages published in it.
+
+    Attributes:
+        over: whether it has committed; what is published from then on is no part of it.
+    """
+
+    over = False
+
+    def capture(self, message: Message) -> None:
+        """Keep *message* until the transaction commits."""
+        raise NotImplementedError
+
+
+def running_task() -> asyncio.Task[Any] | None:
+    """The asyncio task that runs here; None outside any event loop."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
+@dataclass(eq=False)
+class Scope:
+    """A stretch of code whose publishes belong to one transaction.
+
+    Context variables are inherited by child tasks, a transaction is not: only the asyncio task
+    that opened the scope, or a thread that runs on its behalf, publishes into it. An *inherited*
+    scope covers child tasks too: that of a message, whose handler's event loop ends with it.
+    """
+
+    transaction: Capturing
+    attached: bool = False
+    inherited: bool = False
+    open: bool = True
+    owner: asyncio.Task[Any] | None = field(default_factory=running_task)
+
+    def covers(self) -> bool:
+        """Whether a publish right here belongs to this scope."""
+        return self.open and (self.inherited or running_task() in (None, self.owner))
+
+
+_scopes: ContextVar[tuple[Scope, ...]] = ContextVar("celery_eda_scopes", default=())
+
+
+def open_scope(transaction: Capturing, *, attached: bool = False, inherited: bool = False) -> Scope:
+    """Let publishes from here on belong to *transaction*, until the scope is closed.
+
+    Closing is a mark on the scope, not a reset of the variable: ``AsyncSession`` closes in
+    another asyncio task, where a reset would fail.
+    """
+    scope = Scope(transaction, attached, inherited)
+    _scopes.set((*(each for each in _scopes.get() if each.open), scope))
+    return scope
+
+
+@contextmanager
+def scope_of(transaction: Capturing, *, inherited: bool = False) -> Iterator[None]:
+    """Let publishes inside the block belong to *transaction*."""
+    scope = open_scope(transaction, inherited=inherited)
+    try:
+        yield
+    finally:
+        scope.open = False
+
+
+def current_transaction() -> Capturing | None:
+    """The transaction that a publish right here belongs to: the innermost one that is open.
+
+    Raises:
+        TwoSessions: two attached sessions are open beside each other.
+    """
+    here = [scope for scope in _scopes.get() if scope.covers() and not scope.transaction.over]
+    if not here:
+        return None
+    if len(here) > 1 and here[-1].attached and here[-2].attached:
+        raise TwoSessions(
+            "Two attached sessions are open, so it is unclear which one this message belongs to. "
+            "Say which: `with eda.transaction(session): …`."
+        )
+    return here[-1].transaction
+
+
+@dataclass(eq=False)
+class InProgress:
+    """The message that this worker handles right now.
+
+    Attributes:
+        identity: of the message.
+        task_id: Celery's id of it; a captured message with the same id is its retry.
+        retries: how often it was retried before.
+        transaction: that its effects are committed in.
+        retry: its next attempt, once that has been published.
+        session: a session on that connection, once the handler asked for one.
+        finished: whether the transaction is over; what Celery publishes after that (a chord's
+            body) may come again with the next copy.
+    """
+
+    identity: Identity
+    task_id: str
+    retries: int
+    transaction: RootTransaction
+    retry: Message | None = None
+    session: Session | None = None
+    finished: bool = False
+
+    @property
+    def connection(self) -> Connection:
+        return self.transaction.connection
+
+
+in_progress: ContextVar[InProgress | None] = ContextVar("celery_eda_in_progress", default=None)

@@ -1,0 +1,34 @@
+"""One file per database; each writes only what differs from :mod:`celery_eda.dialects.base`."""
+
+from __future__ import annotations
+
+from kombu.utils.imports import symbol_by_name
+from sqlalchemy import URL
+
+from celery_eda.dialects.base import Dialect
+from celery_eda.errors import ConfigurationError
+
+__all__ = ["ALIASES", "Dialect", "dialect_of"]
+
+ALIASES = {
+    "postgresql": "celery_eda.dialects.postgresql:PostgreSQL",
+    "mysql": "celery_eda.dialects.mysql:MySQL",
+    "mariadb": "celery_eda.dialects.mysql:MySQL",
+    "sqlite": "celery_eda.dialects.sqlite:SQLite",
+}
+
+
+def dialect_of(url: URL, *, claim_timeout: float = 60.0) -> Dialect:
+    """The dialect that speaks to *url*.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    backend = url.get_backend_name()
+    if backend not in ALIASES:
+        raise ConfigurationError(
+            f"eda_database_url names the database {backend!r}; supported are "
+            f"{', '.join(sorted(ALIASES))}."
+        )
+    dialect: Dialect = symbol_by_name(ALIASES[backend])(claim_timeout)
+    return dialect

@@ -1,0 +1,223 @@
+"""What the road needs of a database, as PostgreSQL and MariaDB share it.
+
+A database that differs overrides only what differs. Every method takes the caller's connection
+and leaves the commit to the caller, unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Insert,
+    Row,
+    Select,
+    Table,
+    and_,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.exc import DBAPIError, TimeoutError
+
+from celery_eda.tables import Moment
+
+Values = Mapping[str, Any]
+
+
+class Dialect:
+    """The statements of the road."""
+
+    #: Whether the inbox row is inserted before the handler runs. A concurrent copy then waits
+    #: for the first one's end instead of running the handler in vain.
+    admits_first = True
+
+    #: Pools, by the name of Celery's module, that this database cannot live with, and why.
+    refused_pools: Mapping[str, str] = {}
+
+    #: SQLSTATEs or error codes after which the same transaction may well succeed.
+    transient_codes: frozenset[object] = frozenset()
+
+    def __init__(self, claim_timeout: float = 60.0) -> None:
+        self.claim_timeout = claim_timeout
+
+    # ── the engine ──────────────────────────────────────────────────────────────────────────
+
+    def engine_options(self, patience: float) -> dict[str, Any]:
+        """Arguments for :func:`sqlalchemy.create_engine`.
+
+        Nothing hangs on a connection that is cut off; with *patience* in seconds.
+        """
+        return {"isolation_level": "READ COMMITTED", "pool_pre_ping": True}
+
+    def prepare(self, engine: Engine, patience: float) -> None:
+        """Install what each new connection needs.
+
+        The server ends a transaction in which nothing happens for *patience* seconds: a process
+        that is frozen, or whose machine is gone, would keep its row locks for ever.
+        """
+
+    def exclusive(self, connection: Connection, name: str) -> AbstractContextManager[None]:
+        """A block that one connection at a time runs under this *name*; others wait for it.
+
+        Where the lock belongs to the transaction it also outlasts the block until the commit.
+        """
+        raise NotImplementedError
+
+    # ── the database's clock ────────────────────────────────────────────────────────────────
+
+    def now(self) -> ColumnElement[Any]:
+        """The database's own time; never the caller's clock."""
+        return func.clock_timestamp(type_=Moment)
+
+    def later(self, seconds: float) -> ColumnElement[Any]:
+        """The database's own time in *seconds*."""
+        raise NotImplementedError
+
+    # ── outbox ──────────────────────────────────────────────────────────────────────────────
+
+    def add(self, connection: Connection, table: Table, rows: Sequence[Values]) -> list[int]:
+        """Insert *rows* and return their ids in the same order.
+
+        ``delay`` in a row is the number of seconds until it is due, None for at once.
+        """
+        now: Any = self.now()
+        if any(row["delay"] is not None for row in rows):
+            now = connection.scalar(select(now))
+        values = [self._scheduled(row, now) for row in rows]
+        statement = insert(table).values(created_at=now)
+        if connection.dialect.insert_executemany_returning:
+            return self._insert_all(connection, statement, table.c.id, values)
+        return [connection.execute(statement, row).lastrowid for row in values]
+
+    def _insert_all(
+        self, connection: Connection, statement: Insert, row_id: Any, values: Sequence[Values]
+    ) -> list[int]:
+        """Insert *values* in as few statements as possible; returns their ids in order."""
+        ordered = statement.returning(row_id, sort_by_parameter_order=True)
+        return list(connection.scalars(ordered, values))
+
+    def _scheduled(self, row: Values, now: Any) -> dict[str, Any]:
+        values = dict(row)
+        delay = values.pop("delay")
+        values["available_at"] = None if delay is None else now + timedelta(seconds=delay)
+        return values
+
+    def claim(
+        self, connection: Connection, table: Table, owner: str, limit: int, ids: Sequence[int] = ()
+    ) -> Sequence[Row[Any]]:
+        """Take up to *limit* rows that are due, so that no other claim gets them.
+
+        The claim lasts until this transaction ends; with *ids*, only those rows are looked at.
+        Rows that waited until a due time go first and take at most half of the room.
+        """
+        if ids:
+            return self._lock(connection, self._named(table, ids), limit)
+        waited = self._lock(connection, self._came_due(table), max(1, limit // 2))
+        return [*waited, *self._lock(connection, self._ready(table), limit - len(waited))]
+
+    def _named(self, table: Table, ids: Sequence[int]) -> Select[Any]:
+        """The rows of *ids* that are due."""
+        return select(table).where(table.c.id.in_(ids), self._due(table)).order_by(table.c.id)
+
+    def _came_due(self, table: Table) -> Select[Any]:
+        """The rows that waited and are due."""
+        # In the order of the index here and below, so that a claim reads only what it takes.
+        return (
+            select(table)
+            .where(table.c.available_at <= self.now())
+            .order_by(table.c.available_at, table.c.id)
+        )
+
+    def _ready(self, table: Table) -> Select[Any]:
+        """The rows that need not wait."""
+        return (
+            select(table)
+            .where(table.c.available_at.is_(None))
+            .order_by(table.c.available_at, table.c.id)
+        )
+
+    def _due(self, table: Table) -> ColumnElement[bool]:
+        return table.c.available_at.is_(None) | (table.c.available_at <= self.now())
+
+    def _lock(self, connection: Connection, query: Select[Any], limit: int) -> Sequence[Row[Any]]:
+        if limit < 1:
+            return []
+        return connection.execute(query.limit(limit).with_for_update(skip_locked=True)).all()
+
+    def clear(self, connection: Connection, table: Table, owner: str, ids: Sequence[int]) -> int:
+        """Delete claimed rows; returns how many of them were still the owner's."""
+        return connection.execute(
+            delete(table).where(and_(table.c.id.in_(ids), *self._owned(table, owner)))
+        ).rowcount
+
+    def postpone(
+        self,
+        connection: Connection,
+        table: Table,
+        owner: str,
+        row_id: int,
+        delay: float,
+        why: str,
+        *,
+        charged: bool = True,
+    ) -> int:
+        """Let a claimed row rest for *delay* seconds; *charged* counts as a failed attempt."""
+        return connection.execute(
+            update(table)
+            .where(table.c.id == row_id, *self._owned(table, owner))
+            .values(
+                attempts=table.c.attempts + int(charged),
+                available_at=self.later(delay),
+                last_error=why,
+                claimed_by=None,
+            )
+        ).rowcount
+
+    def release(self, connection: Connection, table: Table, owner: str, ids: Sequence[int]) -> None:
+        """Give claimed rows back untouched; here the end of the transaction does."""
+
+    def _owned(self, table: Table, owner: str) -> Sequence[ColumnElement[bool]]:
+        """What says that *owner* still has its claim; here the row locks do."""
+        return ()
+
+    # ── inbox ───────────────────────────────────────────────────────────────────────────────
+
+    def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
+        """Insert a row unless its key is taken; a concurrent insert of the same key is waited for.
+
+        Returns:
+            False if the key was taken. The transaction is still usable then.
+        """
+        raise NotImplementedError
+
+    # ── errors ──────────────────────────────────────────────────────────────────────────────
+
+    def is_outage(self, error: BaseException) -> bool:
+        """Whether the database is away, so that nothing can be said about the transaction."""
+        return isinstance(error, DBAPIError) and error.connection_invalidated
+
+    def is_aborted(self, connection: Connection) -> bool:
+        """Whether the transaction is lost although nobody was told: its COMMIT would roll back."""
+        return False
+
+    def is_transient(self, error: BaseException) -> bool:
+        """Whether the transaction lost against others and may succeed when run again.
+
+        They were quicker to lock a row, or to take the pool's last connection.
+        """
+        return isinstance(error, TimeoutError) or (
+            isinstance(error, DBAPIError) and self.code_of(error) in self.transient_codes
+        )
+
+    def code_of(self, error: DBAPIError) -> object:
+        """The vendor's code of *error*."""
+        raise NotImplementedError

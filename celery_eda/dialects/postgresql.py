@@ -1,0 +1,93 @@
+"""PostgreSQL, through psycopg 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Engine, Table, event, func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from celery_eda.dialects.base import Dialect, Values
+
+_ARRAYS = {
+    "message_id": "uuid", "revision": "int4", "body": "bytea", "delay": "float8",
+}  # fmt: skip
+
+
+class PostgreSQL(Dialect):
+    transient_codes = frozenset({"40001", "40P01", "55P03"})
+
+    def engine_options(self, patience: float) -> dict[str, Any]:
+        return {
+            **super().engine_options(patience),
+            "connect_args": {
+                "connect_timeout": 10,
+                "keepalives_idle": 10,
+                "keepalives_interval": 5,
+                "keepalives_count": 3,
+                "tcp_user_timeout": 30_000,
+            },
+        }
+
+    def prepare(self, engine: Engine, patience: float) -> None:
+        milliseconds = int(patience * 1000)
+
+        @event.listens_for(engine, "connect")
+        def end_idle_transactions(dbapi_connection: Any, record: Any) -> None:
+            cursor = dbapi_connection.cursor()
+            cursor.execute(f"SET idle_in_transaction_session_timeout = {milliseconds}")
+            # By default the server notices after two hours that a machine is gone.
+            cursor.execute("SET tcp_keepalives_idle = 10")
+            cursor.execute("SET tcp_keepalives_interval = 5")
+            cursor.execute("SET tcp_keepalives_count = 3")
+            cursor.close()
+            dbapi_connection.commit()
+
+    @contextmanager
+    def exclusive(self, connection: Connection, name: str) -> Iterator[None]:
+        connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+        yield
+
+    def later(self, seconds: float) -> ColumnElement[Any]:
+        return func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)
+
+    def add(self, connection: Connection, table: Table, rows: Sequence[Values]) -> list[int]:
+        if connection.dialect.driver != "psycopg":
+            return super().add(connection, table, rows)
+        names = list(rows[0])
+        # Binary arrays: one statement for any number of rows, 2 to 4 times as fast as the rest.
+        arrays = ", ".join(f"%b::{_ARRAYS.get(name, 'text')}[]" for name in names)
+        target = connection.dialect.identifier_preparer.format_table(table)
+        columns = ", ".join(name for name in names if name != "delay")
+        result = connection.exec_driver_sql(
+            f"INSERT INTO {target} ({columns}, available_at, created_at) "
+            f"SELECT {columns}, clock_timestamp() + make_interval(secs => delay), "
+            f"clock_timestamp() FROM unnest({arrays}) WITH ORDINALITY "
+            f"AS row({', '.join(names)}, position) ORDER BY position RETURNING id",
+            tuple([row[name] for row in rows] for name in names),
+        )
+        return [row.id for row in result]
+
+    def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
+        # Not rowcount: SQLAlchemy keeps none for an INSERT.
+        key = next(iter(table.primary_key))
+        statement = insert(table).values(**values).on_conflict_do_nothing().returning(key)
+        return connection.execute(statement).first() is not None
+
+    def is_aborted(self, connection: Connection) -> bool:
+        # After a statement failed and the handler went on, COMMIT succeeds as a silent ROLLBACK.
+        info = getattr(connection.connection.dbapi_connection, "info", None)
+        return info is not None and info.transaction_status.name == "INERROR"
+
+    def is_outage(self, error: BaseException) -> bool:
+        # 57P: the server shuts down or was told to drop us; 08: connection; 25P03: idle too long.
+        return super().is_outage(error) or (
+            isinstance(error, OperationalError)
+            and str(self.code_of(error) or "08")[:3].startswith(("08", "57P", "53", "25P"))
+        )
+
+    def code_of(self, error: DBAPIError) -> object:
+        return getattr(error.orig, "sqlstate", None)

@@ -1,0 +1,130 @@
+"""SQLite, with a write-ahead log: one writer at a time, so nobody holds its lock for long.
+
+It differs in three ways. A claim is a lease with an owner, since a transaction that stays open
+while messages are sent would stop every producer. The inbox row is inserted last, since an early
+insert would hold the only write lock through the handler. And a transaction begins, as a writer
+at once, with its first writing statement, so that readers never turn into writers half-way (which
+SQLite refuses) and a savepoint never becomes a transaction of its own (which commits too early).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Insert,
+    Row,
+    Table,
+    event,
+    func,
+    select,
+    update,
+)
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from celery_eda.dialects.base import Dialect, Values
+from celery_eda.tables import Moment
+
+_BEGINS_NOTHING = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN")
+_CODES = {
+    "database is locked": "SQLITE_BUSY",
+    "database table is locked": "SQLITE_LOCKED",
+    "database schema is locked": "SQLITE_LOCKED",
+    "disk I/O error": "SQLITE_IOERR",
+    "database or disk is full": "SQLITE_FULL",
+    "unable to open database file": "SQLITE_CANTOPEN",
+}
+_FORMAT = "%Y-%m-%d %H:%M:%f000"
+
+
+class SQLite(Dialect):
+    admits_first = False
+    refused_pools: Mapping[str, str] = dict.fromkeys(
+        ("gevent", "eventlet"),
+        "a greenlet that waits for SQLite's write lock stops the one that holds it",
+    )
+    transient_codes = frozenset({"SQLITE_BUSY", "SQLITE_LOCKED"})
+
+    def engine_options(self, patience: float) -> dict[str, Any]:
+        return {"connect_args": {"timeout": 30}}
+
+    def prepare(self, engine: Engine, patience: float) -> None:
+        @event.listens_for(engine, "connect")
+        def use_write_ahead_log(dbapi_connection: Any, record: Any) -> None:
+            dbapi_connection.execute("PRAGMA journal_mode=WAL")
+            dbapi_connection.execute("PRAGMA synchronous=FULL")
+
+        @event.listens_for(engine, "before_cursor_execute")
+        def begin_with_first_write(
+            connection: Connection, cursor: Any, statement: str, *_: Any
+        ) -> None:
+            driver: Any = connection.connection.driver_connection
+            if not driver.in_transaction and not statement.lstrip().upper().startswith(
+                _BEGINS_NOTHING
+            ):
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    @contextmanager
+    def exclusive(self, connection: Connection, name: str) -> Iterator[None]:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield
+
+    def now(self) -> ColumnElement[Any]:
+        return func.strftime(_FORMAT, "now", type_=Moment)
+
+    def later(self, seconds: float) -> ColumnElement[Any]:
+        return func.strftime(_FORMAT, "now", f"{seconds:+.3f} seconds")
+
+    def _insert_all(
+        self, connection: Connection, statement: Insert, row_id: Any, values: Sequence[Values]
+    ) -> list[int]:
+        # SQLAlchemy would insert row by row to be sure of the order; ids ascend with the rows here.
+        return sorted(connection.scalars(statement.returning(row_id), values))
+
+    def claim(
+        self, connection: Connection, table: Table, owner: str, limit: int, ids: Sequence[int] = ()
+    ) -> Sequence[Row[Any]]:
+        """As the base, but the claim is a lease: it is committed here and ends by the clock."""
+        due = self._due(table)
+        wanted = select(table.c.id).where(table.c.id.in_(ids) & due if ids else due)
+        taken = connection.execute(
+            update(table)
+            .where(table.c.id.in_(wanted.order_by(table.c.id).limit(limit)))
+            .values(claimed_by=owner, available_at=self.later(self.claim_timeout))
+            .returning(*table.c)
+        ).all()
+        connection.commit()
+        return sorted(taken, key=lambda row: row.id)
+
+    def release(self, connection: Connection, table: Table, owner: str, ids: Sequence[int]) -> None:
+        connection.execute(
+            update(table)
+            .where(table.c.id.in_(ids), *self._owned(table, owner))
+            .values(claimed_by=None, available_at=None)
+        )
+
+    def _owned(self, table: Table, owner: str) -> Sequence[ColumnElement[bool]]:
+        return (table.c.claimed_by == owner,)
+
+    def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
+        # Not rowcount: SQLAlchemy keeps none for an INSERT.
+        key = next(iter(table.primary_key))
+        statement = insert(table).values(**values).on_conflict_do_nothing().returning(key)
+        return connection.execute(statement).first() is not None
+
+    def is_outage(self, error: BaseException) -> bool:
+        return super().is_outage(error) or (
+            isinstance(error, OperationalError)
+            and self.code_of(error) in {"SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN"}
+        )
+
+    def code_of(self, error: DBAPIError) -> object:
+        # By its text: Python 3.10 gives no code, and later ones give the extended code.
+        text = str(error.orig)
+        return next((code for start, code in _CODES.items() if text.startswith(start)), None)

@@ -1,0 +1,77 @@
+"""Everything that can go wrong, in one tree; each error says what failed and what to do next.
+
+EDAError
+├── ConfigurationError          also Celery's ImproperlyConfigured
+│   ├── UnknownSetting          a misspelt eda_* key
+│   ├── UnsafeSetting           a combination that would lose or double messages
+│   └── SchemaOutdated          tables missing or from another version
+├── TransactionError
+│   ├── AutocommitTransaction   there is no transaction to share
+│   ├── TwoEngines              the outbox would commit apart from the work
+│   ├── TwoSessions             cannot tell which open session a message belongs to
+│   ├── OutsideTransaction      published outside, where the settings forbid it
+│   └── BrokenTransaction       a handler ended the transaction of its own message
+├── NoDelivery                  asked for the delivery's session outside a reliable task
+├── NoNextAttempt               a handler raised Retry by itself
+└── WorkersLost                 why a message that ends its workers is a dead letter
+"""
+
+from __future__ import annotations
+
+from celery.exceptions import ImproperlyConfigured
+
+
+class EDAError(Exception):
+    """Base of every error that celery_eda raises itself."""
+
+
+class ConfigurationError(EDAError, ImproperlyConfigured):
+    """The app cannot keep the promise as it is configured."""
+
+
+class UnknownSetting(ConfigurationError):
+    """A key begins with ``eda_`` but names no setting."""
+
+
+class UnsafeSetting(ConfigurationError):
+    """A setting, or a combination of settings, would lose or double messages."""
+
+
+class SchemaOutdated(ConfigurationError):
+    """The tables are missing or belong to another version."""
+
+
+class TransactionError(EDAError):
+    """A message cannot share the fate of the transaction it was published in."""
+
+
+class AutocommitTransaction(TransactionError):
+    """The connection commits every statement by itself."""
+
+
+class TwoEngines(TransactionError):
+    """The session's work and the outbox would be committed one after the other."""
+
+
+class TwoSessions(TransactionError):
+    """More than one attached session is open, so the message's transaction is unclear."""
+
+
+class OutsideTransaction(TransactionError):
+    """A message was published outside any transaction, and ``eda_outside`` is ``raise``."""
+
+
+class BrokenTransaction(TransactionError):
+    """A handler's work would not be committed together with the record that it was done."""
+
+
+class NoDelivery(EDAError):
+    """The session of the message in progress was asked for while none is in progress."""
+
+
+class NoNextAttempt(EDAError):
+    """A handler raised ``Retry`` although it had not published another attempt."""
+
+
+class WorkersLost(EDAError):
+    """A message was delivered again and again, and no worker came to an end with it."""

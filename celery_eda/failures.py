@@ -1,0 +1,112 @@
+"""How an attempt ends that takes no effect: in the next attempt, or as a dead letter."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from celery import Task
+from celery.exceptions import Ignore, Reject
+
+from celery_eda import handling
+from celery_eda.dead_letters import DeadLetters, Reason
+from celery_eda.delivery import Delivery
+from celery_eda.inbox import Inbox, Outcome
+from celery_eda.message import Identity, Message
+from celery_eda.patience import PASSING_DELAY, Passing, Patience
+from celery_eda.transaction import Transaction
+from celery_eda.unit_of_work import UnitOfWork, UnitsOfWork
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Failures:
+    """Records failed attempts, each in one transaction with what follows from it.
+
+    Attributes:
+        rebuild: a task's message in progress, for its dead letter.
+    """
+
+    inbox: Inbox
+    dead_letters: DeadLetters
+    units: UnitsOfWork
+    patience: Patience
+    rebuild: Callable[[Task, Identity], Message]
+
+    def hand_on(self, delivery: Delivery, following: Message) -> None:
+        """Record a failed attempt together with the message of the next one.
+
+        Raises:
+            Ignore: another copy of the same attempt has recorded its end.
+        """
+        with self.units.begin(delivery) as unit:
+            self._close(unit, Outcome.retried)
+            unit.outgoing.capture(following)
+            unit.commit()
+        unit.outgoing.hand_off()
+
+    def bury(self, delivery: Delivery, reason: Reason, error: Exception) -> None:
+        """Record a failure for good together with the dead letter and the errbacks.
+
+        Raises:
+            Ignore: another copy of the same attempt has recorded its end.
+            Reject: the dead letter could not be kept; the broker keeps the message.
+        """
+        try:
+            outgoing = self._record_death(delivery, reason, error)
+        except (Ignore, Passing):
+            raise
+        except Exception as failure:
+            if self.patience.is_passing(failure):
+                raise
+            log.exception("%s[%s] fails, and no dead letter can be written", *delivery.names)
+            time.sleep(PASSING_DELAY[1])  # it comes back at once
+            raise Reject(failure, requeue=True) from failure
+        log.error("dead letter: %s[%s] %s", *delivery.names, reason.value)
+        outgoing.hand_off()
+
+    def _record_death(self, delivery: Delivery, reason: Reason, error: Exception) -> Transaction:
+        task = delivery.task
+        with self.units.begin(delivery) as unit:
+            self._close(unit, Outcome.dead, handling.recorded(task, error))
+            self.dead_letters.add(
+                unit.connection,
+                self.rebuild(task, delivery.identity),
+                reason,
+                error=error,
+                attempts=(task.request.retries or 0) + 1,
+                consumer=delivery.consumer,
+            )
+            self._publish_errbacks(unit, error)
+            unit.commit()
+        return unit.outgoing
+
+    def _publish_errbacks(self, unit: UnitOfWork, error: Exception) -> None:
+        """Call or publish the errbacks; one that fails does not cost the dead letter."""
+        task = unit.delivery.task
+        if not task.request.errbacks:
+            return
+        try:
+            with unit.connection.begin_nested():
+                handling.publish_errbacks(task, error)
+                unit.flush()
+        except Exception as failure:
+            if self.patience.is_passing(failure):
+                raise
+            log.exception("an errback of %s[%s] fails", *unit.delivery.names)
+            task.request.errbacks = None
+
+    def _close(self, unit: UnitOfWork, outcome: Outcome, recorded: bytes | None = None) -> None:
+        """Record how an attempt ended that takes no effect.
+
+        Raises:
+            Ignore: another copy of the same attempt has recorded its end.
+        """
+        delivery = unit.delivery
+        if not self.inbox.close(
+            unit.connection, delivery.consumer, delivery.identity, outcome, recorded
+        ):
+            raise Ignore("another copy of this attempt has been recorded")

@@ -1,0 +1,110 @@
+"""Running the user's function, and publishing what Celery would publish after it.
+
+Celery's worker publishes links and the next task of a chain once a task has returned, outside
+any transaction. Here they are published as part of the handling, so that they are committed
+together with the handler's work, and Celery finds nothing left to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Task, group, signature
+from celery.backends.base import DisabledBackend
+from celery.exceptions import Ignore
+from celery.states import FAILURE, SUCCESS
+
+from celery_eda import results
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a handler ended: with a *result*, or *ignored*, its part done by another task.
+
+    ``recorded`` is the result as the result backend encodes it, None if nobody will ask for it.
+    """
+
+    result: Any = None
+    recorded: bytes | None = None
+    ignored: Ignore | None = None
+
+    def answer(self) -> Any:
+        """The result.
+
+        Raises:
+            Ignore: the handler's own.
+        """
+        if self.ignored:
+            raise self.ignored
+        return self.result
+
+
+def run(task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> Ending:
+    """Run the handler and publish its links and the next task of its chain."""
+    try:
+        result = task.handle(*args, **kwargs)
+    except Ignore as ignored:
+        return Ending(ignored=ignored)
+    publish_next(task, result)
+    return Ending(result, recorded(task, result))
+
+
+def recorded(task: Task, result: Any) -> bytes | None:
+    """A result, or an error, as a later copy will need it for the result backend or a chord."""
+    backend, request = task.backend, task.request
+    ignored = request.ignore_result or isinstance(backend, DisabledBackend)
+    if result is None or (ignored and not request.chord):
+        return None
+    state = FAILURE if isinstance(result, Exception) else SUCCESS
+    payload = backend.encode({"state": state, "result": backend.encode_result(result, state)})
+    return payload.encode() if isinstance(payload, str) else payload
+
+
+def recall(task: Task, recorded: bytes | None) -> Any:
+    """The result or error of an earlier copy; what should follow it has been published already."""
+    backend, request = task.backend, task.request
+    request.callbacks = request.errbacks = None
+    results.repeat_chord_part(task)
+    if recorded is None:
+        request.chain = None
+        return None
+    is_text = backend.content_encoding != "binary"
+    outcome = backend.decode(recorded.decode() if is_text else recorded)
+    if outcome["state"] == FAILURE:
+        return backend.exception_to_python(outcome["result"])
+    request.chain = None
+    return outcome["result"]
+
+
+def publish_next(task: Task, result: Any) -> None:
+    """Publish the links and the next task of the chain, exactly as Celery's tracer would."""
+    request = task.request
+    options = {"parent_id": request.id, "root_id": request.root_id or request.id}
+    options["priority"] = (
+        (request.delivery_info or {}).get("priority")
+        if task.app.conf.task_inherit_parent_priority
+        else None
+    )
+    links = [signature(each, app=task.app) for each in request.callbacks or ()]
+    if len(links) > 1:
+        for each in links:
+            if isinstance(each, group):
+                each.apply_async((result,), **options)
+        if single := [each for each in links if not isinstance(each, group)]:
+            group(single, app=task.app).apply_async((result,), **options)
+    elif links:
+        links[0].apply_async((result,), **options)
+    if chain := request.chain:
+        following = signature(chain[-1], app=task.app)
+        following.apply_async((result,), chain=chain[:-1], **options)
+    request.callbacks = request.chain = None
+
+
+def publish_errbacks(task: Task, error: Exception) -> None:
+    """Call or publish the errbacks, exactly as Celery's result backends do after a failure."""
+    request = task.request
+    if request.errbacks:
+        task.backend._call_task_errbacks(request, error, None)
+        request.errbacks = None

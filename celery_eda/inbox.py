@@ -1,0 +1,140 @@
+"""Messages already handled, so that none takes effect twice.
+
+One row per consumer, message and revision, written in the transaction of that attempt's outcome:
+if that transaction rolls back, the row goes with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from sqlalchemy import Connection, Table, select, update
+
+from celery_eda.dialects.base import Dialect
+from celery_eda.message import Identity
+from celery_eda.tables import is_attempt
+
+
+class Outcome(str, Enum):
+    """How an attempt at a message ended.
+
+    ``done``: it took effect. ``retried``: the next revision was sent. ``dead``: it became a dead
+    letter. ``skipped``: the handler gave it up or another task replaced it.
+    """
+
+    done = "done"
+    retried = "retried"
+    dead = "dead"
+    skipped = "skipped"
+
+
+class GotAhead(Exception):
+    """Another copy of the same message got ahead of this one; the transaction is void."""
+
+
+@dataclass(frozen=True)
+class Handled:
+    """The recorded outcome of an earlier copy; ``result`` is encoded, None if nothing was kept."""
+
+    outcome: Outcome
+    result: bytes | None
+
+
+@dataclass(frozen=True)
+class Inbox:
+    """The inbox of one database."""
+
+    table: Table
+    dialect: Dialect
+
+    def admit(self, connection: Connection, consumer: str, identity: Identity) -> Handled | None:
+        """Record that *consumer* takes effect with this message, once.
+
+        A concurrent copy waits here until the first one commits or rolls back. Where the
+        database admits last, this only looks; :meth:`record` then finds the conflict.
+
+        Returns:
+            None if the message is fresh, else what became of the earlier copy.
+
+        Raises:
+            GotAhead: there is an earlier copy, but this transaction cannot see it.
+        """
+        fresh = self.dialect.admits_first and self._insert(
+            connection, consumer, identity, Outcome.done
+        )
+        if fresh:
+            return None
+        handled = self.find(connection, consumer, identity)
+        if handled is None and self.dialect.admits_first:
+            raise GotAhead
+        return handled
+
+    def record(
+        self,
+        connection: Connection,
+        consumer: str,
+        identity: Identity,
+        outcome: Outcome = Outcome.done,
+        result: bytes | None = None,
+    ) -> None:
+        """Complete the admission with what came of it.
+
+        Raises:
+            GotAhead: another copy committed meanwhile.
+        """
+        if not self.dialect.admits_first:
+            if not self._insert(connection, consumer, identity, outcome, result):
+                raise GotAhead
+        elif outcome is not Outcome.done or result is not None:
+            connection.execute(
+                update(self.table)
+                .where(is_attempt(self.table, consumer, identity))
+                .values(outcome=outcome.value, result=result)
+            )
+
+    def close(
+        self,
+        connection: Connection,
+        consumer: str,
+        identity: Identity,
+        outcome: Outcome,
+        result: bytes | None = None,
+    ) -> bool:
+        """Record that an attempt ended without taking effect.
+
+        Returns:
+            False if an outcome of this attempt is recorded already; the transaction is void then.
+        """
+        return self._insert(connection, consumer, identity, outcome, result)
+
+    def find(self, connection: Connection, consumer: str, identity: Identity) -> Handled | None:
+        """The recorded outcome of this attempt, if there is one."""
+        columns = self.table.c
+        row = connection.execute(
+            select(columns.outcome, columns.result).where(
+                is_attempt(self.table, consumer, identity)
+            )
+        ).one_or_none()
+        return row and Handled(Outcome(row.outcome), row.result)
+
+    def _insert(
+        self,
+        connection: Connection,
+        consumer: str,
+        identity: Identity,
+        outcome: Outcome,
+        result: bytes | None = None,
+    ) -> bool:
+        return self.dialect.insert_once(
+            connection,
+            self.table,
+            {
+                "consumer": consumer,
+                "message_id": identity.id,
+                "revision": identity.revision,
+                "outcome": outcome.value,
+                "result": result,
+                "at": self.dialect.now(),
+            },
+        )

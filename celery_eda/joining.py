@@ -1,0 +1,78 @@
+"""Joins a transaction that the user opened, so that messages share its fate.
+
+Each Session and each Connection has one :class:`Transaction`, found from the object itself. It
+follows the work to its end, also when the block ends first.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import Connection
+from sqlalchemy.orm import Session
+
+from celery_eda import context, joined_connection, joined_session
+from celery_eda.joined_connection import JoinedConnection
+from celery_eda.joined_session import Bind
+from celery_eda.transaction import Store, Transaction
+
+Target = TypeVar("Target")
+
+
+def join(target: Any, store: Store, bind: Bind | None = None) -> Transaction:
+    """The one transaction of *target*, made if it has none yet.
+
+    Args:
+        target: a Session, scoped_session, Connection, AsyncSession or AsyncConnection.
+        store: where its messages go.
+        bind: the engine of the outbox, for a session that cannot tell by itself.
+    """
+    match _events_target(target):
+        case Session() as session:
+            return joined_session.join(session, store, bind)
+        case Connection() as connection:
+            return joined_connection.join(connection, store)
+    raise TypeError(f"{target!r} is no session and no open connection")
+
+
+def _events_target(target: Any) -> Any:
+    """The Session or Connection that a scoped or asynchronous one stands for."""
+    # By attribute: the types of sqlalchemy.ext.asyncio cannot be imported without greenlet.
+    if hasattr(target, "registry"):
+        target = target()
+    target = getattr(target, "sync_session", target)
+    return getattr(target, "sync_connection", target)
+
+
+class scope(Generic[Target]):  # noqa: N801  # reads as what it is used for: a with statement
+    """``with`` or ``async with``: publishes inside the block belong to the target's transaction."""
+
+    def __init__(self, target: Target, store: Store, bind: Bind | None = None) -> None:
+        self._target = target
+        self._transaction = join(target, store, bind)
+
+    def __enter__(self) -> Target:
+        self._scope = context.open_scope(self._transaction)
+        return self._target
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._scope.open = False
+        if isinstance(self._transaction, JoinedConnection):
+            self._transaction.hand_off_if_over()
+
+    async def __aenter__(self) -> Target:
+        return self.__enter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.__exit__(kind, error, traceback)

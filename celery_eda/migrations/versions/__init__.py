@@ -1,0 +1,1 @@
+"""One file per revision, each written out: what a revision does never changes afterwards."""

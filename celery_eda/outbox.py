@@ -1,0 +1,124 @@
+"""Messages that are committed and not sent yet.
+
+A row is written in the transaction that published the message and leaves only when the broker
+has confirmed that very message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from kombu.utils import json
+from sqlalchemy import Connection, Row, Table
+
+from celery_eda.dialects.base import Dialect
+from celery_eda.message import Identity, Message
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A claimed row.
+
+    Attributes:
+        id: of the row, in the order of writing (not of committing).
+        attempts: how often the broker refused it before.
+    """
+
+    id: int
+    message: Message
+    attempts: int
+
+
+@dataclass(frozen=True)
+class Outbox:
+    """The outbox of one database."""
+
+    table: Table
+    dialect: Dialect
+
+    def add(self, connection: Connection, messages: Sequence[Message]) -> list[int]:
+        """Write *messages* in one go; returns the ids of the rows, in the same order."""
+        return self.dialect.add(connection, self.table, [to_row(each) for each in messages])
+
+    def claim(
+        self, connection: Connection, owner: str, limit: int, ids: Sequence[int] = ()
+    ) -> list[Pending]:
+        """Take rows that are due; nobody else gets them until they are settled or we die."""
+        rows = self.dialect.claim(connection, self.table, owner, limit, ids)
+        return [Pending(row.id, from_row(row), row.attempts) for row in rows]
+
+    def clear(self, connection: Connection, owner: str, ids: Sequence[int]) -> int:
+        """Delete what the broker confirmed; returns how many rows were still the owner's.
+
+        The others have been taken over by somebody else, and stay.
+        """
+        return self.dialect.clear(connection, self.table, owner, ids) if ids else 0
+
+    def postpone(
+        self,
+        connection: Connection,
+        owner: str,
+        row_id: int,
+        delay: float,
+        why: str,
+        *,
+        charged: bool = True,
+    ) -> None:
+        """Try again in *delay* seconds; *charged* if the broker refused this very message."""
+        self.dialect.postpone(connection, self.table, owner, row_id, delay, why, charged=charged)
+
+    def release(self, connection: Connection, owner: str, ids: Sequence[int]) -> None:
+        """Give rows back as they were: the broker was away, which is not their fault."""
+        if ids:
+            self.dialect.release(connection, self.table, owner, ids)
+
+
+def to_row(message: Message) -> dict[str, Any]:
+    """The columns of *message*; ``delay`` is in seconds from now, None for at once."""
+    return {
+        "message_id": message.identity.id,
+        "revision": message.identity.revision,
+        "task": message.task,
+        "queue": message.queue,
+        "exchange": message.exchange,
+        "routing_key": message.routing_key,
+        "content_type": message.content_type,
+        "content_encoding": message.content_encoding,
+        "headers": json.dumps(message.headers),
+        "properties": json.dumps(message.properties),
+        "body": message.body,
+        "preparation": json.dumps(message.preparation) if message.preparation else None,
+        "delay": _seconds_until(message.due),
+    }
+
+
+def from_row(row: Row[Any]) -> Message:
+    """The message in *row*, as it was captured."""
+    return Message(
+        identity=Identity(row.message_id, row.revision),
+        task=row.task,
+        body=bytes(row.body),
+        content_type=row.content_type,
+        content_encoding=row.content_encoding,
+        headers=json.loads(row.headers),
+        properties=json.loads(row.properties),
+        exchange=row.exchange,
+        routing_key=row.routing_key,
+        queue=row.queue,
+        preparation=tuple(
+            (name, arguments) for name, arguments in json.loads(row.preparation or "[]")
+        ),
+    )
+
+
+def _seconds_until(due: datetime | None) -> float | None:
+    """Seconds from now until *due*, both by this machine's clock, so that its error cancels out.
+
+    The database counts them with its own clock from the moment of writing.
+    """
+    if due is None:
+        return None
+    return max(0.0, (due - datetime.now(timezone.utc)).total_seconds())

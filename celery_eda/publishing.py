@@ -1,0 +1,189 @@
+"""From ``.delay()`` to the outbox: the one seam in Celery's publishing.
+
+Whatever Celery publishes as a task message, whoever publishes it, comes through
+``app.amqp.send_task_message``. Inside a transaction Celery's own function is given a producer
+that records instead of sending, so the message is exactly what Celery would have sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from functools import cached_property, wraps
+from typing import Any
+
+from celery import Celery
+from celery.app.amqp import AMQP
+from celery.utils.time import maybe_iso8601, maybe_make_aware
+from kombu import Queue
+from kombu.utils.imports import symbol_by_name
+
+from celery_eda import context, results
+from celery_eda.errors import OutsideTransaction
+from celery_eda.message import ID_HEADER, REVISION_HEADER, Identity, Message
+from celery_eda.recording import RecordingPool, RecordingProducer
+from celery_eda.transports.redis_taking import SafeConnection
+
+#: Longest delay that the outbox keeps; databases end in the year 9999.
+LONGEST_DELAY = timedelta(days=36500)
+
+
+class Collected(context.Capturing):
+    """Messages published outside any transaction, to be stored in one of their own."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+
+    def capture(self, message: Message) -> None:
+        self.messages.append(message)
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """Decides where a message published right now goes.
+
+    Attributes:
+        outside: the setting ``eda_outside``.
+        is_reliable: whether the task of this name is handled exactly once.
+        store: writes messages to the outbox in a short transaction of its own.
+    """
+
+    outside: str | None
+    is_reliable: Callable[[str], bool]
+    store: Callable[[Sequence[Message]], None]
+
+    @contextmanager
+    def apart(self, task: str) -> Iterator[None]:
+        """Inside any transaction: nothing. Outside: store what the block publishes, if so set.
+
+        Raises:
+            OutsideTransaction: the settings forbid it.
+        """
+        if context.current_transaction() is not None or not self._stores_outside(task):
+            yield
+            return
+        collected = Collected()
+        with context.scope_of(collected):
+            yield
+        if collected.messages:
+            self.store(collected.messages)
+
+    def _stores_outside(self, task: str) -> bool:
+        if self.outside == "raise":
+            raise OutsideTransaction(
+                f"{task} was published outside any transaction and eda_outside is 'raise'. "
+                "Publish it inside `with eda.transaction():`, attach the sessionmaker in use, "
+                "or choose eda_outside = 'store' or 'send'."
+            )
+        return self.outside == "store" or (self.outside is None and self.is_reliable(task))
+
+
+class CapturingAMQP(AMQP):
+    """Celery's ``app.amqp``, with the seam, and with connections that lose nothing."""
+
+    Connection = SafeConnection
+
+    @property
+    def producer_pool(self) -> Any:
+        """Inside a transaction a pool that needs no broker, else Celery's own."""
+        return RecordingPool() if context.current_transaction() else super().producer_pool
+
+    @cached_property
+    def send_task_message(self) -> Callable[..., Any]:
+        send = self._create_task_sender()
+
+        def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
+            transaction = context.current_transaction()
+            if transaction is None:
+                _forget_identity(options)
+                return send(producer, name, message, **options)
+            recorder = RecordingProducer()
+            # The task-sent event is about a sending that has not happened.
+            send(recorder, name, message._replace(sent_event=None), **options)
+            transaction.capture(self._captured(name, recorder))
+            return None
+
+        return send_task_message
+
+    def _captured(self, task: str, recorder: RecordingProducer) -> Message:
+        recorded = recorder.recorded
+        headers = recorded.pop("headers")
+        identity = self._identify(headers)
+        declared = [each for each in recorder.declare if isinstance(each, Queue)]
+        unknown = [each for each in declared if self.queues.get(each.name) != each]
+        message = Message(
+            identity=identity,
+            task=task,
+            # A retry inherits the headers of the message it repeats: the identity is always ours.
+            headers={**headers, **identity.headers},
+            due=self._due(headers.get("eta")),
+            queue=self._queue_of(declared, recorded["exchange"]),
+            preparation=(*results.take_preparation(), *map(results.declaration_of, unknown)),
+            **recorded,
+        )
+        if (progress := context.in_progress.get()) and identity == progress.identity.next:
+            progress.retry = message
+        return message
+
+    def _queue_of(self, declared: Sequence[Queue], exchange: str) -> str | None:
+        """The configured queue to declare before sending.
+
+        With an exchange given by name, Celery declares the default queue, which will not get the
+        message: any queue on that exchange makes the exchange known instead.
+        """
+        for queue in declared:
+            if exchange in ("", queue.exchange.name):
+                return queue.name if self.queues.get(queue.name) == queue else None
+        beside = (each.name for each in self.queues.values() if each.exchange.name == exchange)
+        return next(beside, None) if exchange else None
+
+    def _identify(self, headers: dict[str, Any]) -> Identity:
+        """The identity of a message that is being published right now."""
+        if identity := results.next_chord_identity():
+            return identity
+        progress = context.in_progress.get()
+        task = self.app.current_worker_task
+        if (
+            progress is not None
+            and task is not None
+            and (task.request.id == headers.get("id") == progress.task_id)
+            and headers.get("retries") == progress.retries + 1
+        ):
+            return progress.identity.next
+        return Identity.fresh()
+
+    def _due(self, eta: Any) -> datetime | None:
+        if not eta:
+            return None
+        due: datetime = maybe_make_aware(maybe_iso8601(eta), self.app.timezone)
+        return min(due, datetime.now(timezone.utc) + LONGEST_DELAY)
+
+
+def _forget_identity(options: dict[str, Any]) -> None:
+    """A plain retry inherits the headers of the message it repeats, our identity among them."""
+    if headers := options.get("headers"):
+        options["headers"] = {
+            key: value for key, value in headers.items() if key not in (ID_HEADER, REVISION_HEADER)
+        }
+
+
+def store_outside(app: Celery) -> None:
+    """Let *app* do with what is published outside any transaction what its settings say."""
+    send_task = app.send_task
+
+    @wraps(send_task)
+    def send_task_apart(name: str, *args: Any, **kwargs: Any) -> Any:
+        with app.eda.publisher.apart(name):
+            return send_task(name, *args, **kwargs)
+
+    app.send_task = send_task_apart
+
+
+def amqp_class(base: Any) -> type[CapturingAMQP]:
+    """*base*, a class or its import path, with the seam."""
+    base = symbol_by_name(base)
+    if base is AMQP:
+        return CapturingAMQP
+    return type(base.__name__, (CapturingAMQP, base), {})

@@ -1,0 +1,223 @@
+"""From the outbox to the broker: claim, send, wait for the confirms, clear.
+
+Any number of relays work side by side, in processes of their own, beside workers, and in the
+committing processes themselves. None of them is needed for the promise, only for progress: a row
+leaves the outbox when the broker has confirmed that very message, whoever sent it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from uuid import uuid4
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from celery_eda import checkpoints
+from celery_eda.dead_letters import DeadLetters, Reason
+from celery_eda.message import Message
+from celery_eda.outbox import Outbox, Pending
+from celery_eda.retry import backoff
+from celery_eda.settings import Settings
+from celery_eda.transports.base import Answer, Transport, Verdict
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two tries while the broker or the database is away.
+OUTAGE_DELAY = (0.1, 5.0)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What became of the messages of one round.
+
+    ``refused`` ones rest for a while: the broker did not take them, or the result backend that
+    one of them needs first was away. ``unknown`` ones stay in the outbox as they were: the broker
+    was away.
+    """
+
+    confirmed: int = 0
+    refused: int = 0
+    unknown: int = 0
+
+    @property
+    def claimed(self) -> int:
+        return self.confirmed + self.refused + self.unknown
+
+
+class Relay:
+    """Sends what is due, in one thread.
+
+    Args:
+        prepare: makes the calls on the result backend that a message needs first.
+        make_transport: connects to the broker; called in the thread that sends.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        outbox: Outbox,
+        dead_letters: DeadLetters,
+        make_transport: Callable[[], Transport],
+        prepare: Callable[[Message], None],
+        settings: Settings,
+    ) -> None:
+        self.engine = engine
+        self.outbox = outbox
+        self.dead_letters = dead_letters
+        self.make_transport = make_transport
+        self.prepare = prepare
+        self.settings = settings
+        self.owner = uuid4().hex
+        self.stopping = threading.Event()
+        self._transport: Transport | None = None
+
+    def run(self) -> None:
+        """Send until :meth:`stop`. Outages are waited for, never raised."""
+        idle = failures = 0
+        while not self.stopping.is_set():
+            done = self._round_or_none()
+            if done is None or (done.unknown and not done.confirmed):
+                pause = backoff(failures, *OUTAGE_DELAY)
+                failures, idle = failures + 1, 0
+            else:
+                failures = 0
+                idle = 0 if done.claimed else idle + 1
+                # From 2 ms after the last message up to the longest pause of an empty outbox.
+                pause = min(self.settings.relay_poll, 0.001 * 2.0 ** min(idle, 62)) if idle else 0
+            self.stopping.wait(pause)
+        self.close()
+
+    def drain(self) -> Round:
+        """Send everything that is due now, then return what became of it.
+
+        Raises:
+            SQLAlchemyError: the database is away.
+        """
+        total = Round()
+        while (done := self.send()).claimed:
+            total = Round(
+                total.confirmed + done.confirmed,
+                total.refused + done.refused,
+                total.unknown + done.unknown,
+            )
+            if done.unknown and not done.confirmed:
+                break
+        self.close()
+        return total
+
+    def stop(self) -> None:
+        """End :meth:`run` after the round in progress."""
+        self.stopping.set()
+
+    def close(self) -> None:
+        """Drop the connection to the broker."""
+        if self._transport:
+            self._transport.close()
+            self._transport = None
+
+    def send(self, ids: Sequence[int] = ()) -> Round:
+        """Make one round: claim rows that are due (only *ids*, if given), send, settle.
+
+        Raises:
+            SQLAlchemyError: the database is away; what was claimed is free again.
+        """
+        with self.engine.connect() as connection:
+            pending = self.outbox.claim(connection, self.owner, self.settings.relay_batch, ids)
+            if not pending:
+                return Round()
+            checkpoints.reach("relay.claimed")
+            unprepared = self._unprepared(pending)
+            sendable = [each for each in pending if each.id not in unprepared]
+            answers = self._publish([each.message for each in sendable])
+            checkpoints.reach("relay.confirmed")
+            done = self._settle(connection, list(zip(sendable, answers, strict=True)), unprepared)
+            connection.commit()
+            checkpoints.reach("relay.cleared")
+            return done
+
+    def _unprepared(self, pending: Sequence[Pending]) -> list[int]:
+        """The ids of those that cannot be sent yet: what has to precede them failed.
+
+        After the first failure no other is tried: each may take as long as a time-out.
+        """
+        demanding = [each for each in pending if each.message.preparation]
+        for position, each in enumerate(demanding):
+            try:
+                self.prepare(each.message)
+            except Exception as error:
+                log.warning("the result backend is away: %r", error)
+                return [each.id for each in demanding[position:]]
+        return []
+
+    def _publish(self, messages: Sequence[Message]) -> list[Answer]:
+        if self._transport is None:
+            self._transport = self.make_transport()
+        return self._transport.publish(messages)
+
+    def _settle(
+        self,
+        connection: Connection,
+        answered: Sequence[tuple[Pending, Answer]],
+        unprepared: Sequence[int],
+    ) -> Round:
+        """Clear what was confirmed, let rest what cannot be sent, give back the others."""
+        by_verdict = {
+            verdict: [pair for pair in answered if pair[1].verdict is verdict]
+            for verdict in Verdict
+        }
+        confirmed, refused, unknown = by_verdict.values()
+        self.outbox.clear(connection, self.owner, [each.id for each, _ in confirmed])
+        for each, answer in refused:
+            self._refuse(connection, each, answer.why)
+        for row_id in unprepared:
+            self._rest(connection, row_id, OUTAGE_DELAY[1], "The result backend is away.")
+        if unknown:
+            self._leave(connection, unknown, broker_answers=bool(confirmed))
+        return Round(len(confirmed), len(refused) + len(unprepared), len(unknown))
+
+    def _leave(
+        self,
+        connection: Connection,
+        unknown: Sequence[tuple[Pending, Answer]],
+        *,
+        broker_answers: bool,
+    ) -> None:
+        """Leave what nobody knows about in the outbox; no attempt is charged."""
+        why = unknown[0][1].why
+        log.warning("%d messages stay in the outbox, to be sent again: %s", len(unknown), why)
+        if not broker_answers:
+            self.outbox.release(connection, self.owner, [each.id for each, _ in unknown])
+            return
+        for each, _ in unknown:
+            # A queue that never confirms must not hold up the others.
+            self._rest(connection, each.id, self.settings.claim_timeout, why)
+
+    def _rest(self, connection: Connection, row_id: int, delay: float, why: str) -> None:
+        self.outbox.postpone(connection, self.owner, row_id, delay, why, charged=False)
+
+    def _refuse(self, connection: Connection, pending: Pending, why: str) -> None:
+        attempts = pending.attempts + 1
+        if attempts >= self.settings.max_attempts:
+            # Cleared first: if the row has been taken over, its fate is somebody else's.
+            if self.outbox.clear(connection, self.owner, [pending.id]):
+                log.error("dead letter: %s cannot be sent: %s", pending.message.task, why)
+                self.dead_letters.add(
+                    connection, pending.message, Reason.unsendable, error=why, attempts=attempts
+                )
+            return
+        delay = backoff(pending.attempts, self.settings.retry_delay, self.settings.retry_delay_max)
+        log.warning(
+            "%s was refused by the broker, next try in %.1f s: %s", pending.message.task, delay, why
+        )
+        self.outbox.postpone(connection, self.owner, pending.id, delay, why)
+
+    def _round_or_none(self) -> Round | None:
+        try:
+            return self.send()
+        except SQLAlchemyError as error:
+            log.warning("the relay cannot reach the outbox, trying again: %s", error)
+            return None

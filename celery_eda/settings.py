@@ -1,0 +1,191 @@
+"""Every ``eda_*`` setting: its type, its default, what it does.
+
+They are ordinary Celery options: ``app.conf.eda_relay_batch``, ``CELERY_EDA_RELAY_BATCH`` through
+a namespace, ``eda.relay_batch=100`` on the worker's command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from celery.app import defaults
+
+from celery_eda.errors import ConfigurationError, UnknownSetting, UnsafeSetting
+
+T = TypeVar("T")
+PREFIX = "eda_"
+
+
+def option(default: T, doc: str, *, choices: tuple[Any, ...] = (), least: float = 0) -> T:
+    """A dataclass field that is also a Celery option."""
+    value: T = field(default=default, metadata={"doc": doc, "choices": choices, "least": least})
+    return value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one app, checked."""
+
+    database_url: str | None = option(
+        None, "SQLAlchemy URL of the service's own database: outbox, inbox and dead letters."
+    )
+    schema: str | None = option(None, "Database schema of the tables; None for the default one.")
+    table_prefix: str = option("eda_", "What the names of the tables begin with.")
+    tasks: tuple[str, ...] = option(
+        (), "Patterns of task names, e.g. `orders.*`, that are reliable without `@eda.task`."
+    )
+    outside: str | None = option(
+        None,
+        "What publishing outside a transaction does: `store` (in a short transaction of its own), "
+        "`send` (straight to the broker, as plain Celery) or `raise`. By default reliable tasks "
+        "are stored and all others are sent.",
+        choices=(None, "store", "send", "raise"),
+    )
+    send_after_commit: bool = option(
+        True,
+        "Whether the committing process sends its messages itself, on a background thread, "
+        "leaving to the relay only what a crash or an outage left behind.",
+    )
+    embedded_relay: bool = option(
+        True, "Whether every worker runs a relay beside its pool. Turn off to run relays apart."
+    )
+    relay_batch: int = option(500, "Messages that a relay claims and sends at once.", least=1)
+    relay_poll: float = option(
+        0.1, "Seconds between two looks at an empty outbox, at the most.", least=0.001
+    )
+    publish_timeout: float = option(
+        10.0, "Seconds to wait for the broker's confirmation of a batch.", least=0.1
+    )
+    transaction_timeout: float = option(
+        600.0,
+        "Seconds that a handler's transaction may wait for something else than the database, "
+        "before the database ends it and the message is handled again.",
+        least=1,
+    )
+    claim_timeout: float = option(
+        30.0,
+        "Seconds after which the rows of a relay that hangs are free again. Longer than "
+        "`eda_publish_timeout`.",
+        least=1,
+    )
+    retry_delay: float = option(
+        1.0, "Seconds before a message that the broker refused is sent again; doubles.", least=0.01
+    )
+    retry_delay_max: float = option(300.0, "The longest such delay, in seconds.", least=0.01)
+    max_attempts: int = option(
+        20, "Refusals by the broker after which a message becomes a dead letter.", least=1
+    )
+    max_deliveries: int = option(
+        5,
+        "Redeliveries (lost workers) of one message after which it becomes a dead letter.",
+        least=1,
+    )
+    outage_patience: float = option(
+        30.0,
+        "Seconds that a worker keeps trying a message against a database that is away or busy, "
+        "before it hands the message back to the broker.",
+    )
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            _check(setting.name, getattr(self, setting.name), setting.metadata)
+        if self.claim_timeout <= self.publish_timeout:
+            raise UnsafeSetting(
+                f"eda_claim_timeout ({self.claim_timeout} s) must be longer than "
+                f"eda_publish_timeout ({self.publish_timeout} s): a relay that still waits for "
+                "confirms would lose its claim, and every slow batch would be sent twice. "
+                "Raise eda_claim_timeout."
+            )
+
+    @classmethod
+    def of(cls, conf: Any) -> Settings:
+        """The settings in *conf*, an app's configuration.
+
+        Raises:
+            UnknownSetting: a key begins with ``eda_`` but is none of ours.
+            ConfigurationError: a value has the wrong type or is out of range.
+        """
+        defaults = {setting.name: setting.default for setting in fields(cls)}
+        # An app that was configured before this package was imported does not know our defaults.
+        values = {name: conf.get(PREFIX + name, default) for name, default in defaults.items()}
+        for raw, name in _eda_keys(conf):
+            if name not in defaults:
+                raise UnknownSetting(_did_you_mean(raw, name, set(defaults)))
+        return cls(**{name: _typed(name, values[name], defaults[name]) for name in defaults})
+
+
+def register() -> None:
+    """Make the settings known to Celery, so that they have defaults and types everywhere."""
+    defaults.NAMESPACES["eda"] = defaults.Namespace(
+        **{
+            setting.name: defaults.Option(setting.default, type=_celery_type(setting.default))
+            for setting in fields(Settings)
+        }
+    )
+    options = {PREFIX + name: opt for name, opt in defaults.NAMESPACES["eda"].items()}
+    defaults._OPTIONS.update(options)
+    defaults.DEFAULTS.update({key: opt.default for key, opt in options.items()})
+    defaults.SETTING_KEYS.update(options)
+
+
+def _celery_type(default: Any) -> str:
+    """Celery's name of the type that text on the command line is made into.
+
+    Its own "tuple" would cut the text into characters; :func:`_typed` makes a tuple of it.
+    """
+    return {bool: "bool", int: "int", float: "float", tuple: "any"}.get(type(default), "string")
+
+
+def _eda_keys(conf: Any) -> Iterator[tuple[str, str]]:
+    """Every configured key that means a setting of ours: as written, and without prefixes.
+
+    The namespace of *conf* is known once a value has been read from it.
+    """
+    namespace = (getattr(conf, "prefix", None) or "").lower()
+    for raw in conf:
+        key = str(raw).lower()
+        if namespace and key.startswith(namespace + PREFIX):
+            yield raw, key.removeprefix(namespace + PREFIX)
+        elif str(raw).startswith(PREFIX):
+            yield raw, key.removeprefix(PREFIX)
+
+
+def _did_you_mean(raw: str, name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {PREFIX}{close[0]}?" if close else ""
+    return f"{raw!r} is no setting of celery_eda.{hint} Known: " + ", ".join(
+        PREFIX + each for each in sorted(known)
+    )
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """*value* as the type of *default*; text is converted, since environments hold only text."""
+    if isinstance(value, str) and isinstance(default, bool | int | float):
+        try:
+            return defaults.Option(type=type(default).__name__).to_python(value)
+        except (TypeError, ValueError):
+            pass
+    if isinstance(default, tuple):
+        return (value,) if isinstance(value, str) else tuple(value)
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if default is not None and type(value) is not type(default):
+        raise ConfigurationError(
+            f"{PREFIX}{name} must be of type {type(default).__name__}, not {value!r}."
+        )
+    return value
+
+
+def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    if (choices := metadata["choices"]) and value not in choices:
+        raise ConfigurationError(
+            f"{PREFIX}{name} must be one of {', '.join(map(repr, choices))}, not {value!r}."
+        )
+    if type(value) in (int, float) and not metadata["least"] <= value < math.inf:
+        raise ConfigurationError(
+            f"{PREFIX}{name} must be a number from {metadata['least']} on, not {value!r}."
+        )

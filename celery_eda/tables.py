@@ -1,0 +1,212 @@
+"""The tables, on one SQLAlchemy ``MetaData``: each service has its own set in its own database.
+
+Two consumers whose names differ in case, trailing blanks or Unicode form are two consumers on
+every database.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    DateTime,
+    Dialect,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    Uuid,
+    and_,
+)
+from sqlalchemy.dialects import mysql
+from sqlalchemy.sql import ColumnElement
+from sqlalchemy.sql.type_api import TypeEngine
+
+from celery_eda.message import Identity
+
+# SQLite counts rows only in a column of the type INTEGER, and with AUTOINCREMENT gives no id twice.
+Identifier = BigInteger().with_variant(Integer(), "sqlite")
+Moment = DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
+Bytes = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
+LongText = Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
+# Stored alike by MariaDB's two dialect names, of which one knows a native UUID type.
+MessageId: TypeEngine[Any] = Uuid().with_variant(
+    Uuid(native_uuid=False), "mysql", "mariadb", "sqlite"
+)
+NAME_LENGTH = 255
+
+
+class Name(TypeDecorator[str]):
+    """Text that is compared byte by byte.
+
+    MariaDB and MySQL ignore trailing blanks, but in collations that the other one does not have:
+    there the text is kept as bytes.
+    """
+
+    impl = String(NAME_LENGTH)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if _keeps_bytes(dialect):
+            return dialect.type_descriptor(mysql.VARBINARY(4 * NAME_LENGTH))
+        return dialect.type_descriptor(String(NAME_LENGTH))
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> Any:
+        return value.encode() if value is not None and _keeps_bytes(dialect) else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
+        return value.decode() if isinstance(value, bytes) else value
+
+
+def _keeps_bytes(dialect: Dialect) -> bool:
+    return dialect.name in ("mysql", "mariadb")
+
+
+_OPTIONS: dict[str, Any] = {
+    "mysql_engine": "InnoDB",
+    "mysql_charset": "utf8mb4",
+    "mysql_collate": "utf8mb4_bin",
+    "mariadb_engine": "InnoDB",
+    "mariadb_charset": "utf8mb4",
+    "mariadb_collate": "utf8mb4_bin",
+}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of one service.
+
+    Attributes:
+        prefix: what their names begin with.
+        schema: the database schema they are in, None for the default one.
+        outbox: committed messages that are not sent yet.
+        inbox: the outcome of each attempt at a message.
+        attempts: deliveries of messages that have not had an outcome.
+        dead_letters: messages that could not be sent or handled, whole.
+        version: the revision of the tables, as Alembic records it.
+    """
+
+    prefix: str
+    schema: str | None
+    metadata: MetaData
+    outbox: Table
+    inbox: Table
+    attempts: Table
+    dead_letters: Table
+    version: Table
+
+    @property
+    def all(self) -> tuple[Table, ...]:
+        """Every table but that of the version."""
+        return (self.outbox, self.inbox, self.attempts, self.dead_letters)
+
+    @classmethod
+    def on(
+        cls, metadata: MetaData | None = None, *, prefix: str = "eda_", schema: str | None = None
+    ) -> Tables:
+        """The tables, made on *metadata*: pass a project's own to have its migrations see them."""
+        metadata = MetaData() if metadata is None else metadata
+        outbox = Table(
+            f"{prefix}outbox",
+            metadata,
+            Column("id", Identifier, primary_key=True, autoincrement=True),
+            *_message_columns(),
+            Column("available_at", Moment, nullable=True),
+            Column("attempts", Integer, nullable=False, server_default="0"),
+            Column("last_error", LongText),
+            Column("claimed_by", String(32)),
+            schema=schema,
+            sqlite_autoincrement=True,
+            **_OPTIONS,
+        )
+        # One index serves both claims: rows for now (NULL, by id) and rows that came due.
+        Index(f"ix_{prefix}outbox_available", outbox.c.available_at, outbox.c.id)
+        inbox = Table(
+            f"{prefix}inbox",
+            metadata,
+            *_attempt_columns(),
+            Column("outcome", String(8), nullable=False),
+            Column("result", Bytes),
+            Column("at", Moment, nullable=False),
+            PrimaryKeyConstraint("consumer", "message_id", "revision"),
+            schema=schema,
+            **_OPTIONS,
+        )
+        attempts = Table(
+            f"{prefix}attempts",
+            metadata,
+            *_attempt_columns(),
+            Column("deliveries", Integer, nullable=False),
+            Column("at", Moment, nullable=False),
+            PrimaryKeyConstraint("consumer", "message_id", "revision"),
+            schema=schema,
+            **_OPTIONS,
+        )
+        dead_letters = Table(
+            f"{prefix}dead_letters",
+            metadata,
+            Column("id", Identifier, primary_key=True, autoincrement=True),
+            *_message_columns(),
+            Column("consumer", Name),
+            Column("reason", String(32), nullable=False),
+            Column("error_type", String(NAME_LENGTH)),
+            Column("error", LongText),
+            Column("traceback", LongText),
+            Column("attempts", Integer, nullable=False),
+            Column("at", Moment, nullable=False),
+            schema=schema,
+            sqlite_autoincrement=True,
+            **_OPTIONS,
+        )
+        version = Table(
+            f"{prefix}version",
+            metadata,
+            Column("version_num", String(32), nullable=False),
+            PrimaryKeyConstraint("version_num", name=f"{prefix}version_pkc"),
+            schema=schema,
+        )
+        return cls(prefix, schema, metadata, outbox, inbox, attempts, dead_letters, version)
+
+
+def _attempt_columns() -> tuple[Column[Any], ...]:
+    return (
+        Column("consumer", Name, nullable=False),
+        Column("message_id", MessageId, nullable=False),
+        Column("revision", Integer, nullable=False),
+    )
+
+
+def is_attempt(table: Table, consumer: str, identity: Identity) -> ColumnElement[bool]:
+    """The row of one consumer's attempt at one message, in the inbox or the attempts table."""
+    columns = table.c
+    return and_(
+        columns.consumer == consumer,
+        columns.message_id == identity.id,
+        columns.revision == identity.revision,
+    )
+
+
+def _message_columns() -> tuple[Column[Any], ...]:
+    return (
+        Column("message_id", MessageId, nullable=False),
+        Column("revision", Integer, nullable=False),
+        Column("task", String(NAME_LENGTH), nullable=False),
+        Column("queue", String(NAME_LENGTH)),
+        Column("exchange", String(NAME_LENGTH), nullable=False),
+        Column("routing_key", String(NAME_LENGTH), nullable=False),
+        Column("content_type", String(NAME_LENGTH), nullable=False),
+        Column("content_encoding", String(NAME_LENGTH), nullable=False),
+        Column("headers", LongText, nullable=False),
+        Column("properties", LongText, nullable=False),
+        Column("body", Bytes, nullable=False),
+        Column("preparation", LongText),
+        Column("created_at", Moment, nullable=False),
+    )

@@ -1,0 +1,242 @@
+"""The reliable task: a Celery task whose call in a worker is a delivery."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
+
+from billiard.process import current_process
+from celery import Celery, Task
+from celery.exceptions import Reject
+from celery.utils.log import get_logger
+from celery.worker import state
+from celery.worker.request import Request
+from sqlalchemy.orm import Session
+
+from celery_eda import checkpoints, context
+from celery_eda.errors import UnsafeSetting
+
+log = get_logger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class ReliableRequest(Request):
+    """What Celery's main process knows of a message in its pool."""
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """Give a message whose handler overran its hard limit back to the broker.
+
+        Celery would report a failure and acknowledge it, although nothing was committed. Coming
+        back it is counted, and ends as a dead letter if it overruns every time.
+        """
+        if soft:
+            super().on_timeout(soft, timeout)
+            return
+        state.task_ready(self)
+        log.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
+        self.reject(requeue=True)
+
+    def _success_was_stored(self) -> bool:
+        """Never: Celery would acknowledge the message of a lost worker that told its result.
+
+        What comes after the result, its part in a chord, would never be done; a copy does it.
+        """
+        return False
+
+    def acknowledge(self) -> None:
+        super().acknowledge()
+        checkpoints.reach("delivery.acknowledged")
+
+
+class ReliableTask(Task):
+    """Takes effect once for every message, together with what it publishes."""
+
+    abstract = True
+    acks_late = True
+    acks_on_failure = True
+    acks_on_timeout = False
+    reject_on_worker_lost = True
+    Request = "celery_eda.task:ReliableRequest"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        request = self.request
+        if request.called_directly or request.is_eager or _is_running(request.id):
+            return super().__call__(*args, **kwargs)
+        try:
+            return self.app.eda.consumer.deliver(self, args, kwargs)
+        except SystemExit as exit_:
+            if _ends_with(exit_):
+                raise
+            raise Reject(exit_, requeue=True) from exit_
+
+    def before_start(self, *_: Any) -> None:
+        """Nothing yet: a failure here would end a message without a trace of it."""
+
+    def handle(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's function, after the ``before_start`` of the user's class."""
+        super().before_start(self.request.id, args, kwargs)
+        return self.run(*args, **kwargs)
+
+
+class TypedTask(Protocol[P, R_co]):
+    """A reliable task as a type checker sees it: a Celery task that knows its parameters."""
+
+    name: str
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any: ...
+    def s(self, *args: Any, **kwargs: Any) -> Any: ...
+    def si(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+    def signature(self, args: Any = None, *starargs: Any, **options: Any) -> Any: ...
+
+
+class HasApp(Protocol):
+    """What the decorator needs of the hall."""
+
+    app: Celery
+
+    @property
+    def session(self) -> Session: ...
+
+
+class Decorating(Protocol):
+    """``@eda.task(…)`` with options: what it returns decorates the function."""
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[Session, P], R], /) -> TypedTask[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> TypedTask[P, R]: ...
+
+
+class DecoratingBound(Protocol):
+    """``@eda.task(bind=True, …)``: the function's first parameter is the task."""
+
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[Any, Session, P], R], /
+    ) -> TypedTask[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Any, P], R], /) -> TypedTask[P, R]: ...
+
+
+class TaskDecorator:
+    """``@eda.task``: makes a function a reliable Celery task; takes the options of ``@app.task``.
+
+    A function whose first parameter (after ``self``, if bound) is called ``session`` gets the
+    session of the message in progress there; callers leave it out.
+    """
+
+    def __init__(self, eda: HasApp) -> None:
+        self._eda = eda
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[Session, P], R], /) -> TypedTask[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> TypedTask[P, R]: ...
+    @overload
+    def __call__(self, /, *, bind: Literal[True], **options: Any) -> DecoratingBound: ...
+    @overload
+    def __call__(self, /, **options: Any) -> Decorating: ...
+    def __call__(self, function: Any = None, /, **options: Any) -> Any:
+        _refuse_unsafe(options)
+        options["base"] = reliable_class(options.get("base", Task))
+        # It belongs to the one app whose database keeps it, not to every app of the process.
+        options.setdefault("shared", False)
+
+        def decorate(function: Callable[..., Any]) -> Any:
+            given = self._with_session(function, bound=options.get("bind", False))
+            return self._eda.app.task(**options)(finishing(given))
+
+        return decorate if function is None else decorate(function)
+
+    def _with_session(self, function: Callable[..., Any], *, bound: bool) -> Callable[..., Any]:
+        """*function* without its ``session`` parameter, if it has one."""
+        signature = inspect.signature(function)
+        names = list(signature.parameters)
+        position = 1 if bound else 0
+        if names[position : position + 1] != ["session"]:
+            return function
+        eda = self._eda
+
+        @functools.wraps(function)
+        def with_session(*args: Any, **kwargs: Any) -> Any:
+            return function(*args[:position], eda.session, *args[position:], **kwargs)
+
+        with_session.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[each for each in signature.parameters.values() if each.name != "session"]
+        )
+        return with_session
+
+
+def reliable_class(base: type[Task]) -> type[Task]:
+    """*base* as a reliable task class."""
+    if issubclass(base, ReliableTask):
+        return base
+    if base is Task:
+        return ReliableTask
+    return type(base.__name__, (ReliableTask, base), {"abstract": True})
+
+
+def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An ``async def`` *function* as one that Celery can call: it returns when it is done.
+
+    Called from an ``async def`` function it can be awaited, as ever.
+    """
+    if not is_asynchronous(function):
+        return function
+
+    @functools.wraps(function)
+    def finish(*args: Any, **kwargs: Any) -> Any:
+        handler = function(*args, **kwargs)
+        return handler if context.running_task() else asyncio.run(handler)
+
+    return finish
+
+
+def is_asynchronous(function: Callable[..., Any]) -> bool:
+    """Whether *function*, or the one it wraps, is an ``async def``."""
+    return inspect.iscoroutinefunction(inspect.unwrap(function))
+
+
+def made_reliable(task: Task) -> None:
+    """Make *task*, registered as an ordinary one, reliable in place."""
+    if isinstance(task, ReliableTask):
+        return
+    # With autoretry_for, ``run`` calls ``_orig_run``.
+    run = "_orig_run" if hasattr(task, "_orig_run") else "run"
+    setattr(task, run, finishing(getattr(task, run)))
+    task.__class__ = type(
+        type(task).__name__,
+        (ReliableTask, type(task)),
+        {"__module__": type(task).__module__, "__doc__": type(task).__doc__},
+    )
+
+
+def _refuse_unsafe(options: dict[str, Any]) -> None:
+    for name in ("acks_late", "acks_on_failure", "acks_on_timeout", "reject_on_worker_lost"):
+        if options.get(name, getattr(ReliableTask, name)) != getattr(ReliableTask, name):
+            raise UnsafeSetting(
+                f"@eda.task needs {name}={getattr(ReliableTask, name)}: with any other value a "
+                "killed worker loses the message. Leave the option out, or use @app.task."
+            )
+
+
+def _ends_with(exit_: SystemExit) -> bool:
+    """Whether the process, or its worker, may end: Celery then sees to the message.
+
+    In a pool without processes it could not: nobody would ever hear of the message again.
+    """
+    return type(exit_) is not SystemExit or current_process().name != "MainProcess"
+
+
+def _is_running(task_id: str) -> bool:
+    """Whether a handler calls its own task as a plain function."""
+    progress = context.in_progress.get()
+    return progress is not None and progress.task_id == task_id and not progress.finished

@@ -1,0 +1,30 @@
+"""One file per broker; each writes only what differs in sending a batch and hearing of its fate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kombu.utils.imports import symbol_by_name
+
+from celery_eda.transports.base import Transport
+
+#: By the ``driver_type`` of kombu's transport, so that ``rediss`` and ``sentinel`` are ``redis``.
+#: A broker from elsewhere is added as ``ALIASES["driver_type"] = "module:Class"``.
+ALIASES = {
+    "amqp": "celery_eda.transports.rabbitmq:RabbitMQ",
+    "redis": "celery_eda.transports.redis:Redis",
+}
+OTHERS = "celery_eda.transports.plain:Plain"
+
+
+def transport_of(app: Any, *, timeout: float, vendor: str | None = None) -> Transport:
+    """A transport to the broker that *app* writes to; it connects when it first sends.
+
+    A batch may take *timeout* seconds. *vendor* is an alias or ``"module:Class"`` to be taken
+    instead of what the broker's URL says.
+    """
+    if vendor is None:
+        vendor = app.connection_for_write().transport.driver_type
+    factory = symbol_by_name(ALIASES.get(vendor, vendor if ":" in vendor else OTHERS))
+    transport: Transport = factory(app, timeout=timeout)
+    return transport

@@ -1,0 +1,111 @@
+"""What the road needs of a broker: send a batch, and say of each message what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from kombu.common import Broadcast
+from kombu.messaging import Producer
+
+from celery_eda.message import Message
+
+
+class Verdict(Enum):
+    """What became of one message."""
+
+    #: The broker has taken responsibility for this very message.
+    confirmed = "confirmed"
+    #: The broker refused this very message: unroutable, nacked, queue full, queue mismatch.
+    refused = "refused"
+    #: Nobody knows: the connection broke, or no answer came in time. It must be sent again.
+    unknown = "unknown"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The broker's answer to one message, with the broker's own words if it refused."""
+
+    verdict: Verdict
+    why: str = ""
+
+
+CONFIRMED = Answer(Verdict.confirmed)
+
+
+def refused(error: BaseException) -> Answer:
+    """The answer to a message that is itself the reason of *error*."""
+    return Answer(Verdict.refused, _words(error))
+
+
+def unknown(error: BaseException) -> Answer:
+    """The answer to messages that were on their way, or not sent yet, when *error* came."""
+    return Answer(Verdict.unknown, _words(error))
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:500]  # it may quote what could not be encoded
+
+
+class Transport(Protocol):
+    """One connection to one broker, used by one thread.
+
+    A transport connects when it first sends, and again by itself after an outage.
+    """
+
+    def publish(self, messages: Sequence[Message]) -> list[Answer]:
+        """Send *messages* in order and wait for the broker's answer to each.
+
+        Takes at most the transport's time-out in all. Never raises for anything the broker or
+        the network does: an outage is the answer ``unknown`` to every message it concerns.
+
+        Returns:
+            One answer for each message, in the same order.
+        """
+        ...
+
+    def close(self) -> None:
+        """Drop the connection. Closing twice is harmless."""
+        ...
+
+
+class TransportFactory(Protocol):
+    """Makes the transport of an app; *timeout* is in seconds and covers one batch."""
+
+    def __call__(self, app: Any, *, timeout: float) -> Transport: ...
+
+
+def publish_with(producer: Producer, message: Message) -> None:
+    """Let kombu's *producer* publish *message*, byte for byte as Celery would have."""
+    producer.publish(
+        message.body,
+        content_type=message.content_type,
+        content_encoding=message.content_encoding,
+        headers=dict(message.headers),
+        exchange=message.exchange,
+        routing_key=message.routing_key,
+        **message.properties,
+    )
+
+
+def declare(app: Any, channel: Any, name: str) -> None:
+    """Declare the queue that *app* knows as *name*, with its exchange and binding.
+
+    Of a broadcast only the exchange: every consumer declares a queue of its own.
+
+    Raises:
+        KeyError: there is no such queue, and the app does not create missing ones.
+    """
+    queue = app.amqp.queues[name]
+    entity = queue.exchange if isinstance(queue, Broadcast) else queue
+    entity.bind(channel).declare()
+
+
+def unroutable(message: Message) -> LookupError:
+    """The error for a message that no queue would get, where the broker itself says nothing."""
+    return LookupError(
+        f"No queue is bound to exchange {message.exchange!r} "
+        f"with routing key {message.routing_key!r}."
+    )

@@ -1,0 +1,91 @@
+"""Publisher confirms: which answer of the broker belongs to which message.
+
+The broker answers with delivery tags, late, out of order, and many at once. A message that it
+could not route comes back first, without a tag, and is confirmed all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from itertools import takewhile
+from typing import Any
+
+from amqp.exceptions import ChannelError, UnexpectedFrame
+
+from celery_eda.message import ID_HEADER, REVISION_HEADER, Message
+from celery_eda.transports.base import CONFIRMED, Answer, Verdict
+
+NACKED = Answer(Verdict.refused, "basic.nack: the queue is full, or cannot store the message")
+
+
+class Flight:
+    """The messages under way on one channel.
+
+    Args:
+        tags: the delivery tags that the channel gives out from here on.
+        answers: where the answers go, by the message's position in its batch.
+    """
+
+    def __init__(self, tags: Iterator[int], answers: MutableMapping[int, Answer]) -> None:
+        self._tags = tags
+        self._answers = answers
+        self._under_way: dict[int, tuple[int, Message]] = {}
+        self._returned: dict[int, Answer] = {}
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    @property
+    def positions(self) -> list[int]:
+        """Where in their batch the messages under way are, in the order of sending."""
+        return [position for position, _ in self._under_way.values()]
+
+    def add(self, position: int, message: Message) -> None:
+        """Take off with *message*; it is the next that is published on the channel."""
+        self._under_way[next(self._tags)] = position, message
+
+    def listen(self, channel: Any) -> None:
+        """Be the one that hears the answers on *channel*."""
+        channel.events["basic_ack"] = {self.ack}
+        channel.events["basic_nack"] = {self.nack}
+        channel.events["basic_return"] = {self.come_back}
+
+    def ack(self, tag: int, multiple: bool) -> None:
+        for each in self._meant(tag, multiple):
+            self._land(each, self._returned.pop(each, CONFIRMED))
+
+    def nack(self, tag: int, multiple: bool) -> None:
+        for each in self._meant(tag, multiple):
+            self._land(each, self._returned.pop(each, NACKED))
+
+    def come_back(
+        self, error: ChannelError, exchange: str, routing_key: str, returned: Any
+    ) -> None:
+        """Remember that the broker could not route a message, until its confirm comes.
+
+        Where two under way look the same, both count as returned: sending one of them again does
+        no harm, taking it for delivered would.
+        """
+        headers = returned.headers or {}
+        alike = [
+            tag
+            for tag, (_, message) in self._under_way.items()
+            if message.headers.get(ID_HEADER) == headers.get(ID_HEADER)
+            and message.headers.get(REVISION_HEADER) == headers.get(REVISION_HEADER)
+            and message.routing_key == routing_key
+            and message.exchange == exchange
+        ]
+        if not alike:
+            raise UnexpectedFrame("The broker returned a message that is not under way.")
+        why = f"{error.reply_code} {error.reply_text}: {exchange=} {routing_key=}"
+        self._returned.update(dict.fromkeys(alike, Answer(Verdict.refused, why)))
+
+    def _meant(self, tag: int, multiple: bool) -> list[int]:
+        """The tags that the broker answers for: this one, or all up to it."""
+        if multiple:
+            return list(takewhile(lambda each: each <= tag, self._under_way))
+        return [tag] if tag in self._under_way else []
+
+    def _land(self, tag: int, answer: Answer) -> None:
+        position, _ = self._under_way.pop(tag)
+        self._answers[position] = answer

@@ -1,0 +1,158 @@
+"""AMQP frames for many messages, so that one write to the socket sends them all.
+
+What kombu and py-amqp would write, byte for byte; in half their time, since most headers
+are the same from message to message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from struct import pack
+from typing import Any
+
+from amqp import Message as AMQPMessage
+from amqp.exceptions import ContentTooLarge
+from amqp.serialization import dumps
+from amqp.spec import Basic
+from kombu.messaging import Producer
+
+from celery_eda.message import Message
+from celery_eda.transports.base import publish_with
+
+METHOD, HEADER, BODY = 1, 2, 3
+FRAME_OVERHEAD = 8  # bytes around the payload of a frame
+FRAME_END = b"\xce"
+
+
+class Frames:
+    """Frames to write on the channel *channel_id*.
+
+    Stands in for a channel, to kombu's producer, which gives each message its properties.
+    """
+
+    def __init__(self, channel_id: int, frame_max: int) -> None:
+        self.size = 0
+        self._channel_id = channel_id
+        self._frame_max = frame_max
+        self._frames: list[bytes] = []
+        self._producer = Producer(self)
+
+    def add(self, message: Message) -> None:
+        """Encode *message*; raises whatever kombu and py-amqp raise if that is impossible."""
+        publish_with(self._producer, message)
+
+    def take(self) -> memoryview:
+        """All frames so far; starts anew."""
+        taken, self._frames, self.size = b"".join(self._frames), [], 0
+        return memoryview(taken)
+
+    def prepare_message(
+        self,
+        body: bytes,
+        priority: int | None,
+        content_type: str,
+        content_encoding: str,
+        headers: Mapping[str, Any],
+        properties: Mapping[str, Any],
+    ) -> tuple[bytes, Mapping[str, Any]]:
+        return body, {
+            "priority": priority,
+            "content_type": content_type,
+            "content_encoding": content_encoding,
+            "application_headers": headers,
+            **properties,
+        }
+
+    def basic_publish(
+        self,
+        message: tuple[bytes, Mapping[str, Any]],
+        exchange: str,
+        routing_key: str,
+        immediate: bool,
+        **_: Any,
+    ) -> None:
+        """Encode a message as *mandatory*: it comes back if no queue takes it."""
+        body, properties = message
+        header = pack(">HHQ", Basic.CLASS_ID, 0, len(body)) + _properties(properties)
+        room = self._frame_max - FRAME_OVERHEAD
+        if len(header) > room:  # the broker would close the connection
+            raise ContentTooLarge(f"{len(header)} bytes of headers; one frame takes {room}.")
+        frames = [
+            self._frame(METHOD, _route(exchange, routing_key, immediate)),
+            self._frame(HEADER, header),
+            *(self._frame(BODY, body[at : at + room]) for at in range(0, len(body), room)),
+        ]
+        self._frames += frames
+        self.size += sum(map(len, frames))
+
+    def _frame(self, kind: int, payload: bytes) -> bytes:
+        return pack(">BHI", kind, self._channel_id, len(payload)) + payload + FRAME_END
+
+
+@lru_cache(maxsize=1024)
+def _route(exchange: str, routing_key: str, immediate: bool) -> bytes:
+    mandatory = True
+    arguments: bytes = dumps("Bssbb", (0, exchange, routing_key, mandatory, immediate))
+    return pack(">HH", *Basic.Publish) + arguments
+
+
+def _properties(properties: Mapping[str, Any]) -> bytes:
+    flags, encoded = 0, [b""]
+    for flag, name, encode in LAYOUT:
+        if (value := properties.get(name)) is not None:
+            flags |= flag
+            encoded.append(encode(value))
+    encoded[0] = pack(">H", flags)
+    return b"".join(encoded)
+
+
+def _short(text: Any) -> bytes:
+    encoded: bytes = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    return pack("B", len(encoded)) + encoded
+
+
+_name = lru_cache(maxsize=1024)(_short)
+
+
+def _table(entries: Mapping[str, Any]) -> bytes:
+    encoded = b"".join([_name(name) + _value(value) for name, value in entries.items()])
+    return pack(">I", len(encoded)) + encoded
+
+
+def _value(value: Any) -> bytes:
+    kind = type(value)
+    if kind is str:
+        text: bytes = value.encode("utf-8", "surrogatepass")
+        return b"S" + pack(">I", len(text)) + text
+    if value is None:
+        return b"V"
+    if kind is int or kind is bool:
+        return _number(value)
+    if kind is dict:
+        return b"F" + _table(value)
+    if kind is list:
+        array = b"".join(map(_value, value))
+        return b"A" + pack(">I", len(array)) + array
+    return _other(value)
+
+
+def _other(value: Any) -> bytes:
+    array_of_one: bytes = dumps("A", ([value],))
+    return array_of_one[4:]  # without its length
+
+
+#: Typed, because True and 1 are equal and not the same.
+_number = lru_cache(maxsize=1024, typed=True)(_other)
+
+_ENCODERS: dict[str, Callable[[Any], bytes]] = {
+    "s": _short,
+    "F": _table,
+    "o": lambda value: pack("B", value),
+    "L": lambda value: pack(">Q", value),
+}
+#: Of every property its flag, its name and how to encode it, in py-amqp's order.
+LAYOUT = [
+    (1 << 15 - place, name, _ENCODERS[kind])
+    for place, (name, kind) in enumerate(AMQPMessage.PROPERTIES)
+]

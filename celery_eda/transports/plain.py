@@ -1,0 +1,91 @@
+"""Messages to any other broker that kombu knows, one by one.
+
+Confirmed means that kombu's publish has returned: what that is worth is up to the broker and to
+kombu's transport for it, and so are the time-outs of a single publish.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from kombu.exceptions import OperationalError
+from kombu.messaging import Producer
+from kombu.transport import virtual
+
+from celery_eda.message import Message
+from celery_eda.transports.base import (
+    CONFIRMED,
+    Answer,
+    declare,
+    publish_with,
+    refused,
+    unknown,
+    unroutable,
+)
+
+
+class Plain:
+    """One connection to a broker, through kombu alone."""
+
+    def __init__(self, app: Any, *, timeout: float) -> None:
+        self._app = app
+        self._timeout = timeout
+        self._broker = app.connection_for_write()
+        self._outages = (*self._broker.connection_errors, OperationalError, TimeoutError)
+        self._producer: Producer | None = None
+        self._declared: set[str] = set()
+
+    def publish(self, messages: Sequence[Message]) -> list[Answer]:
+        until = time.monotonic() + self._timeout
+        answers: list[Answer] = []
+        try:
+            producer = self._producer = self._producer or self._connect()
+            for message in messages:
+                if time.monotonic() > until:
+                    raise TimeoutError("The broker was too slow.")
+                answers.append(self._send(producer, message))
+        except self._outages as error:
+            self.close()
+            answers += [unknown(error)] * (len(messages) - len(answers))
+        return answers
+
+    def close(self) -> None:
+        self._broker.collect()
+        self._producer = None
+        self._declared = set()
+
+    def _connect(self) -> Producer:
+        """A producer on the first host that answers, by kombu's own failover."""
+        self._broker.ensure_connection(
+            max_retries=max(len(self._broker.alt) - 1, 0), timeout=self._timeout
+        )
+        return Producer(self._broker.channel())
+
+    def _send(self, producer: Producer, message: Message) -> Answer:
+        try:
+            if message.queue and message.queue not in self._declared:
+                declare(self._app, producer.channel, message.queue)
+                self._declared.add(message.queue)
+            _require_route(producer.channel, message)
+            publish_with(producer, message)
+        except self._outages:
+            raise
+        except Exception as error:  # whatever is wrong with it, it is wrong with it alone
+            self._declared.discard(message.queue or "")
+            return refused(error)
+        return CONFIRMED
+
+
+def _require_route(channel: Any, message: Message) -> None:
+    """Raise ``LookupError`` where kombu would drop *message* in silence: no queue is bound."""
+    if not isinstance(channel, virtual.Channel) or not message.exchange:
+        return
+    if message.exchange not in channel.state.exchanges:
+        raise unroutable(message)
+    exchange, table = channel.typeof(message.exchange), channel.get_table(message.exchange)
+    if exchange.type != "fanout" and not exchange.lookup(
+        table, message.exchange, message.routing_key, None
+    ):
+        raise unroutable(message)

@@ -1,0 +1,168 @@
+"""Taking messages from Redis so that none is ever in nobody's hands.
+
+Kombu's consumer takes a message off its list with ``BRPOP`` and notes it among the unacknowledged
+ones afterwards. Whatever has been popped for a worker that dies in between is gone, and a worker
+without a free slot keeps such a message unread for as long as it is busy. Here a script does both
+in one step on the server. Lists, hash and index are kombu's own, so that its restoring of what a
+dead worker held, and workers without this, go on as before.
+"""
+
+from __future__ import annotations
+
+from queue import Empty
+from time import monotonic, time
+from typing import Any
+
+from kombu import Connection
+from kombu.transport import redis, virtual
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import loads
+from redis.exceptions import ConnectionError
+
+#: Where a payload goes that has no delivery tag, so that nobody could acknowledge it.
+MALFORMED = "celery_eda.malformed"
+
+#: Longest wait for a message of a lower priority, or of another queue, in seconds.
+GLANCE = 0.1
+
+# KEYS: unacknowledged messages, their index by time, the list for what is malformed, and the
+# lists to take from in the order of preference. ARGV: the worker's time, as kombu notes it.
+TAKE = """
+for position = 4, #KEYS do
+  while true do
+    local payload = redis.call('RPOP', KEYS[position])
+    if not payload then break end
+    local ok, message = pcall(cjson.decode, payload)
+    local properties = ok and type(message) == 'table' and message.properties
+    local info = type(properties) == 'table' and properties.delivery_info
+    local tag = info and properties.delivery_tag
+    if type(tag) == 'string' and type(info) == 'table' then
+      local exchange, key = cjson.encode(info.exchange), cjson.encode(info.routing_key)
+      redis.call('HSET', KEYS[1], tag, '[' .. payload .. ',' .. exchange .. ',' .. key .. ']')
+      redis.call('ZADD', KEYS[2], ARGV[1], tag)
+      return {position - 4, payload}
+    end
+    redis.call('LPUSH', KEYS[3], payload)
+  end
+end
+return false
+"""
+
+
+class QoS(redis.QoS):
+    """Knows what the script has noted already."""
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        if delivery_tag == self.channel.taken:
+            virtual.QoS.append(self, message, delivery_tag)
+        else:
+            super().append(message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        self._require_channel()
+        super().ack(delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        self._require_channel()
+        super().reject(delivery_tag, requeue)
+
+    def restore_unacked(self, client: Any = None) -> None:
+        # Celery closes a lost connection twice; the second time kombu has forgotten its server, and
+        # stumbling over that would end the worker. What was taken comes back by itself.
+        if self.channel.connection.client is not None:
+            super().restore_unacked(client)
+
+    def _require_channel(self) -> None:
+        # Kombu stumbles over what a closed channel has lost, and Celery ends its worker for that;
+        # a lost connection it only notes, and the message comes back.
+        if self.channel.closed:
+            raise ConnectionError("the connection that this message came over is lost")
+
+
+class Channel(redis.Channel):
+    """Kombu's channel, taking and noting in one step.
+
+    While the lists are empty it waits with ``BLMOVE`` from the end of one list to the same end,
+    which changes nothing and returns as soon as there is something.
+    """
+
+    QoS = QoS
+    #: Seconds that one worker keeps the others from restoring. One that is cut off meanwhile keeps
+    #: itself from it too, with kombu's own 300 s for longer than anybody would wait. Two that
+    #: restore at once do no harm: each message is restored in a transaction.
+    unacked_mutex_expire = 5
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.taken: str | None = None
+        self._without_ack: set[str] = set()
+        self._asked: list[str] = []
+        self._empty = False
+
+    def basic_consume(self, queue: str, no_ack: bool = False, *args: Any, **kwargs: Any) -> Any:
+        if no_ack:
+            self._without_ack.add(queue)
+        return super().basic_consume(queue, no_ack, *args, **kwargs)
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        if self._without_ack:
+            super()._brpop_start(timeout)
+        elif queues := self._queue_cycle.consume(len(self.active_queues)):
+            self._in_poll = self.client.connection
+            self._brpop_sent_at = monotonic()
+            command = self._wait(queues) if self._empty else self._take(queues)
+            self._in_poll.send_command(*command)
+
+    def _brpop_read(self, **options: Any) -> Any:
+        if self._without_ack:
+            return super()._brpop_read(**options)
+        try:
+            try:
+                reply = self.client.parse_response(self.client.connection, "EVAL", **options)
+            except self.connection_errors:
+                self.client.connection.disconnect()
+                raise
+            waited, self._empty = self._empty, not (self._empty or reply)
+            if waited or not reply:
+                raise Empty
+            self._deliver_taken(*reply)
+            return True
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+
+    def _take(self, queues: list[str]) -> list[Any]:
+        self._asked = [queue for _ in self.priority_steps for queue in queues]
+        lists = [self._q_for_pri(queue, pri) for pri in self.priority_steps for queue in queues]
+        keys = [self.unacked_key, self.unacked_index_key, MALFORMED, *lists]
+        prefixed = [self.global_keyprefix + key for key in keys]
+        return ["EVAL", TAKE, len(keys), *prefixed, time()]
+
+    def _wait(self, queues: list[str]) -> list[Any]:
+        self._queue_cycle.rotate(queues[0])
+        end = self.global_keyprefix + self._q_for_pri(queues[0], self.priority_steps[0])
+        return ["BLMOVE", end, end, "RIGHT", "RIGHT", GLANCE]
+
+    def _deliver_taken(self, position: int, payload: bytes) -> None:
+        queue = self._asked[position]
+        self._queue_cycle.rotate(queue)
+        message = loads(bytes_to_str(payload))
+        self.taken = message["properties"]["delivery_tag"]
+        try:
+            self.connection._deliver(message, queue)
+        finally:
+            self.taken = None
+
+
+class Transport(redis.Transport):
+    """Kombu's transport, with that channel."""
+
+    Channel = Channel
+
+
+class SafeConnection(Connection):
+    """Kombu's connection; to Redis, one that loses nothing when its worker dies."""
+
+    def get_transport_cls(self) -> Any:
+        transport = super().get_transport_cls()
+        return Transport if transport is redis.Transport else transport

@@ -1,0 +1,114 @@
+"""The one transaction of a message: its inbox row, the handler's rows, and what it published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Engine, event
+
+from celery_eda import context
+from celery_eda.attempts import Attempts
+from celery_eda.context import InProgress
+from celery_eda.delivery import Delivery
+from celery_eda.dialects.base import Dialect
+from celery_eda.errors import BrokenTransaction
+from celery_eda.patience import Passing
+from celery_eda.transaction import Store, Transaction
+
+
+@dataclass(frozen=True)
+class UnitsOfWork:
+    """Begins the transactions of messages.
+
+    Attributes:
+        store: the outbox, for what handlers publish.
+        join: the transaction that captures what is published through a connection.
+    """
+
+    engine: Engine
+    dialect: Dialect
+    attempts: Attempts
+    store: Store
+    join: Callable[[Connection, Store], Transaction]
+
+    @contextmanager
+    def begin(self, delivery: Delivery) -> Iterator[UnitOfWork]:
+        """A transaction that captures what is published in it; undone unless it is committed.
+
+        Raises:
+            Passing: the database went away.
+        """
+        request = delivery.task.request
+        with self.engine.connect() as connection:
+            progress = InProgress(
+                delivery.identity, request.id, request.retries or 0, connection.begin()
+            )
+            context.in_progress.set(progress)
+            outgoing = self.join(connection, self.store)
+            try:
+                with context.scope_of(outgoing, inherited=True):
+                    yield UnitOfWork(delivery, progress, outgoing, self.dialect, self.attempts)
+            except Exception as error:
+                if connection.invalidated:
+                    raise Passing from error
+                raise
+            finally:
+                progress.finished = True
+
+
+@dataclass(frozen=True)
+class UnitOfWork:
+    """The transaction of one message."""
+
+    delivery: Delivery
+    progress: InProgress
+    outgoing: Transaction
+    dialect: Dialect
+    attempts: Attempts
+
+    @property
+    def connection(self) -> Connection:
+        return self.progress.connection
+
+    def flush(self) -> None:
+        """Write what user code left in the session; its transaction must still be the message's.
+
+        Raises:
+            BrokenTransaction: it would not be committed together with the inbox row.
+        """
+        progress, consumer = self.progress, self.delivery.consumer
+        if self.dialect.is_aborted(self.connection):
+            raise BrokenTransaction(
+                f"A statement of {consumer} failed and the handler went on, but the "
+                "database has given up the transaction. Put what may fail into "
+                "`with session.begin_nested():`."
+            )
+        if progress.session is not None and progress.transaction.is_active:
+            progress.session.commit()
+        if not progress.transaction.is_active:
+            raise BrokenTransaction(
+                f"{consumer} rolled back the transaction of its own message, or a flush "
+                "that failed did. Put what may fail into `with session.begin_nested():`."
+            )
+
+    def commit(self) -> None:
+        """Commit the outcome, what the handler wrote, and what it published, together."""
+        if self.delivery.redelivered:
+            self.attempts.forget(self.connection, self.delivery.consumer, self.delivery.identity)
+        self.outgoing.write(self.connection)
+        self.progress.finished = True
+        self.connection.commit()
+
+
+@event.listens_for(Engine, "commit")
+def _refuse_commit(connection: Connection) -> None:
+    progress = context.in_progress.get()
+    if progress and progress.connection is connection and not progress.finished:
+        # SQLAlchemy takes this for a failed COMMIT, after which it sends no ROLLBACK.
+        connection.connection.rollback()
+        raise BrokenTransaction(
+            "A handler committed the transaction of its own message: if the worker died now, the "
+            "rest would never be done. It is committed when the handler ends; leave that out."
+        )
