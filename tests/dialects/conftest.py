@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+
+from celery_eda.attempts import Attempts
+from celery_eda.dead_letters import DeadLetters
+from celery_eda.inbox import Inbox
+from celery_eda.outbox import Outbox
+from tests.databases import Database
+
+
+@pytest.fixture
+def outbox(database: Database) -> Outbox:
+    return Outbox(database.tables.outbox, database.dialect)
+
+
+@pytest.fixture
+def inbox(database: Database) -> Inbox:
+    return Inbox(database.tables.inbox, database.dialect)
+
+
+@pytest.fixture
+def attempts(database: Database) -> Attempts:
+    return Attempts(database.tables.attempts, database.dialect)
+
+
+@pytest.fixture
+def dead_letters(database: Database) -> DeadLetters:
+    return DeadLetters(database.tables.dead_letters, database.dialect)

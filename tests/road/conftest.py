@@ -1,0 +1,293 @@
+"""A whole system of processes for each test: producers, relays, workers, a broker, a database."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, NullPool, create_engine, func, select
+
+from celery_eda import schema
+from celery_eda.dialects import dialect_of
+from celery_eda.tables import Tables
+from tests.road.tables import effects, metadata, orders
+from tests.servers.base import Server
+from tests.servers.proxy import Proxy
+
+PATIENCE = 45.0
+#: Broker and database of each road; a fixture of that name gives the URL.
+ROADS = {
+    "rabbitmq-postgresql": ("rabbitmq_url", "postgresql_url"),
+    "redis-mariadb": ("redis_url", "mariadb_url"),
+    "redis-sqlite": ("redis_url", "sqlite_url"),
+}
+
+
+def first_of(*roads: str) -> pytest.MarkDecorator:
+    """On the first of *roads* in every run, on the others in soak."""
+    others = (pytest.param(each, marks=pytest.mark.soak) for each in roads[1:])
+    return pytest.mark.parametrize("road", [roads[0], *others], indirect=True)
+
+
+on_servers = pytest.mark.parametrize(
+    "road",
+    [
+        *("rabbitmq-postgresql", "redis-mariadb"),
+        pytest.param("redis-sqlite", marks=pytest.mark.soak),
+    ],
+    indirect=True,
+)
+
+
+def expect_hits(number: int, what: str) -> None:
+    """Show how often it could have gone wrong: a zero proves nothing if that was never."""
+    print(f"{number} {what}")  # noqa: T201  # to be seen with `pytest -rP`
+    assert number > 0, f"no {what}"
+
+
+class Process:
+    """One process of the system, and what it logged."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        self.arguments = arguments
+        self.environment = environment
+        self.log = log
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", *self.arguments],
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self.popen.poll() is None
+
+    def signal(self, number: int) -> None:
+        """Signal this process, not its children."""
+        self.popen.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL it with everything it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        self.popen.wait()
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        return self.popen.wait(timeout)
+
+    def wait_briefly(self) -> int | None:
+        """Its exit code; None if it is still there after a second."""
+        try:
+            return self.popen.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+class Road:
+    """The processes of one system and the database they leave their effects in.
+
+    Attributes:
+        app: the module with the Celery app of its relays and workers.
+    """
+
+    app = "tests.road.system"
+
+    def __init__(self, broker: str, database: str, folder: Path) -> None:
+        self.folder = folder
+        self.broker = broker
+        self.database = database
+        self.processes: list[Process] = []
+        self.engine: Engine = create_engine(database, poolclass=NullPool)
+        self.tables = Tables.on()
+        dialect_of(self.engine.url, claim_timeout=60).prepare(self.engine, 60)
+        schema.upgrade(self.engine, self.tables)
+        metadata.create_all(self.engine)
+        self.environment = {
+            **os.environ,
+            "ROAD_BROKER": broker,
+            "ROAD_DATABASE": database,
+            "ROAD_FOLDER": str(folder),
+            "PYTHONPATH": os.pathsep.join(
+                [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+            ),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    # ── processes ───────────────────────────────────────────────────────────────────────────
+
+    def place(self, first: int, last: int) -> None:
+        """Place the orders *first* to *last*; every third is undone."""
+        assert self.producer(first, last).wait() == 0, self.logs()
+
+    def producer(
+        self, first: int, last: int, *, fault: str | None = None, **environment: str
+    ) -> Process:
+        return self._run(["tests.road.produce", str(first), str(last)], fault, environment)
+
+    def relay(self, *, fault: str | None = None, **environment: str) -> Process:
+        return self._run(["celery", "-A", self.app, "eda", "relay"], fault, environment)
+
+    def worker(
+        self, *options: str, pool: str = "prefork", fault: str | None = None, **environment: str
+    ) -> Process:
+        return self._run(
+            [
+                *("celery", "-A", self.app, "worker", "-c2", "-P", pool),
+                *("--without-gossip", "--without-mingle", "-l", "INFO", *options),
+            ],
+            fault,
+            environment,
+        )
+
+    def run(self, code: str, **environment: str) -> None:
+        """Run *code* in a process of the system, to its end."""
+        done = subprocess.run(
+            [sys.executable, "-c", "from tests.road.system import *\n" + code],
+            env={**self.environment, **environment},
+            timeout=PATIENCE,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+
+    def fault(self, step: str, action: str = "kill") -> str:
+        """The first process that reaches *step* dies or stops there."""
+        return f"{step}:{action}:{self.struck(step)}"
+
+    def struck(self, step: str) -> Path:
+        """The file that is there, with the pid in it, once the fault at *step* has struck."""
+        return self.folder / f"{step}.struck"
+
+    def _run(
+        self, arguments: list[str], fault: str | None, environment: dict[str, str] | None = None
+    ) -> Process:
+        log = self.folder / f"{len(self.processes)}-{arguments[-1].replace('/', '_')}.log"
+        everything = {**self.environment, "ROAD_FAULTS": fault or "", **(environment or {})}
+        process = Process(arguments, everything, log)
+        self.processes.append(process)
+        return process
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"--- {each.log.name}\n{each.log.read_text(errors='replace')[-6000:]}"
+            for each in self.processes
+        )
+
+    def logged(self, words: str) -> int:
+        """How often *words* are in the logs of all processes."""
+        return sum(each.log.read_text(errors="replace").count(words) for each in self.processes)
+
+    # ── what happened ───────────────────────────────────────────────────────────────────────
+
+    def committed(self) -> Counter[int]:
+        """The orders that were committed."""
+        return Counter(self._all(select(orders.c.number)))
+
+    def effects(self, name: str = "charge") -> Counter[int]:
+        """How often each number took effect."""
+        return Counter(self._all(select(effects.c.number).where(effects.c.name == name)))
+
+    def waiting(self) -> int:
+        """Messages in the outbox."""
+        return int(self._all(select(func.count()).select_from(self.tables.outbox))[0])
+
+    def last_error(self) -> str | None:
+        """Why the broker refused the first row of the outbox, if it did."""
+        why = self._all(select(self.tables.outbox.c.last_error).order_by("id"))
+        return why[0] if why else None
+
+    def dead(self) -> list[tuple[str, str]]:
+        """Task and reason of each dead letter."""
+        columns = self.tables.dead_letters.c
+        with self.engine.connect() as connection:
+            rows = connection.execute(select(columns.task, columns.reason)).all()
+        return [(row.task, row.reason) for row in rows]
+
+    def until(self, condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> None:
+        """Wait until *condition* is true; fail with every process's log otherwise."""
+        deadline = time.monotonic() + patience
+        while not condition():
+            if time.monotonic() > deadline:
+                pytest.fail(f"not in {patience} s: {what}\n{self.logs()}")
+            time.sleep(0.05)
+
+    def settle(self, seconds: float = 1.0) -> None:
+        """Let whatever is still on the wire arrive: a second effect would show up now."""
+        self.until(lambda: self.waiting() == 0, "an empty outbox")
+        self.pause(seconds, "nothing tells that a copy will not come")
+
+    def pause(self, seconds: float, why: str) -> None:
+        """Let time pass, where time itself is what the test is about."""
+        time.sleep(seconds)
+
+    def _all(self, query: Any) -> list[Any]:
+        with self.engine.connect() as connection:
+            return list(connection.scalars(query))
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'road.db'}"
+
+
+@pytest.fixture(params=ROADS)
+def road(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Road]:
+    """A system on every pair of broker and database."""
+    broker, database = (request.getfixturevalue(name) for name in ROADS[request.param])
+    road = Road(broker, database, tmp_path)
+    yield road
+    road.end()
+
+
+@pytest.fixture
+def broker(request: pytest.FixtureRequest, road: Road) -> Server:
+    """The road's broker, to be killed, frozen and restarted."""
+    kind = "redis_server" if road.broker.startswith("redis") else "rabbitmq"
+    server: Server = request.getfixturevalue(kind)
+    return server
+
+
+@pytest.fixture
+def database(request: pytest.FixtureRequest, road: Road) -> Server:
+    """The road's database, to be killed, frozen and restarted; not for SQLite."""
+    kind = "postgresql" if road.database.startswith("postgresql") else "mariadb"
+    server: Server = request.getfixturevalue(kind)
+    return server
+
+
+@pytest.fixture
+def broker_wire(road: Road, broker: Server) -> Iterator[Proxy]:
+    """The wire between the processes of the road and its broker."""
+    with Proxy(broker.port) as wire:
+        road.environment["ROAD_BROKER"] = wire.through(road.broker)
+        yield wire
+        road.end()
+
+
+@pytest.fixture
+def database_wire(road: Road, database: Server) -> Iterator[Proxy]:
+    """The wire between the processes of the road and their database; the test has its own."""
+    with Proxy(database.port) as wire:
+        road.environment["ROAD_DATABASE"] = wire.through(road.database)
+        yield wire
+        road.end()

@@ -1,0 +1,155 @@
+"""The road with one guard removed: each function here takes away what a test claims is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from celery.exceptions import Ignore, Retry
+from celery.worker.request import Request
+from kombu import Connection
+from sqlalchemy import Connection as DatabaseConnection
+
+from celery_eda import handling, publishing, results
+from celery_eda.inbox import Inbox
+from celery_eda.message import Identity
+from celery_eda.outbox import Outbox
+from celery_eda.task import ReliableRequest, ReliableTask
+from celery_eda.transports import frames, rabbitmq
+from celery_eda.transports.base import CONFIRMED
+
+
+def no_inbox() -> None:
+    Inbox.admit = lambda *_: None  # type: ignore[method-assign,assign,return-value]
+    Inbox.record = lambda *_: True  # type: ignore[method-assign,assign,return-value]
+
+
+def inbox_in_another_transaction() -> None:
+    admit = Inbox.admit
+
+    def admit_apart(self: Inbox, connection: DatabaseConnection, *arguments: Any) -> Any:
+        with connection.engine.begin() as another:
+            return admit(self, another, *arguments)
+
+    Inbox.admit = admit_apart  # type: ignore[method-assign]
+
+
+def no_confirm() -> None:
+    def send(self: Any, batch: Any, flight: Any, until: float) -> None:
+        while batch.unsent:
+            first = batch.unsent[0]
+            self._write(batch, flight, 1)
+            flight._under_way.clear()
+            batch.answers[first] = CONFIRMED
+
+    rabbitmq._ConfirmChannel.send = send  # type: ignore[method-assign]
+
+
+def deleted_before_it_is_sent() -> None:
+    claim = Outbox.claim
+
+    def claim_and_clear(
+        self: Outbox, connection: DatabaseConnection, owner: str, *rest: Any
+    ) -> Any:
+        pending = claim(self, connection, owner, *rest)
+        self.clear(connection, owner, [each.id for each in pending])
+        connection.commit()
+        return pending
+
+    Outbox.claim = claim_and_clear  # type: ignore[method-assign]
+
+
+def not_mandatory() -> None:
+    route = frames._route
+
+    def optional(*arguments: Any) -> bytes:
+        # The last octet of Basic.Publish holds the bits mandatory and immediate.
+        return route(*arguments)[:-1] + b"\0"
+
+    frames._route = optional
+
+
+def kombu_takes_from_redis() -> None:
+    """What a worker has popped, and what it notes as unacknowledged, are two steps again."""
+    publishing.CapturingAMQP.Connection = Connection
+
+
+def early_acknowledgement() -> None:
+    ReliableTask.acks_late = False
+
+
+def no_reject_on_worker_lost() -> None:
+    ReliableTask.reject_on_worker_lost = False
+
+
+def retry_keeps_the_failed_attempt() -> None:
+    run = handling.run
+
+    def run_and_keep(*arguments: Any) -> handling.Ending:
+        try:
+            return run(*arguments)
+        except Retry:
+            return handling.Ending(ignored=Ignore())
+
+    handling.run = run_and_keep
+
+
+def links_published_by_celery_too() -> None:
+    publish_next = handling.publish_next
+
+    def publish_and_leave(task: Any, result: Any) -> None:
+        callbacks, chain = task.request.callbacks, task.request.chain
+        publish_next(task, result)
+        task.request.callbacks, task.request.chain = callbacks, chain
+
+    handling.publish_next = publish_and_leave
+
+
+def retry_keeps_its_identity() -> None:
+    identify = publishing.CapturingAMQP._identify
+
+    def inherit(self: Any, headers: dict[str, Any]) -> Identity:
+        return Identity.of_headers(headers) or identify(self, headers)
+
+    publishing.CapturingAMQP._identify = inherit  # type: ignore[method-assign]
+
+
+def chord_without_identity() -> None:
+    results._identify_chords = lambda _: None
+
+
+def dead_worker_keeps_its_claim_on_a_chord() -> None:
+    results.repeat_chord_part = lambda _: None
+
+
+def result_stands_for_the_whole_message() -> None:
+    ReliableRequest._success_was_stored = Request._success_was_stored
+
+
+def failure_is_told_once() -> None:
+    recorded = handling.recorded
+    handling.recorded = lambda task, result: (
+        None if isinstance(result, Exception) else recorded(task, result)
+    )
+
+
+MUTATIONS: dict[str, Callable[[], None]] = {
+    each.__name__: each
+    for each in (
+        no_inbox,
+        inbox_in_another_transaction,
+        no_confirm,
+        deleted_before_it_is_sent,
+        not_mandatory,
+        kombu_takes_from_redis,
+        early_acknowledgement,
+        no_reject_on_worker_lost,
+        retry_keeps_the_failed_attempt,
+        links_published_by_celery_too,
+        retry_keeps_its_identity,
+        chord_without_identity,
+        dead_worker_keeps_its_claim_on_a_chord,
+        result_stands_for_the_whole_message,
+        failure_is_told_once,
+    )
+}

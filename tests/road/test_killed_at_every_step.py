@@ -1,0 +1,116 @@
+"""At every step of the road a process is killed or frozen, and the effects are counted."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+
+import pytest
+
+from celery_eda import checkpoints
+from tests.road.conftest import Process, Road, on_servers
+
+ORDERS = 21
+PRODUCER = ("publish.captured", "outbox.written", "publish.committed")
+RELAY = tuple(step for step in checkpoints.STEPS if step.startswith("relay."))
+WORKER = tuple(step for step in checkpoints.STEPS if step not in PRODUCER + RELAY)
+
+
+def expect_each_effect_once(road: Road) -> None:
+    road.until(lambda: len(road.effects()) >= len(road.committed()), "all effects")
+    road.settle(3.0 if road.broker.startswith("redis") else 1.0)
+
+    assert road.committed() == Counter(n for n in range(1, ORDERS + 1) if n % 3)
+    assert road.effects() == road.committed()
+
+
+def restart_when_struck(road: Road, process: Process, step: str) -> None:
+    """Do what a supervisor does, once the fault has struck."""
+    road.until(road.struck(step).exists, f"somebody at {step}")
+    if process.wait_briefly() is not None:
+        process.start()
+
+
+@on_servers
+@pytest.mark.parametrize("step", PRODUCER)
+def test_a_producer_killed_while_publishing_neither_loses_nor_invents(
+    road: Road, step: str
+) -> None:
+    road.worker()
+    road.relay()
+    producer = road.producer(1, ORDERS, fault=road.fault(step), ROAD_SEND_AFTER_COMMIT="1")
+
+    assert producer.wait() == -signal.SIGKILL, road.logs()
+    road.place(1, ORDERS)
+
+    expect_each_effect_once(road)
+
+
+@pytest.mark.parametrize("step", RELAY)
+def test_a_killed_relay_is_taken_over(road: Road, step: str) -> None:
+    road.worker()
+    relay = road.relay(fault=road.fault(step))
+    road.place(1, ORDERS)
+
+    road.until(road.struck(step).exists, f"a relay at {step}")
+    assert relay.wait() == -signal.SIGKILL, road.logs()
+    road.relay()
+
+    expect_each_effect_once(road)
+
+
+@on_servers
+@pytest.mark.parametrize("step", RELAY)
+def test_a_frozen_relay_changes_nothing_when_it_wakes(road: Road, step: str) -> None:
+    road.worker()
+    road.relay(fault=road.fault(step, "freeze"))
+    road.place(1, ORDERS)
+    road.until(road.struck(step).exists, f"a relay at {step}")
+    road.relay()
+    road.until(lambda: len(road.effects()) >= 14, "the other relay taking over")
+
+    os.kill(int(road.struck(step).read_text()), signal.SIGCONT)
+
+    expect_each_effect_once(road)
+
+
+@pytest.mark.parametrize("step", [step for step in WORKER if step != "delivery.started"])
+def test_a_killed_worker_is_taken_over(road: Road, step: str) -> None:
+    worker = road.worker(fault=road.fault(step))
+    road.relay()
+    road.place(1, ORDERS)
+
+    restart_when_struck(road, worker, step)
+
+    expect_each_effect_once(road)
+
+
+def test_a_worker_killed_while_it_counts_a_redelivery_is_taken_over(road: Road) -> None:
+    faults = f"{road.fault('delivery.handled')},{road.fault('delivery.started')}"
+    road.worker(fault=faults)
+    road.relay()
+    road.place(1, ORDERS)
+
+    road.until(road.struck("delivery.started").exists, "a second kill")
+
+    expect_each_effect_once(road)
+
+
+@on_servers
+@pytest.mark.parametrize("step", ["inbox.admitted", "delivery.handled"])
+def test_a_handler_frozen_longer_than_its_transaction_may_last_takes_effect_once(
+    road: Road, step: str
+) -> None:
+    road.worker(fault=road.fault(step, "freeze"))
+    road.relay()
+    road.place(1, ORDERS)
+    road.until(road.struck(step).exists, f"a worker at {step}")
+    if step == "inbox.admitted" or "sqlite" not in road.database:
+        # SQLite has one writer: a frozen handler that has written stops all others.
+        road.until(lambda: len(road.effects()) >= 13, "the others going on")
+    road.pause(4.0, "longer than eda_claim_timeout, so that the server ends its transaction")
+
+    os.kill(int(road.struck(step).read_text()), signal.SIGCONT)
+
+    expect_each_effect_once(road)

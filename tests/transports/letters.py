@@ -1,0 +1,126 @@
+"""Messages as Celery makes them, and a reader that shares nothing with the sender."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+from uuid import UUID, uuid4
+
+import amqp
+from kombu import Connection, Queue
+
+from celery_eda.message import Identity, Message
+from celery_eda.transports.base import Answer, Transport, Verdict
+
+BODY = b'[[1, 2], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
+
+
+def letter(
+    queue: str | None = "letters",
+    *,
+    exchange: str = "",
+    routing_key: str | None = None,
+    body: bytes = BODY,
+    headers: dict[str, Any] | None = None,
+    identity: Identity | None = None,
+    **properties: Any,
+) -> Message:
+    """A task message; by default to *queue* through the default exchange."""
+    identity = identity or Identity(uuid4())
+    return Message(
+        identity=identity,
+        task="letters.add",
+        body=body,
+        content_type="application/json",
+        content_encoding="utf-8",
+        headers={
+            "lang": "py",
+            "task": "letters.add",
+            "id": str(identity.id),
+            "shadow": None,
+            "eta": None,
+            "expires": None,
+            "group": None,
+            "group_index": None,
+            "retries": 0,
+            "timelimit": [None, None],
+            "root_id": str(identity.id),
+            "parent_id": None,
+            "argsrepr": "(1, 2)",
+            "kwargsrepr": "{}",
+            "origin": "gen1@here",
+            "ignore_result": False,
+            "replaced_task_nesting": 0,
+            "stamped_headers": None,
+            "stamps": {},
+            **(headers or {}),
+            **identity.headers,
+        },
+        properties={
+            "delivery_mode": 2,
+            "priority": None,
+            "correlation_id": str(identity.id),
+            "reply_to": str(uuid4()),
+            **properties,
+        },
+        exchange=exchange,
+        routing_key=(queue or "") if routing_key is None else routing_key,
+        queue=queue,
+    )
+
+
+def letters(number: int, queue: str = "letters", **more: Any) -> list[Message]:
+    """So many task messages."""
+    return [letter(queue, **more) for _ in range(number)]
+
+
+def empty(url: str, queue: str = "letters", options: dict[str, Any] | None = None) -> list[Any]:
+    """Take all messages out of *queue*, in their order, as kombu's."""
+    taken = []
+    with Connection(url, transport_options=options) as connection:
+        bound = Queue(queue, no_declare=True)(connection.default_channel)
+        while (message := bound.get(no_ack=True)) is not None:
+            taken.append(message)
+    return taken
+
+
+def connection_to(url: str) -> amqp.Connection:
+    """A connection to RabbitMQ for an operator's hands; closes at the end of a ``with``."""
+    connection: amqp.Connection = Connection(url).connection
+    return connection
+
+
+def body_of(received: Any) -> bytes:
+    """The body as it was sent; py-amqp decodes it where it can, and leaves out an empty one."""
+    body = received.body or b""
+    return body.encode() if isinstance(body, str) else body
+
+
+def ids(received: Iterable[Any]) -> list[UUID]:
+    """The ids of received messages."""
+    return [UUID(message.headers["eda_id"]) for message in received]
+
+
+def verdicts(answers: Iterable[Answer]) -> list[str]:
+    """Only the verdicts, as words."""
+    return [answer.verdict.value for answer in answers]
+
+
+def confirmed(messages: Iterable[Message], answers: Iterable[Answer]) -> set[UUID]:
+    """The ids of the messages that the broker took over."""
+    return {
+        message.identity.id
+        for message, answer in zip(messages, answers, strict=True)
+        if answer.verdict is Verdict.confirmed
+    }
+
+
+def publish_until_confirmed(transport: Transport, batch: list[Message]) -> None:
+    """Send what is not confirmed again and again, as a relay does."""
+    deadline = time.monotonic() + 60
+    while batch:
+        answers = transport.publish(batch)
+        taken = confirmed(batch, answers)
+        batch = [message for message in batch if message.identity.id not in taken]
+        assert time.monotonic() < deadline, answers

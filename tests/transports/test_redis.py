@@ -1,0 +1,330 @@
+"""Redis refuses, fills up, freezes and dies: no message is taken for delivered wrongly."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from uuid import UUID
+
+import pytest
+import redis
+from kombu import Exchange, Queue
+
+from celery_eda.transports.base import Transport, publish_with
+from tests.servers.proxy import Proxy
+from tests.servers.redis import Redis
+from tests.transports.conftest import app_of
+from tests.transports.letters import (
+    confirmed,
+    empty,
+    ids,
+    letter,
+    letters,
+    publish_until_confirmed,
+    verdicts,
+)
+
+PATIENCE = 2.0  # seconds that a publish may take where the server does not answer
+SLACK = 1.0
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(redis_url, socket_timeout=10) as connection:
+        yield connection
+
+
+@pytest.fixture
+def transport(redis_url: str, transport_to: Callable[..., Transport]) -> Transport:
+    return transport_to(redis_url)
+
+
+@pytest.fixture
+def impatient(redis_url: str, transport_to: Callable[..., Transport]) -> Transport:
+    """A transport that gives up soon."""
+    return transport_to(redis_url, timeout=PATIENCE)
+
+
+@pytest.fixture
+def proxy(redis_server: Redis) -> Iterator[Proxy]:
+    with Proxy(redis_server.port) as wire:
+        yield wire
+
+
+@pytest.fixture
+def wired(redis_url: str, proxy: Proxy, transport_to: Callable[..., Transport]) -> Transport:
+    """A transport that gives up soon, by way of the proxy."""
+    return transport_to(proxy.through(redis_url), timeout=PATIENCE)
+
+
+class TestFormat:
+    """The keys and their contents are those of kombu."""
+
+    def test_the_keys_and_contents_are_those_of_kombu(
+        self, redis_url: str, client: redis.Redis, transport: Transport
+    ) -> None:
+        batch = [
+            letter(),
+            letter(priority=6),
+            letter("orders", exchange="events", routing_key="order.placed", expiration=2.5),
+            letter(body=b"\x00\xff", headers={"nested": {"a": [1, None]}}),
+        ]
+
+        transport.publish(batch)
+
+        ours = contents(client)
+        client.flushdb()
+        with app_of(redis_url).connection_for_write() as connection:
+            orders = app_of(redis_url).amqp.queues["orders"]
+            orders(connection.default_channel).declare()
+            for message in batch:
+                publish_with(connection.Producer(), message)
+        assert ours == contents(client)
+        assert set(ours) == {"letters", "letters\x06\x166", "orders"}
+
+    def test_a_message_of_higher_priority_is_taken_first(
+        self, redis_url: str, transport: Transport
+    ) -> None:
+        low, high = letter(priority=9), letter(priority=0)
+
+        transport.publish([low, high])
+
+        assert ids(empty(redis_url)) == [high.identity.id, low.identity.id]
+
+    def test_the_prefix_of_keys_is_kept(
+        self, redis_url: str, client: redis.Redis, transport_to: Callable[..., Transport]
+    ) -> None:
+        transport = transport_to(redis_url, broker_transport_options={"global_keyprefix": "shop:"})
+
+        transport.publish(letters(3))
+
+        assert client.llen("shop:letters") == 3
+
+
+def contents(client: redis.Redis) -> dict[str, list[object]]:
+    """What is in every list, without the tags that kombu draws by lot."""
+    found: dict[str, list[object]] = {}
+    for key in client.scan_iter(_type="list"):
+        found[key.decode()] = messages = [json.loads(each) for each in client.lrange(key, 0, -1)]
+        for message in messages:
+            del message["properties"]["delivery_tag"]
+    return found
+
+
+class TestRefusals:
+    """A refusal concerns the message that it was meant for."""
+
+    def test_a_key_of_another_type_is_the_fault_of_its_own_messages(
+        self, redis_url: str, client: redis.Redis, transport: Transport
+    ) -> None:
+        transport.publish([letter("others")])
+        client.set("others", "not a list")
+        batch = [letter(), letter("others"), letter(), letter("others"), letter()]
+
+        answers = transport.publish(batch)
+
+        assert verdicts(answers) == ["confirmed", "refused"] * 2 + ["confirmed"]
+        assert "WRONGTYPE" in answers[1].why
+        assert set(ids(empty(redis_url))) == confirmed(batch, answers)
+
+    def test_a_binding_deleted_behind_our_back_is_declared_again_after_the_refusal(
+        self, client: redis.Redis, transport: Transport
+    ) -> None:
+        sent = letter("orders", exchange="events", routing_key="order.placed")
+        transport.publish([sent])
+        client.flushdb()
+
+        answers = [verdicts(transport.publish([sent, letter()])) for _ in range(2)]
+
+        assert answers == [["refused", "confirmed"], ["confirmed", "confirmed"]]
+
+    def test_a_broadcast_that_nobody_hears_is_refused(
+        self, redis_url: str, client: redis.Redis, transport_to: Callable[..., Transport]
+    ) -> None:
+        news = Queue("news", Exchange("news", type="fanout"))
+        transport = transport_to(redis_url, task_queues=[news])
+        sent = letter("news", exchange="news", routing_key="")
+
+        unheard = transport.publish([sent])
+        with client.pubsub() as listener:
+            listener.psubscribe("*.news*")
+            listener.get_message(timeout=5)  # that it listens now
+            answers = transport.publish([sent])
+            heard = listener.get_message(timeout=5)
+
+        assert verdicts(unheard) == ["refused"]
+        assert verdicts(answers) == ["confirmed"]
+        assert heard
+        assert str(sent.identity.id).encode() in heard["data"]
+
+    def test_closing_leaves_the_bindings_of_others_alone(
+        self, redis_url: str, client: redis.Redis, transport_to: Callable[..., Transport]
+    ) -> None:
+        news = Queue("news", Exchange("news", type="fanout"), auto_delete=True)
+        transport = transport_to(redis_url, task_queues=[news])
+        with client.pubsub() as listener:
+            listener.psubscribe("*.news*")
+            listener.get_message(timeout=5)  # that it listens now
+            answers = transport.publish([letter("news", exchange="news", routing_key="")])
+
+        transport.close()
+
+        assert verdicts(answers) == ["confirmed"]
+        assert client.scard("_kombu.binding.news") == 1
+
+
+class TestOutages:
+    """An outage is nobody's fault, ends in time, and is over when the server is back."""
+
+    def test_what_was_confirmed_survives_the_death_of_the_server(
+        self, redis_server: Redis, redis_url: str, impatient: Transport
+    ) -> None:
+        kept: set[UUID] = set()
+        unknown = 0
+        impatient.publish([letter()])
+        for number in range(5):
+            killer = threading.Timer(0.02 + 0.03 * number, redis_server.kill)
+            killer.start()
+            while killer.is_alive():
+                batch = letters(200)
+                answers = impatient.publish(batch)
+                kept |= confirmed(batch, answers)
+                unknown += verdicts(answers).count("unknown")
+                assert "refused" not in verdicts(answers)
+            killer.join()
+            unknown += verdicts(impatient.publish(letters(3))).count("unknown")
+            redis_server.start()
+
+        assert unknown
+        assert kept
+        publish_until_confirmed(impatient, [letter()])
+        assert kept <= set(ids(empty(redis_url)))
+
+    def test_a_frozen_server_does_not_hold_the_sender(
+        self, redis_server: Redis, impatient: Transport
+    ) -> None:
+        impatient.publish([letter()])
+        redis_server.freeze()
+        start = time.monotonic()
+
+        first = impatient.publish(letters(50))
+        second = impatient.publish(letters(50))
+        took = time.monotonic() - start
+        redis_server.thaw()
+
+        assert verdicts(first) == verdicts(second) == ["unknown"] * 50
+        assert took < 2 * (PATIENCE + SLACK)
+        publish_until_confirmed(impatient, letters(50))
+
+    def test_a_server_without_memory_is_an_outage_that_ends(
+        self, client: redis.Redis, transport: Transport
+    ) -> None:
+        transport.publish([letter()])
+        client.config_set("maxmemory", 1)
+
+        during = transport.publish(letters(10))
+        client.config_set("maxmemory", 0)
+        after = transport.publish(letters(10))
+
+        assert verdicts(during) == ["unknown"] * 10
+        assert "memory" in during[0].why
+        assert verdicts(after) == ["confirmed"] * 10
+
+    def test_a_replica_is_an_outage_that_ends(
+        self, client: redis.Redis, transport: Transport
+    ) -> None:
+        transport.publish([letter()])
+        client.execute_command("REPLICAOF", "127.0.0.1", "9")
+
+        during = transport.publish(letters(10))
+        client.execute_command("REPLICAOF", "NO", "ONE")
+        after = transport.publish(letters(10))
+
+        assert verdicts(during) == ["unknown"] * 10
+        assert verdicts(after) == ["confirmed"] * 10
+
+    def test_a_restart_between_batches_goes_unnoticed(
+        self, redis_server: Redis, transport: Transport
+    ) -> None:
+        transport.publish([letter()])
+        redis_server.kill()
+        redis_server.start()
+
+        answers = transport.publish(letters(10))
+
+        assert verdicts(answers) == ["confirmed"] * 10
+
+    def test_the_first_host_that_answers_is_used(
+        self, redis_url: str, transport_to: Callable[..., Transport]
+    ) -> None:
+        transport = transport_to(f"redis://127.0.0.1:9/0;{redis_url}")
+
+        answers = transport.publish(letters(10))
+
+        assert verdicts(answers) == ["confirmed"] * 10
+
+
+class TestWires:
+    """Whatever becomes of the connection, the sender is not held and nothing is lost."""
+
+    def test_a_connection_cut_in_the_middle_loses_nothing_that_was_confirmed(
+        self, redis_url: str, proxy: Proxy, wired: Transport
+    ) -> None:
+        kept: set[UUID] = set()
+        broken = 0
+        wired.publish([letter()])
+        for number in range(20):
+            cut = threading.Timer(0.004 * number, proxy.cut)
+            cut.start()
+            while cut.is_alive():
+                batch = letters(100, body=b"x" * 2_000)
+                answers = wired.publish(batch)
+                kept |= confirmed(batch, answers)
+                broken += "unknown" in verdicts(answers)
+            cut.join()
+
+        assert broken
+        publish_until_confirmed(wired, [letter()])
+        assert kept <= set(ids(empty(redis_url)))
+
+    @pytest.mark.parametrize("fault", ["black hole", "nothing arrives", "no answer arrives"])
+    def test_a_silent_wire_makes_everything_unknown_in_time(
+        self, fault: str, redis_url: str, proxy: Proxy, wired: Transport
+    ) -> None:
+        wired.publish([letter()])
+        silence = {
+            "black hole": proxy.black_hole,
+            "nothing arrives": lambda: proxy.one_way("down"),
+            "no answer arrives": lambda: proxy.one_way("up"),
+        }
+        silence[fault]()
+        start = time.monotonic()
+
+        on_the_old_connection = wired.publish(letters(20))
+        on_a_new_connection = wired.publish(letters(20))
+        took = time.monotonic() - start
+        proxy.heal()
+
+        assert verdicts(on_the_old_connection) == ["unknown"] * 20
+        assert verdicts(on_a_new_connection) == ["unknown"] * 20
+        assert took < 2 * (PATIENCE + SLACK)
+        batch = letters(20)
+        publish_until_confirmed(wired, batch)
+        assert {message.identity.id for message in batch} <= set(ids(empty(redis_url)))
+
+    def test_time_outs_of_the_user_are_kept_if_they_are_shorter(
+        self, redis_url: str, proxy: Proxy, transport_to: Callable[..., Transport]
+    ) -> None:
+        transport = transport_to(
+            proxy.through(redis_url), broker_transport_options={"socket_timeout": 0.5}
+        )
+        transport.publish([letter()])
+        proxy.black_hole()
+        start = time.monotonic()
+
+        answers = transport.publish([letter()])
+
+        assert verdicts(answers) == ["unknown"]
+        assert time.monotonic() - start < 0.5 + SLACK
