@@ -1,0 +1,19 @@
+"""Opens the shop: makes the services' tables and fills menu, accounts and stock.
+
+``python -m example_project.opening``; doing it twice sets money and stock back.
+"""
+
+from __future__ import annotations
+
+from example_project import delivery, kitchen, order, payment
+
+
+def open_shop() -> None:
+    """Have every service open, each in its own database."""
+    for service in (order, payment, kitchen, delivery):
+        service.open_for_business()
+
+
+if __name__ == "__main__":
+    open_shop()
+    print("The shop is open.")

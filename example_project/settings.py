@@ -1,0 +1,48 @@
+"""What the four services agree on: the broker, and the queue of each service.
+
+This is a Celery configuration module. The environment may say where things are: ``SHOP_BROKER``,
+``SHOP_ORDER_DATABASE``, ``SHOP_PAYMENT_DATABASE``, … (SQLAlchemy URLs), and ``SHOP_NAME``, so that
+two shops can share a broker.
+"""
+
+from __future__ import annotations
+
+import os
+
+SERVICES = ("order", "payment", "kitchen", "delivery")
+
+broker_url = os.environ.get("SHOP_BROKER", "redis://127.0.0.1:6379/0")
+broker_connection_retry_on_startup = True
+# For Redis; RabbitMQ takes no notice. What a killed worker had in hand comes back when its
+# visibility timeout is over, so it is short here, but longer than any task takes.
+broker_transport_options = {
+    "visibility_timeout": 5,
+    # How often a worker looks for such messages. kombu's defaults make that every 100 s …
+    "unacked_restore_interval": 1,
+    "unacked_restore_throttle": 1,
+    # … and let a worker that is killed while it looks stop all others for 300 s.
+    "unacked_mutex_expire": 5,
+}
+task_ignore_result = True
+worker_cancel_long_running_tasks_on_connection_loss = False
+
+# A relay that is killed leaves its rows to the others after this many seconds (SQLite; the other
+# databases free them at once).
+eda_claim_timeout = 5.0
+eda_publish_timeout = 3.0
+# The shop runs its relays apart: `celery -A … eda relay`.
+eda_embedded_relay = False
+
+
+def queue_of(service: str) -> str:
+    """The queue that the workers of *service* consume."""
+    return f"{os.environ.get('SHOP_NAME', 'shop')}.{service}"
+
+
+def database_of(service: str) -> str:
+    """The URL of the database that belongs to *service* alone."""
+    return os.environ.get(f"SHOP_{service.upper()}_DATABASE", f"sqlite:///{service}.db")
+
+
+# A task's name begins with its service: `payment.charge` goes to the queue of `payment`.
+task_routes = {f"{service}.*": {"queue": queue_of(service)} for service in SERVICES}
