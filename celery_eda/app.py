@@ -10,12 +10,13 @@ from functools import cached_property, partial
 from typing import Any
 
 from celery import Celery
-from sqlalchemy import URL, Engine, create_engine, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.orm import Session
 
 from celery_eda import attachment, context, joining, publishing, results, schema
 from celery_eda.attempts import Attempts
 from celery_eda.consumer import Consumer
+from celery_eda.cursors import Cursors
 from celery_eda.dead_letters import DeadLetters
 from celery_eda.dialects import Dialect, dialect_of
 from celery_eda.errors import ConfigurationError, NoDelivery, UnsafeSetting
@@ -28,6 +29,7 @@ from celery_eda.publishing import Publisher
 from celery_eda.recording import message_in_progress
 from celery_eda.relay import Relay
 from celery_eda.sender import Sender
+from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings, register
 from celery_eda.tables import Tables
 from celery_eda.task import ReliableTask, TaskDecorator, made_reliable
@@ -200,9 +202,33 @@ class EDA:
         return Sender(self.relay)
 
     @cached_property
+    def service(self) -> str:
+        """The name under which other services know the order of this one's messages.
+
+        Raises:
+            ConfigurationError: it has none.
+        """
+        if not (name := self.settings.service or self.app.main):
+            raise ConfigurationError(
+                "Messages with an ordering key need the name of the service that publishes them. "
+                "Set eda_service, or give the Celery app a name."
+            )
+        return name
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The numbers given to messages with an ordering key."""
+        return Sequences(self.tables.sequences, self.dialect)
+
+    @cached_property
+    def cursors(self) -> Cursors:
+        """The numbers awaited of each ordering key, and the messages parked."""
+        return Cursors(self.tables.cursors, self.tables.parked, self.dialect)
+
+    @cached_property
     def store(self) -> Store:
         """Where captured messages go."""
-        return Store(self.outbox.add, self._hand_off, self.store_apart)
+        return Store(self._add, self._hand_off, self.store_apart)
 
     @cached_property
     def publisher(self) -> Publisher:
@@ -220,8 +246,12 @@ class EDA:
             engine=self.engine,
             inbox=inbox,
             attempts=attempts,
+            cursors=self.cursors,
             units=units,
-            failures=Failures(inbox, self.dead_letters, units, patience, message_in_progress),
+            failures=Failures(
+                *(inbox, self.dead_letters, self.cursors, units, patience),
+                rebuild=message_in_progress,
+            ),
             patience=patience,
             max_deliveries=self.settings.max_deliveries,
         )
@@ -252,8 +282,12 @@ class EDA:
     def store_apart(self, messages: Sequence[Message]) -> None:
         """Write *messages* to the outbox in a short transaction of their own."""
         with self.engine.begin() as connection:
-            ids = self.outbox.add(connection, messages)
+            ids = self._add(connection, messages)
         self._hand_off(ids)
+
+    def _add(self, connection: Connection, messages: Sequence[Message]) -> list[int]:
+        """Write *messages* to the outbox, each at its place among those of its key."""
+        return self.outbox.add(connection, self.sequences.number(connection, messages))
 
     def _hand_off(self, ids: list[int]) -> None:
         if self.settings.send_after_commit:

@@ -6,6 +6,7 @@ the acknowledgement. A copy that comes later finds the row and takes no effect.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,13 +21,16 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_eda import checkpoints, context, handling
 from celery_eda.attempts import Attempts
 from celery_eda.dead_letters import Reason
-from celery_eda.delivery import Delivery, foreign, identity_of
-from celery_eda.errors import NoNextAttempt, WorkersLost
+from celery_eda.cursors import Cursor, Cursors, PlaceTaken, Turn
+from celery_eda.delivery import Delivery, foreign
+from celery_eda.errors import NoNextAttempt, OutOfSequence, WorkersLost
 from celery_eda.failures import Failures
 from celery_eda.handling import Ending
 from celery_eda.inbox import GotAhead, Handled, Inbox, Outcome
 from celery_eda.patience import Passing, Patience
-from celery_eda.unit_of_work import UnitsOfWork
+from celery_eda.unit_of_work import UnitOfWork, UnitsOfWork
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -42,6 +46,7 @@ class Consumer:
     engine: Engine
     inbox: Inbox
     attempts: Attempts
+    cursors: Cursors
     units: UnitsOfWork
     failures: Failures
     patience: Patience
@@ -62,7 +67,7 @@ class Consumer:
         """
         checkpoints.reach("delivery.received")
         try:
-            delivery = Delivery(task, identity_of(task))
+            delivery = Delivery.of(task)
         except ValueError as error:
             delivery = Delivery(task, foreign(task))
             self._persist(self.failures.bury, delivery, Reason.malformed, error)
@@ -90,6 +95,9 @@ class Consumer:
             if not reject.requeue:
                 # Redis drops a rejected message (kombu, QoS.reject), so it is recorded first.
                 self.failures.bury(delivery, Reason.rejected, reject)
+            raise
+        except OutOfSequence as error:
+            self.failures.bury(delivery, Reason.out_of_sequence, error)
             raise
         except Exception as error:
             if self.patience.is_passing(error):
@@ -120,19 +128,63 @@ class Consumer:
     ) -> Ending | Handled:
         """The last stretch of the road, in one transaction: admit, handle, commit."""
         with self.units.begin(delivery) as unit:
+            turn, cursor = self._turn(unit)
+            if turn is Turn.later:
+                return self._park(unit)
             message = (unit.connection, delivery.consumer, delivery.identity)
             if handled := self.inbox.admit(*message):
                 return handled
+            if turn is Turn.past:
+                raise OutOfSequence("another message has taken its place")
             checkpoints.reach("inbox.admitted")
             ending = handling.run(delivery.task, args, kwargs)
             unit.flush()
             checkpoints.reach("delivery.handled")
             outcome = Outcome.skipped if ending.ignored else Outcome.done
             self.inbox.record(*message, outcome, ending.recorded)
+            self._advance(unit, cursor)
             unit.commit()
         checkpoints.reach("delivery.committed")
         unit.outgoing.hand_off()
         return ending
+
+    # ── order ───────────────────────────────────────────────────────────────────────────────
+
+    def _turn(self, unit: UnitOfWork) -> tuple[Turn, Cursor]:
+        """Whether it is the message's turn among those of its key, and what said so."""
+        delivery = unit.delivery
+        if (position := delivery.position) is None:
+            return Turn.now, Cursor()
+        cursor = self.cursors.find(unit.connection, delivery.consumer, position.lane)
+        return cursor.turn(position), cursor
+
+    def _park(self, unit: UnitOfWork) -> Ending:
+        """Keep a message that came before its predecessor; whoever handles that releases it.
+
+        Raises:
+            GotAhead: its turn has come meanwhile.
+        """
+        delivery, position = unit.delivery, unit.delivery.position
+        assert position is not None, "only what has a place can be early"
+        message = self.failures.rebuild(delivery.task, delivery.identity)
+        try:
+            parked = self.cursors.park(unit.connection, delivery.consumer, position, message)
+        except PlaceTaken as error:
+            raise OutOfSequence("another message waits at its place") from error
+        if not parked:
+            raise GotAhead
+        unit.commit()
+        log.info("%s[%s] waits for its predecessor", *delivery.names)
+        return Ending(ignored=Ignore("parked until its predecessor has taken effect"))
+
+    def _advance(self, unit: UnitOfWork, cursor: Cursor) -> None:
+        """Let the next message of the key have its turn; if it is parked, send it again."""
+        delivery, position = unit.delivery, unit.delivery.position
+        if position is None:
+            return
+        released = self.cursors.advance(unit.connection, delivery.consumer, position, cursor)
+        if released:
+            unit.outgoing.capture(released)
 
     def _count(self, delivery: Delivery) -> None:
         """Count a redelivery on its own; one too many and the message is a dead letter."""

@@ -29,6 +29,7 @@ class Reason(str, Enum):
     lost_worker = "lost worker"
     malformed = "malformed"
     unsendable = "unsendable"
+    out_of_sequence = "out of sequence"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ EDAError
 │   ├── TwoSessions             cannot tell which open session a message belongs to
 │   ├── OutsideTransaction      published outside, where the settings forbid it
 │   └── BrokenTransaction       a handler ended the transaction of its own message
+├── InvalidKey                  no ordering key; also ValueError
+├── OutOfSequence               why a message whose turn has passed is a dead letter
 ├── NoDelivery                  asked for the delivery's session outside a reliable task
 ├── NoNextAttempt               a handler raised Retry by itself
 └── WorkersLost                 why a message that ends its workers is a dead letter
@@ -63,6 +65,14 @@ class OutsideTransaction(TransactionError):
 
 class BrokenTransaction(TransactionError):
     """A handler's work would not be committed together with the record that it was done."""
+
+
+class InvalidKey(EDAError, ValueError):
+    """What was given cannot be the ordering key of a message."""
+
+
+class OutOfSequence(EDAError):
+    """A message came although another has taken its place, and it is no copy."""
 
 
 class NoDelivery(EDAError):

@@ -11,6 +11,7 @@ from celery import Task
 from celery.exceptions import Ignore, Reject
 
 from celery_eda import handling
+from celery_eda.cursors import Cursors, Turn
 from celery_eda.dead_letters import DeadLetters, Reason
 from celery_eda.delivery import Delivery
 from celery_eda.inbox import Inbox, Outcome
@@ -32,6 +33,7 @@ class Failures:
 
     inbox: Inbox
     dead_letters: DeadLetters
+    cursors: Cursors
     units: UnitsOfWork
     patience: Patience
     rebuild: Callable[[Task, Identity], Message]
@@ -81,8 +83,24 @@ class Failures:
                 consumer=delivery.consumer,
             )
             self._publish_errbacks(unit, error)
+            self._block_or_skip(unit)
             unit.commit()
         return unit.outgoing
+
+    def _block_or_skip(self, unit: UnitOfWork) -> None:
+        """Hold the key of a message that failed for good, or let it go on."""
+        delivery, position = unit.delivery, unit.delivery.position
+        if position is None:
+            return
+        if delivery.task.when_dead == "block":
+            revision = delivery.identity.revision
+            self.cursors.hold(unit.connection, delivery.consumer, position, revision)
+            return
+        cursor = self.cursors.find(unit.connection, delivery.consumer, position.lane)
+        if cursor.turn(position) is Turn.now:
+            released = self.cursors.advance(unit.connection, delivery.consumer, position, cursor)
+            if released:
+                unit.outgoing.capture(released)
 
     def _publish_errbacks(self, unit: UnitOfWork, error: Exception) -> None:
         """Call or publish the errbacks; one that fails does not cost the dead letter."""

@@ -30,7 +30,7 @@ class Outcome(str, Enum):
 
 
 class GotAhead(Exception):
-    """Another copy of the same message got ahead of this one; the transaction is void."""
+    """Another copy, or another message of the same key, got ahead; the transaction is void."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,11 @@ class Settings:
     database_url: str | None = option(
         None, "SQLAlchemy URL of the service's own database: outbox, inbox and dead letters."
     )
+    service: str | None = option(
+        None,
+        "Name of this service, under which other services know the order of its messages; by "
+        "default that of the Celery app. It must not change.",
+    )
     schema: str | None = option(None, "Database schema of the tables; None for the default one.")
     table_prefix: str = option("eda_", "What the names of the tables begin with.")
     tasks: tuple[str, ...] = option(

@@ -17,7 +17,9 @@ from celery.worker.request import Request
 from sqlalchemy.orm import Session
 
 from celery_eda import checkpoints, context
-from celery_eda.errors import UnsafeSetting
+from celery_eda.errors import ConfigurationError, UnsafeSetting
+from celery_eda.message import WIRE, Wire
+from celery_eda.ordering import Key, key_function
 
 log = get_logger(__name__)
 
@@ -28,6 +30,11 @@ R_co = TypeVar("R_co", covariant=True)
 
 class ReliableRequest(Request):
     """What Celery's main process knows of a message in its pool."""
+
+    def __init__(self, message: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(message, *arguments, **options)
+        # Whoever parks or buries the message writes down what came, not what became of it.
+        self._request_dict[WIRE] = Wire.of(message)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Give a message whose handler overran its hard limit back to the broker.
@@ -63,6 +70,11 @@ class ReliableTask(Task):
     acks_on_timeout = False
     reject_on_worker_lost = True
     Request = "celery_eda.task:ReliableRequest"
+    #: What gives the ordering key of a call, from its arguments; None if calls have no order.
+    ordering_key: Callable[..., Any] | None = None
+    #: What becomes of a key whose message failed for good: ``block`` it until that is repaired or
+    #: skipped, or ``skip`` the message.
+    when_dead: Literal["block", "skip"] = "block"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         request = self.request
@@ -129,6 +141,10 @@ class DecoratingBound(Protocol):
 class TaskDecorator:
     """``@eda.task``: makes a function a reliable Celery task; takes the options of ``@app.task``.
 
+    With a *key*, the name of a parameter or a function of the arguments, calls with the same key
+    take effect in the order in which their transactions committed. When one fails for good those
+    behind it wait, unless ``when_dead="skip"`` is given too.
+
     A function whose first parameter (after ``self``, if bound) is called ``session`` gets the
     session of the message in progress there; callers leave it out.
     """
@@ -141,17 +157,23 @@ class TaskDecorator:
     @overload
     def __call__(self, function: Callable[P, R], /) -> TypedTask[P, R]: ...
     @overload
-    def __call__(self, /, *, bind: Literal[True], **options: Any) -> DecoratingBound: ...
+    def __call__(
+        self, /, *, bind: Literal[True], key: Key | None = None, **options: Any
+    ) -> DecoratingBound: ...
     @overload
-    def __call__(self, /, **options: Any) -> Decorating: ...
-    def __call__(self, function: Any = None, /, **options: Any) -> Any:
+    def __call__(self, /, *, key: Key | None = None, **options: Any) -> Decorating: ...
+    def __call__(self, function: Any = None, /, *, key: Key | None = None, **options: Any) -> Any:
         _refuse_unsafe(options)
         options["base"] = reliable_class(options.get("base", Task))
         # It belongs to the one app whose database keeps it, not to every app of the process.
         options.setdefault("shared", False)
+        bound = options.get("bind", False)
 
         def decorate(function: Callable[..., Any]) -> Any:
-            given = self._with_session(function, bound=options.get("bind", False))
+            given = self._with_session(function, bound=bound)
+            if key is not None:
+                key_of = key_function(_without_self(given) if bound else given, key)
+                options["ordering_key"] = staticmethod(key_of)
             return self._eda.app.task(**options)(finishing(given))
 
         return decorate if function is None else decorate(function)
@@ -173,6 +195,18 @@ class TaskDecorator:
             parameters=[each for each in signature.parameters.values() if each.name != "session"]
         )
         return with_session
+
+
+def _without_self(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A bound task's *function* as its callers see it."""
+
+    def seen() -> None: ...
+
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())[1:]
+    seen.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    seen.__qualname__ = function.__qualname__
+    return seen
 
 
 def reliable_class(base: type[Task]) -> type[Task]:
@@ -220,6 +254,10 @@ def made_reliable(task: Task) -> None:
 
 
 def _refuse_unsafe(options: dict[str, Any]) -> None:
+    if options.get("when_dead", "block") not in ("block", "skip"):
+        raise ConfigurationError(
+            f"when_dead must be 'block' or 'skip', not {options['when_dead']!r}."
+        )
     for name in ("acks_late", "acks_on_failure", "acks_on_timeout", "reject_on_worker_lost"):
         if options.get(name, getattr(ReliableTask, name)) != getattr(ReliableTask, name):
             raise UnsafeSetting(

@@ -32,6 +32,9 @@ from celery_eda.tables import Moment
 
 Values = Mapping[str, Any]
 
+#: Sequences that one statement moves on: databases bound its parameters.
+SEQUENCES_AT_ONCE = 200
+
 
 class Dialect:
     """The statements of the road."""
@@ -188,6 +191,32 @@ class Dialect:
     def _owned(self, table: Table, owner: str) -> Sequence[ColumnElement[bool]]:
         """What says that *owner* still has its claim; here the row locks do."""
         return ()
+
+    # ── sequences ───────────────────────────────────────────────────────────────────────────
+
+    def milliseconds(self) -> ColumnElement[int]:
+        """Milliseconds since 1970 by the database's clock."""
+        raise NotImplementedError
+
+    def take_numbers(
+        self, connection: Connection, table: Table, counts: Mapping[tuple[str, str], int]
+    ) -> Sequence[Row[Any]]:
+        """Move each sequence on by its count, in the order of *counts*; returns the rows."""
+        rows = [self._sequence(*name, count) for name, count in counts.items()]
+        return [
+            row
+            for start in range(0, len(rows), SEQUENCES_AT_ONCE)
+            for row in self._move_on(connection, table, rows[start : start + SEQUENCES_AT_ONCE])
+        ]
+
+    def _sequence(self, stream: str, key: str, count: int) -> Values:
+        return {"stream": stream, "key": key, "epoch": self.milliseconds(), "last": count}
+
+    def _move_on(
+        self, connection: Connection, table: Table, rows: Sequence[Values]
+    ) -> Sequence[Row[Any]]:
+        """Insert *rows*, or add to those that are there."""
+        raise NotImplementedError
 
     # ── inbox ───────────────────────────────────────────────────────────────────────────────
 

@@ -13,15 +13,17 @@ from sqlalchemy import (
     Connection,
     Engine,
     ExceptionContext,
+    Row,
     Select,
     Table,
     event,
     func,
-    insert,
     literal_column,
     select,
     text,
+    tuple_,
 )
+from sqlalchemy.dialects.mysql import insert
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from celery_eda.dialects.base import Dialect, Values
@@ -110,6 +112,19 @@ class MySQL(Dialect):
         name = connection.dialect.identifier_preparer.format_table(table)
         statement = f"DELETE {name} FROM {GIVEN} STRAIGHT_JOIN {name} ON {name}.id = given.id"
         return connection.execute(text(statement), {"ids": json.dumps(list(ids))}).rowcount
+
+    def milliseconds(self) -> ColumnElement[int]:
+        return func.floor(func.unix_timestamp(func.now(text("6"))) * 1000)
+
+    def _move_on(
+        self, connection: Connection, table: Table, rows: Sequence[Values]
+    ) -> Sequence[Row[Any]]:
+        fresh = insert(table).values(rows)
+        connection.execute(fresh.on_duplicate_key_update(last=table.c.last + fresh.inserted.last))
+        # A locking read: at REPEATABLE READ another would see the rows as they were before.
+        names = [(row["stream"], row["key"]) for row in rows]
+        wanted = tuple_(table.c.stream, table.c.key).in_(names)
+        return connection.execute(select(table).where(wanted).with_for_update()).all()
 
     def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
         try:

@@ -6,7 +6,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, Table, event, func, select
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Engine,
+    Row,
+    Table,
+    cast,
+    event,
+    extract,
+    func,
+    select,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
 
@@ -70,6 +82,19 @@ class PostgreSQL(Dialect):
             tuple([row[name] for row in rows] for name in names),
         )
         return [row.id for row in result]
+
+    def milliseconds(self) -> ColumnElement[int]:
+        return cast(extract("epoch", func.clock_timestamp()) * 1000, BigInteger)
+
+    def _move_on(
+        self, connection: Connection, table: Table, rows: Sequence[Values]
+    ) -> Sequence[Row[Any]]:
+        fresh = insert(table).values(rows)
+        statement = fresh.on_conflict_do_update(
+            index_elements=list(table.primary_key),
+            set_={"last": table.c.last + fresh.excluded.last},
+        )
+        return connection.execute(statement.returning(*table.c)).all()
 
     def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
         # Not rowcount: SQLAlchemy keeps none for an INSERT.

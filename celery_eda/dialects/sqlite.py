@@ -18,8 +18,10 @@ from sqlalchemy import (
     Connection,
     Engine,
     Insert,
+    Integer,
     Row,
     Table,
+    cast,
     event,
     func,
     select,
@@ -40,6 +42,9 @@ _CODES = {
     "database or disk is full": "SQLITE_FULL",
     "unable to open database file": "SQLITE_CANTOPEN",
 }
+#: The beginning of 1970 as a Julian day.
+UNIX_EPOCH = 2440587.5
+MILLISECONDS_A_DAY = 86_400_000
 _FORMAT = "%Y-%m-%d %H:%M:%f000"
 
 
@@ -111,6 +116,19 @@ class SQLite(Dialect):
 
     def _owned(self, table: Table, owner: str) -> Sequence[ColumnElement[bool]]:
         return (table.c.claimed_by == owner,)
+
+    def milliseconds(self) -> ColumnElement[int]:
+        return cast((func.julianday("now") - UNIX_EPOCH) * MILLISECONDS_A_DAY, Integer)
+
+    def _move_on(
+        self, connection: Connection, table: Table, rows: Sequence[Values]
+    ) -> Sequence[Row[Any]]:
+        fresh = insert(table).values(rows)
+        statement = fresh.on_conflict_do_update(
+            index_elements=list(table.primary_key),
+            set_={"last": table.c.last + fresh.excluded.last},
+        )
+        return connection.execute(statement.returning(*table.c)).all()
 
     def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
         # Not rowcount: SQLAlchemy keeps none for an INSERT.
