@@ -20,8 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from celery_eda import checkpoints, context, handling
 from celery_eda.attempts import Attempts
-from celery_eda.dead_letters import Reason
 from celery_eda.cursors import Cursor, Cursors, PlaceTaken, Turn
+from celery_eda.dead_letters import Reason
 from celery_eda.delivery import Delivery, foreign
 from celery_eda.errors import NoNextAttempt, OutOfSequence, WorkersLost
 from celery_eda.failures import Failures

@@ -125,5 +125,8 @@ def message_in_progress(task: Task, identity: Identity) -> Message:
 #: Properties that travel with a message when it is sent again. Its ``expiration`` would let the
 #: broker drop it unseen.
 PROPERTIES = frozenset(
-    "app_id correlation_id delivery_mode message_id priority reply_to timestamp type user_id".split()
+    (
+        *("app_id", "correlation_id", "delivery_mode", "message_id", "priority", "reply_to"),
+        *("timestamp", "type", "user_id"),
+    )
 )
