@@ -135,7 +135,7 @@ class Consumer:
             if handled := self.inbox.admit(*message):
                 return handled
             if turn is Turn.past:
-                raise OutOfSequence("another message has taken its place")
+                return self._refuse(delivery, cursor)
             checkpoints.reach("inbox.admitted")
             ending = handling.run(delivery.task, args, kwargs)
             unit.flush()
@@ -176,6 +176,16 @@ class Consumer:
         unit.commit()
         log.info("%s[%s] waits for its predecessor", *delivery.names)
         return Ending(ignored=Ignore("parked until its predecessor has taken effect"))
+
+    def _refuse(self, delivery: Delivery, cursor: Cursor) -> Ending:
+        """What comes after its turn, and is no copy, has no effect; nor is it lost in silence.
+
+        Raises:
+            OutOfSequence: it was for this consumer.
+        """
+        if delivery.position and cursor.joined_after(delivery.position):
+            return Ending(ignored=Ignore("sent before this consumer joined"))
+        raise OutOfSequence("another message has taken its place")
 
     def _advance(self, unit: UnitOfWork, cursor: Cursor) -> None:
         """Let the next message of the key have its turn; if it is parked, send it again."""
