@@ -206,6 +206,7 @@ class Cursors:
 
     def _locked(self, connection: Connection, consumer: str, lane: Lane) -> Cursor:
         """The cursor, with its row locked; the row is made if there is none."""
+        self.dialect.stop_writers(connection)
         cursor = self._read(connection, consumer, lane, lock=True)
         if not cursor.written:
             self._insert(connection, consumer, lane, Cursor())

@@ -75,6 +75,12 @@ class Dialect:
         """
         raise NotImplementedError
 
+    def stop_writers(self, connection: Connection) -> None:
+        """See to it that nobody changes what is read from here on and locked, until the commit.
+
+        Here the locks of the rows do; a database that has none stops all who write.
+        """
+
     # ── the database's clock ────────────────────────────────────────────────────────────────
 
     def now(self) -> ColumnElement[Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import Connection, create_engine, select, update
@@ -151,6 +153,36 @@ def test_an_end_that_comes_while_a_successor_is_parked_wakes_it(
 
             assert released == waiting
         handle(cursors, connection, at(number + 1))
+
+
+def test_nobody_moves_the_cursor_while_a_message_is_being_parked(
+    cursors: Cursors, connection: Connection, database: Database
+) -> None:
+    """Between the look at the cursor and the row of what is parked, a wake-up would be lost."""
+    handle(cursors, connection, at(1))
+    head = cursors.find(connection, "charge", LANE)
+    connection.rollback()
+    order: list[str] = []
+
+    def advance() -> Message | None:
+        with database.engine.connect() as other:
+            released = cursors.advance(other, "charge", at(2), head)
+            order.append("advanced")
+            other.commit()
+            return released
+
+    with ThreadPoolExecutor() as threads, database.engine.connect() as parking:
+        waiting = message().at(at(3))
+        looked = cursors._locked(parking, "charge", LANE)
+        advancing = threads.submit(advance)
+        time.sleep(0.2)  # it waits, if it has to
+        order.append("parked")
+        assert looked.turn(at(3)) is Turn.later
+        assert cursors.park(parking, "charge", at(3), waiting)
+        parking.commit()
+
+        assert advancing.result() == waiting
+    assert order == ["parked", "advanced"]
 
 
 def test_two_that_take_the_same_turn_do_not_both_get_it(

@@ -216,6 +216,10 @@ class Road:
         why = self._all(select(self.tables.outbox.c.last_error).order_by("id"))
         return why[0] if why else None
 
+    def parked(self) -> int:
+        """Messages that wait for their predecessor."""
+        return int(self._all(select(func.count()).select_from(self.tables.parked))[0])
+
     def dead(self) -> list[tuple[str, str]]:
         """Task and reason of each dead letter."""
         columns = self.tables.dead_letters.c

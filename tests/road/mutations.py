@@ -12,7 +12,7 @@ from sqlalchemy import Connection as DatabaseConnection
 
 from celery_eda import handling, publishing, results
 from celery_eda.inbox import Inbox
-from celery_eda.message import Identity
+from celery_eda.message import Identity, Position
 from celery_eda.outbox import Outbox
 from celery_eda.task import ReliableRequest, ReliableTask
 from celery_eda.transports import frames, rabbitmq
@@ -133,6 +133,10 @@ def failure_is_told_once() -> None:
     )
 
 
+def no_order() -> None:
+    Position.of_headers = lambda _: None  # type: ignore[method-assign,assign,return-value]
+
+
 MUTATIONS: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
@@ -151,5 +155,6 @@ MUTATIONS: dict[str, Callable[[], None]] = {
         dead_worker_keeps_its_claim_on_a_chord,
         result_stands_for_the_whole_message,
         failure_is_told_once,
+        no_order,
     )
 }

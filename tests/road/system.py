@@ -70,6 +70,13 @@ def charge(session: Session, number: int) -> int:
     return number
 
 
+@eda.task(name="road.trade", key="account")
+def trade(session: Session, account: int, number: int) -> int:
+    """The trades of an account take effect in their order."""
+    session.execute(insert(effects).values(name=f"account {account}", number=number))
+    return number
+
+
 @eda.task(name="road.slow")
 def slow(session: Session, number: int, seconds: float) -> int:
     session.execute(insert(effects).values(name="slow", number=number))
