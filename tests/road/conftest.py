@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, NullPool, create_engine, func, select
 
-from celery_eda import schema
+from celery_eda import upgrading
 from celery_eda.dialects import dialect_of
 from celery_eda.tables import Tables
 from tests.road.tables import effects, metadata, orders
@@ -115,7 +115,7 @@ class Road:
         self.engine: Engine = create_engine(database, poolclass=NullPool)
         self.tables = Tables.on()
         dialect_of(self.engine.url, claim_timeout=60).prepare(self.engine, 60)
-        schema.upgrade(self.engine, self.tables)
+        upgrading.upgrade(self.engine, self.tables)
         metadata.create_all(self.engine)
         self.environment = {
             **os.environ,

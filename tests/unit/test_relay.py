@@ -7,7 +7,7 @@ from pathlib import Path
 
 from celery import Celery
 
-from celery_eda import EDA, schema
+from celery_eda import EDA, upgrading
 from celery_eda.relay import Relay, Round
 
 ROUNDS = 1100  # a delay that is doubled more often than that is no float any more
@@ -30,7 +30,7 @@ def test_a_relay_with_nothing_to_send_goes_on_looking(tmp_path: Path) -> None:
     app.conf.eda_database_url = f"sqlite:///{tmp_path / 'service.db'}"
     app.conf.eda_relay_poll = 0.001
     eda = EDA(app)
-    schema.upgrade(eda.engine, eda.tables)
+    upgrading.upgrade(eda.engine, eda.tables)
     relay = eda.relay()
     relay.__class__ = Counting
 
