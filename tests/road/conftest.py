@@ -24,7 +24,8 @@ from tests.road.tables import effects, metadata, orders
 from tests.servers.base import Server
 from tests.servers.proxy import Proxy
 
-PATIENCE = 45.0
+#: Seconds until a test gives up; on a busy machine a worker may take twenty to start.
+PATIENCE = 150.0
 #: Broker and database of each road; a fixture of that name gives the URL.
 ROADS = {
     "rabbitmq-postgresql": ("rabbitmq_url", "postgresql_url"),
