@@ -76,6 +76,12 @@ HARD_TO_KEEP: dict[str, dict[str, Any]] = {
     "typed headers": {
         "headers": {"at": datetime(2026, 5, 17, 8, 30, tzinfo=timezone.utc), "id": UUID(int=7)}
     },
+    "a dictionary like kombu's for a type": {
+        "headers": {"of ours": {"__type__": "cup", "__value__": 1}}
+    },
+    "a dictionary like kombu's for a date": {
+        "headers": {"of ours": {"__type__": "datetime", "__value__": "tomorrow"}}
+    },
     "100 KB of headers": {"headers": {"long": "x" * 100_000}},
     "properties": {"properties": {"priority": 9, "expiration": "5000", "reply_to": "ü"}},
     "the highest id and revision": {"identity": Identity(UUID(int=2**128 - 1), 2**31 - 1)},
@@ -285,12 +291,12 @@ def test_the_server_ends_the_claim_of_a_frozen_relay_and_its_late_clear_changes_
     database: Database, outbox: Outbox
 ) -> None:
     ids = written(database, outbox, message(), message())
-    short = database.again(claim_timeout=1)
+    short = database.again(claim_timeout=3)
 
     with short.engine.connect() as frozen:
         outbox.claim(frozen, "frozen", 10)
         assert claimable(database, outbox) == []
-        time.sleep(2)  # it is frozen for longer than eda_claim_timeout
+        time.sleep(4)  # it is frozen for longer than eda_claim_timeout
 
         assert claimable(database, outbox) == ids
         with pytest.raises(DBAPIError) as refusal:
@@ -306,13 +312,13 @@ def test_a_lease_that_ended_by_the_clock_is_taken_over_and_its_owner_s_late_word
     database: Database, outbox: Outbox
 ) -> None:
     ids = written(database, outbox, message(), message())
-    short = database.again(claim_timeout=1)
+    short = database.again(claim_timeout=3)
     leasing = Outbox(short.tables.outbox, short.dialect)
 
     with short.engine.connect() as frozen, database.engine.connect() as other:
         leasing.claim(frozen, "frozen", 10)
         assert claimable(database, outbox) == []
-        time.sleep(1.2)  # the lease is over
+        time.sleep(3.2)  # the lease is over
 
         taken = [each.id for each in outbox.claim(other, "other", 10)]
         cleared = leasing.clear(frozen, "frozen", ids)

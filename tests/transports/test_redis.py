@@ -327,4 +327,6 @@ class TestWires:
         answers = transport.publish([letter()])
 
         assert verdicts(answers) == ["unknown"]
-        assert time.monotonic() - start < 0.5 + SLACK  # half of the 20 s of the transport would be 10
+        assert (
+            time.monotonic() - start < 0.5 + SLACK
+        )  # half of the 20 s of the transport would be 10
