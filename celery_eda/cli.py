@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import signal
 from dataclasses import asdict
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 
-from celery_eda import schema
 from celery_eda.errors import ConfigurationError, SchemaOutdated
 
 
@@ -63,6 +64,11 @@ def relay(context: click.Context, once: bool, as_json: bool) -> None:
         raise SystemExit(1)
 
 
+def _upgrading() -> ModuleType:
+    """Alembic's part, imported when it is asked for: every `celery` command imports this module."""
+    return import_module("celery_eda.upgrading")
+
+
 @eda.group()
 def db() -> None:
     """The tables."""
@@ -73,7 +79,7 @@ def db() -> None:
 def upgrade(context: click.Context) -> None:
     """Create the tables, or bring them up to date."""
     service = _eda(context)
-    schema.upgrade(service.engine, service.tables)
+    _upgrading().upgrade(service.engine, service.tables)
     click.echo("The tables are up to date.")
 
 
@@ -93,4 +99,4 @@ def check(context: click.Context) -> None:
 def sql(context: click.Context) -> None:
     """Print the DDL, for a DBA to run."""
     service = _eda(context)
-    click.echo(schema.sql(service.engine, service.tables))
+    click.echo(_upgrading().sql(service.engine, service.tables))

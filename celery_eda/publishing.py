@@ -24,7 +24,7 @@ from celery_eda import context, ordering, results
 from celery_eda.errors import OutsideTransaction
 from celery_eda.message import HEADERS, Identity, Lane, Message
 from celery_eda.recording import RecordingPool, RecordingProducer
-from celery_eda.transports.redis_taking import SafeConnection
+from celery_eda.transports import SafeConnection
 
 #: Longest delay that the outbox keeps; databases end in the year 9999.
 LONGEST_DELAY = timedelta(days=36500)

@@ -76,7 +76,7 @@ class Relay:
         self._transport: Transport | None = None
 
     def run(self) -> None:
-        """Send until :meth:`stop`. Outages are waited for, never raised."""
+        """Send until :meth:`stop`. Outages are waited for, and nothing is raised."""
         idle = failures = 0
         while not self.stopping.is_set():
             done = self._round_or_none()
@@ -128,6 +128,7 @@ class Relay:
         with self.engine.connect() as connection:
             pending = self.outbox.claim(connection, self.owner, self.settings.relay_batch, ids)
             if not pending:
+                connection.commit()
                 return Round()
             checkpoints.reach("relay.claimed")
             unprepared = self._unprepared(pending)
@@ -220,4 +221,7 @@ class Relay:
             return self.send()
         except SQLAlchemyError as error:
             log.warning("the relay cannot reach the outbox, trying again: %s", error)
-            return None
+        except Exception:  # beside a worker nobody would start it again
+            log.exception("the relay has failed, trying again")
+            self.close()
+        return None

@@ -13,7 +13,6 @@ from queue import Empty
 from time import monotonic, time
 from typing import Any
 
-from kombu import Connection
 from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
@@ -158,11 +157,3 @@ class Transport(redis.Transport):
     """Kombu's transport, with that channel."""
 
     Channel = Channel
-
-
-class SafeConnection(Connection):
-    """Kombu's connection; to Redis, one that loses nothing when its worker dies."""
-
-    def get_transport_cls(self) -> Any:
-        transport = super().get_transport_cls()
-        return Transport if transport is redis.Transport else transport
