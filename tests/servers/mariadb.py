@@ -42,8 +42,14 @@ class MariaDB(Server):
             return None
         port = ports.claim()
         folder = root / f"mariadb-{port}"
-        folder.mkdir()
-        own = [f"--datadir={folder / 'data'}", f"--user={pwd.getpwuid(os.getuid()).pw_name}"]
+        temporary = folder / "tmp"
+        temporary.mkdir(parents=True)
+        own = [
+            f"--datadir={folder / 'data'}",
+            # Not the machine's: two that are installed at once delete each other's files there.
+            f"--tmpdir={temporary}",
+            f"--user={pwd.getpwuid(os.getuid()).pw_name}",
+        ]
         access = ["--auth-root-authentication-method=normal", "--skip-test-db"]
         run(["mariadb-install-db", "--no-defaults", *own, *access])
         # Names are not resolved, so that 127.0.0.1 is not taken for the "localhost" of sockets.
