@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from celery_eda import EDA, outbox
 from celery_eda.errors import BrokenTransaction, NoDelivery, NoNextAttempt, UnsafeSetting
-from celery_eda.message import Message
+from celery_eda.message import WIRE, Message, Wire
 from celery_eda.task import ReliableTask
 from tests.databases import Database
 from tests.road.tables import effects
@@ -90,6 +90,9 @@ class Slot:
                 "redelivered": False,
                 **delivery_info,
             },
+            WIRE: Wire(
+                message.body, message.content_type, message.content_encoding, headers, properties
+            ),
         }
         failed, result, _ = trace_task_ret(
             message.task,
