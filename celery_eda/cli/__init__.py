@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import signal
 from dataclasses import asdict
-from typing import Any
 
 import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 
 from celery_eda import schema
-from celery_eda.errors import ConfigurationError, SchemaOutdated
+from celery_eda.cli.dead_letters import dead_letters
+from celery_eda.cli.order import order
+from celery_eda.cli.service import service_of
+from celery_eda.errors import SchemaOutdated
 
 
 @click.group(name="eda")
@@ -21,26 +23,13 @@ def eda(context: click.Context) -> None:
     """Transactional outbox, idempotent inbox, relay."""
 
 
-def _eda(context: click.Context) -> Any:
-    app = context.obj.app
-    if not hasattr(app, "eda"):
-        raise click.ClickException(
-            f"The app {app.main or ''!r} is not extended. Add `eda = EDA(app)` to its module."
-        )
-    try:
-        app.eda.settings  # noqa: B018  # reading them checks them
-    except ConfigurationError as error:
-        raise click.ClickException(str(error)) from error
-    return app.eda
-
-
 @eda.command(cls=CeleryCommand)
 @click.option("--once", is_flag=True, help="Send what is due now, then end.")
 @click.option("--json", "as_json", is_flag=True, help="With --once: print figures as JSON.")
 @click.pass_context
 def relay(context: click.Context, once: bool, as_json: bool) -> None:
     """Send committed messages to the broker. Run as many as you like."""
-    service = _eda(context)
+    service = service_of(context)
     context.obj.app.log.setup()
     try:
         service.check()
@@ -63,6 +52,10 @@ def relay(context: click.Context, once: bool, as_json: bool) -> None:
         raise SystemExit(1)
 
 
+eda.add_command(dead_letters)
+eda.add_command(order)
+
+
 @eda.group()
 def db() -> None:
     """The tables."""
@@ -72,7 +65,7 @@ def db() -> None:
 @click.pass_context
 def upgrade(context: click.Context) -> None:
     """Create the tables, or bring them up to date."""
-    service = _eda(context)
+    service = service_of(context)
     schema.upgrade(service.engine, service.tables)
     click.echo("The tables are up to date.")
 
@@ -82,7 +75,7 @@ def upgrade(context: click.Context) -> None:
 def check(context: click.Context) -> None:
     """Exit with 1 if the tables are missing or out of date."""
     try:
-        _eda(context).check()
+        service_of(context).check()
     except SchemaOutdated as error:
         raise click.ClickException(str(error)) from error
     click.echo("The tables are up to date.")
@@ -92,5 +85,5 @@ def check(context: click.Context) -> None:
 @click.pass_context
 def sql(context: click.Context) -> None:
     """Print the DDL, for a DBA to run."""
-    service = _eda(context)
+    service = service_of(context)
     click.echo(schema.sql(service.engine, service.tables))
