@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from typing import Any
 
-from celery import Celery
+from celery import Celery, Task
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.orm import Session
 
-from celery_eda import attachment, context, joining, publishing, results, schema
+from celery_eda import attachment, context, joining, publishing, redaction, results, schema
 from celery_eda.attempts import Attempts
+from celery_eda.audit import Audit
 from celery_eda.consumer import Consumer
 from celery_eda.cursors import Cursors
 from celery_eda.dead_letters import DeadLetters
@@ -28,11 +29,12 @@ from celery_eda.patience import Patience
 from celery_eda.publishing import Publisher
 from celery_eda.recording import message_in_progress
 from celery_eda.relay import Relay
+from celery_eda.repair import Repair
 from celery_eda.sender import Sender
 from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings, register
 from celery_eda.tables import Tables
-from celery_eda.task import ReliableTask, TaskDecorator, made_reliable
+from celery_eda.task import ReliableTask, TaskDecorator, finishing, made_reliable
 from celery_eda.transaction import Store
 from celery_eda.transports import transport_of
 from celery_eda.unit_of_work import UnitsOfWork
@@ -43,6 +45,8 @@ register()
 CANVAS_TASKS = frozenset(
     f"celery.{name}" for name in ("accumulate", "chord_unlock", "chunks", "map", "starmap")
 )
+#: Celery's own loggers that print what handlers raise.
+LOGS_OF_ERRORS = ("celery.app.trace", "celery.worker.request")
 
 
 class EDA:
@@ -59,8 +63,12 @@ class EDA:
 
     app: Celery
 
+    #: For each task name the errors that a repairer takes on, and the repairer's own name.
+    _repairers: dict[str, list[tuple[Any, str]]]
+
     def __init__(self, app: Celery | None = None, *, engine: Engine | None = None) -> None:
         self._engine = engine
+        self._repairers = {}
         self.task = TaskDecorator(self)
         if app is not None:
             self.init_app(app)
@@ -73,6 +81,8 @@ class EDA:
         app.__dict__.pop("amqp", None)
         publishing.store_outside(app)
         results.defer(app)
+        for name in LOGS_OF_ERRORS:
+            redaction.logger(name)
         app.steps["worker"].update(("celery_eda.worker:Guard", "celery_eda.worker:EmbeddedRelay"))
         app.on_after_finalize.connect(self.make_reliable)
 
@@ -118,6 +128,68 @@ class EDA:
         if progress.session is None:
             progress.session = Session(progress.connection, join_transaction_mode="rollback_only")
         return progress.session
+
+    # ── repairing ───────────────────────────────────────────────────────────────────────────
+
+    def repairs(
+        self,
+        task: Any,
+        on: type[Exception] | tuple[type[Exception], ...] = Exception,
+        *,
+        name: str | None = None,
+        **options: Any,
+    ) -> Callable[[Callable[..., Any]], Any]:
+        """``@eda.repairs(charge, on=BadAmount)``: lets a function repair messages of a task.
+
+        When *task* fails for good with such an error, a task of its own, ``<task>.repair``, is
+        published in the transaction that writes the dead letter, to the queue
+        ``eda_repair_queue``: the worker that failed is not held up, and some worker has to take
+        from that queue. The function gets a :class:`celery_eda.Failure` and returns
+        ``failure.resubmit(…)``, ``failure.skip(why)``, ``failure.leave(why)`` or None, which
+        leaves it too. An answer takes effect once, together with what the function wrote; an
+        error makes the repair itself a dead letter, and leaves the failed one open. After
+        ``eda_max_repairs`` repairs of one message it is left to a person.
+
+        Args:
+            task: the task or its name. Give the name where the app is configured after its tasks
+                are defined.
+            on: which errors; the first repairer of the task that takes an error on gets it.
+            name: of the repair task, to tell several of one task apart.
+            options: those of ``@eda.task``.
+
+        Raises:
+            ConfigurationError: there is a repairer of that name already.
+        """
+        repaired = task if isinstance(task, str) else task.name
+        repairer = name or f"{repaired}.repair"
+        known = self._repairers.setdefault(repaired, [])
+        if repairer in (each for _, each in known):
+            raise ConfigurationError(
+                f"{repaired} has a repairer {repairer} already. Give this one a name of its own: "
+                "`@eda.repairs(…, name=…)`."
+            )
+
+        def decorate(function: Callable[..., Any]) -> Any:
+            decide = finishing(self.task.with_session(function))
+
+            @wraps(function)
+            def repair(letter: int) -> str:
+                return self.repair.attend(self.session.connection(), letter, repairer, decide)
+
+            del repair.__wrapped__  # Celery would take the function's parameters for its own
+            known.append((on, repairer))
+            return self.task(name=repairer, **options)(repair)
+
+        return decorate
+
+    def _seek_repair(self, task: Task, error: Exception, letter: int) -> None:
+        """Publish the repair of a dead letter, if somebody repairs such errors of *task*."""
+        for on, name in self._repairers.get(task.name, ()):
+            if isinstance(error, on):
+                repairer = self.app.tasks[name]
+                queue = repairer.queue or self.settings.repair_queue
+                repairer.apply_async((letter,), queue=queue)
+                return
 
     # ── sending ─────────────────────────────────────────────────────────────────────────────
 
@@ -197,6 +269,20 @@ class EDA:
         return DeadLetters(self.tables.dead_letters, self.dialect)
 
     @cached_property
+    def audit(self) -> Audit:
+        """What was done to dead letters."""
+        return Audit(self.tables.audit, self.dialect)
+
+    @cached_property
+    def repair(self) -> Repair:
+        """Redrives, edits, skips and discards dead letters."""
+        return Repair(
+            *(self.dead_letters, self.audit, self.cursors, self.store),
+            find_task=self.app.tasks.get,
+            max_repairs=self.settings.max_repairs,
+        )
+
+    @cached_property
     def sender(self) -> Sender:
         """Sends what this process commits, right after the commit."""
         return Sender(self.relay)
@@ -251,6 +337,7 @@ class EDA:
             failures=Failures(
                 *(inbox, self.dead_letters, self.cursors, units, patience),
                 rebuild=message_in_progress,
+                seek_repair=self._seek_repair,
             ),
             patience=patience,
             max_deliveries=self.settings.max_deliveries,

@@ -11,6 +11,9 @@ EDAError
 │   ├── TwoSessions             cannot tell which open session a message belongs to
 │   ├── OutsideTransaction      published outside, where the settings forbid it
 │   └── BrokenTransaction       a handler ended the transaction of its own message
+├── RepairError                 a dead letter cannot be treated like that
+│   ├── UnreadableBody          its arguments can be neither read nor changed here
+│   └── NotItsTurn              others of its key would be lost, or overtaken
 ├── InvalidKey                  no ordering key; also ValueError
 ├── OutOfSequence               why a message whose turn has passed is a dead letter
 ├── NoDelivery                  asked for the delivery's session outside a reliable task
@@ -65,6 +68,18 @@ class OutsideTransaction(TransactionError):
 
 class BrokenTransaction(TransactionError):
     """A handler's work would not be committed together with the record that it was done."""
+
+
+class RepairError(EDAError):
+    """A dead letter cannot be treated as was asked; nothing was changed."""
+
+
+class UnreadableBody(RepairError):
+    """The arguments of a dead letter can be neither read nor changed here."""
+
+
+class NotItsTurn(RepairError):
+    """The order of a key forbids what was asked."""
 
 
 class InvalidKey(EDAError, ValueError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
-from celery_eda import handling
+from celery_eda import handling, redaction
 from celery_eda.cursors import Cursors, Turn
 from celery_eda.dead_letters import DeadLetters, Reason
 from celery_eda.delivery import Delivery
@@ -20,7 +19,7 @@ from celery_eda.patience import PASSING_DELAY, Passing, Patience
 from celery_eda.transaction import Transaction
 from celery_eda.unit_of_work import UnitOfWork, UnitsOfWork
 
-log = logging.getLogger(__name__)
+log = redaction.logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Failures:
 
     Attributes:
         rebuild: a task's message in progress, for its dead letter.
+        seek_repair: publishes the task that may repair a dead letter, if the error has one.
     """
 
     inbox: Inbox
@@ -37,6 +37,7 @@ class Failures:
     units: UnitsOfWork
     patience: Patience
     rebuild: Callable[[Task, Identity], Message]
+    seek_repair: Callable[[Task, Exception, int], None]
 
     def hand_on(self, delivery: Delivery, following: Message) -> None:
         """Record a failed attempt together with the message of the next one.
@@ -74,15 +75,17 @@ class Failures:
         task = delivery.task
         with self.units.begin(delivery) as unit:
             self._close(unit, Outcome.dead, handling.recorded(task, error))
-            self.dead_letters.add(
+            letter = self.dead_letters.add(
                 unit.connection,
                 self.rebuild(task, delivery.identity),
                 reason,
                 error=error,
                 attempts=(task.request.retries or 0) + 1,
                 consumer=delivery.consumer,
+                first_at=self.inbox.first_at(unit.connection, delivery.consumer, delivery.identity),
             )
             self._publish_errbacks(unit, error)
+            self._seek_repair(unit, error, letter)
             self._block_or_skip(unit)
             unit.commit()
         return unit.outgoing
@@ -101,6 +104,13 @@ class Failures:
             released = self.cursors.advance(unit.connection, delivery.consumer, position, cursor)
             if released:
                 unit.outgoing.capture(released)
+
+    def _seek_repair(self, unit: UnitOfWork, error: Exception, letter: int) -> None:
+        """Publish a repair, if there is one; if that fails, the letter waits for a person."""
+        try:
+            self.seek_repair(unit.delivery.task, error, letter)
+        except Exception:
+            log.exception("no repair of %s[%s] can be published", *unit.delivery.names)
 
     def _publish_errbacks(self, unit: UnitOfWork, error: Exception) -> None:
         """Call or publish the errbacks; one that fails does not cost the dead letter."""

@@ -201,6 +201,18 @@ class Message:
         order = position.headers if position else {}
         return replace(self, lane=None, headers={**self.headers, **order})
 
+    def with_body(self, body: bytes, headers: Mapping[str, Any]) -> Message:
+        """This message with another body, and the *headers* that describe it."""
+        return replace(self, body=body, content_encoding="utf-8", headers=headers)
+
+    @property
+    def place(self) -> Position | None:
+        """Its place in its lane; None if it has none, or one that nobody can have written."""
+        try:
+            return Position.of_headers(self.headers)
+        except ValueError:
+            return None
+
     def revised(self, **changes: Any) -> Message:
         """The next revision of this message: a retry, a repair or a redrive, in the same place."""
         identity = self.identity.next

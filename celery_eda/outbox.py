@@ -15,6 +15,7 @@ from typing import Any
 from kombu.utils import json
 from sqlalchemy import Connection, Row, Table
 
+from celery_eda import redaction
 from celery_eda.dialects.base import Dialect
 from celery_eda.message import Identity, Message
 
@@ -87,7 +88,8 @@ class Outbox:
         charged: bool = True,
     ) -> None:
         """Try again in *delay* seconds; *charged* if the broker refused this very message."""
-        self.dialect.postpone(connection, self.table, owner, row_id, delay, why, charged=charged)
+        kept = redaction.storable(redaction.redact(why))
+        self.dialect.postpone(connection, self.table, owner, row_id, delay, kept, charged=charged)
 
     def release(self, connection: Connection, owner: str, ids: Sequence[int]) -> None:
         """Give rows back as they were: the broker was away, which is not their fault."""

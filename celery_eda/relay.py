@@ -7,7 +7,6 @@ leaves the outbox when the broker has confirmed that very message, whoever sent 
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from uuid import uuid4
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_eda import checkpoints
+from celery_eda import checkpoints, redaction
 from celery_eda.dead_letters import DeadLetters, Reason
 from celery_eda.message import Message
 from celery_eda.outbox import Outbox, Pending
@@ -24,7 +23,7 @@ from celery_eda.retry import backoff
 from celery_eda.settings import Settings
 from celery_eda.transports.base import Answer, Transport, Verdict
 
-log = logging.getLogger(__name__)
+log = redaction.logger(__name__)
 
 #: Seconds between two tries while the broker or the database is away.
 OUTAGE_DELAY = (0.1, 5.0)

@@ -89,6 +89,13 @@ class Settings:
         "Redeliveries (lost workers) of one message after which it becomes a dead letter.",
         least=1,
     )
+    repair_queue: str = option(
+        "eda.repair",
+        "Queue of the tasks that `@eda.repairs` makes; a worker has to take from it: `-Q …`.",
+    )
+    max_repairs: int = option(
+        3, "Repairs of one message by repairers, after which it is left to a person."
+    )
     outage_patience: float = option(
         30.0,
         "Seconds that a worker keeps trying a message against a database that is away or busy, "

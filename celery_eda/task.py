@@ -170,7 +170,7 @@ class TaskDecorator:
         bound = options.get("bind", False)
 
         def decorate(function: Callable[..., Any]) -> Any:
-            given = self._with_session(function, bound=bound)
+            given = self.with_session(function, bound=bound)
             if key is not None:
                 key_of = key_function(_without_self(given) if bound else given, key)
                 options["ordering_key"] = staticmethod(key_of)
@@ -178,7 +178,9 @@ class TaskDecorator:
 
         return decorate if function is None else decorate(function)
 
-    def _with_session(self, function: Callable[..., Any], *, bound: bool) -> Callable[..., Any]:
+    def with_session(
+        self, function: Callable[..., Any], *, bound: bool = False
+    ) -> Callable[..., Any]:
         """*function* without its ``session`` parameter, if it has one."""
         signature = inspect.signature(function)
         names = list(signature.parameters)
