@@ -63,8 +63,8 @@ class EDA:
 
     app: Celery
 
-    #: For each task name the errors that a repairer takes on, and the repairer's own name.
-    _repairers: dict[str, list[tuple[Any, str]]]
+    #: Of each task: the errors that a repairer takes on, its name, and its queue if it has one.
+    _repairers: dict[str, list[tuple[Any, str, str | None]]]
 
     def __init__(self, app: Celery | None = None, *, engine: Engine | None = None) -> None:
         self._engine = engine
@@ -137,6 +137,7 @@ class EDA:
         on: type[Exception] | tuple[type[Exception], ...] = Exception,
         *,
         name: str | None = None,
+        queue: str | None = None,
         **options: Any,
     ) -> Callable[[Callable[..., Any]], Any]:
         """``@eda.repairs(charge, on=BadAmount)``: lets a function repair messages of a task.
@@ -155,6 +156,7 @@ class EDA:
                 are defined.
             on: which errors; the first repairer of the task that takes an error on gets it.
             name: of the repair task, to tell several of one task apart.
+            queue: of the repair task, instead of ``eda_repair_queue``.
             options: those of ``@eda.task``.
 
         Raises:
@@ -163,7 +165,7 @@ class EDA:
         repaired = task if isinstance(task, str) else task.name
         repairer = name or f"{repaired}.repair"
         known = self._repairers.setdefault(repaired, [])
-        if repairer in (each for _, each in known):
+        if repairer in (each for _, each, _ in known):
             raise ConfigurationError(
                 f"{repaired} has a repairer {repairer} already. Give this one a name of its own: "
                 "`@eda.repairs(…, name=…)`."
@@ -172,23 +174,22 @@ class EDA:
         def decorate(function: Callable[..., Any]) -> Any:
             decide = finishing(self.task.with_session(function))
 
-            @wraps(function)
+            @wraps(function, assigned=("__module__", "__doc__"))
             def repair(letter: int) -> str:
                 return self.repair.attend(self.session.connection(), letter, repairer, decide)
 
             del repair.__wrapped__  # Celery would take the function's parameters for its own
-            known.append((on, repairer))
+            known.append((on, repairer, queue))
             return self.task(name=repairer, **options)(repair)
 
         return decorate
 
     def _seek_repair(self, task: Task, error: Exception, letter: int) -> None:
         """Publish the repair of a dead letter, if somebody repairs such errors of *task*."""
-        for on, name in self._repairers.get(task.name, ()):
+        for on, name, queue in self._repairers.get(task.name, ()):
             if isinstance(error, on):
-                repairer = self.app.tasks[name]
-                queue = repairer.queue or self.settings.repair_queue
-                repairer.apply_async((letter,), queue=queue)
+                where = queue or self.settings.repair_queue
+                self.app.tasks[name].apply_async((letter,), queue=where)
                 return
 
     # ── sending ─────────────────────────────────────────────────────────────────────────────

@@ -25,19 +25,22 @@ MOST_VALUES = 10_000
 #: Characters of a line or an error text that are looked through; the rest is cut off.
 LONGEST_TEXT = 40_000
 
+# A word of its own, or one that begins in the middle: dbPass.
+_BEGINS = r"(?-i:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))"
 _NAME = (
-    r"pass(?:word|wd|phrase|code)?|pwd|secret|token|api[_-]?key|access[_-]?key|private[_-]?key"
-    r"|auth(?:orization)?|credentials?|cookie|cvv|cvc|iban|card[_-]?number|dsn"
+    r"(?:password|passwd|passphrase|secret|token|api[_-]?key|access[_-]?key|private[_-]?key"
+    rf"|credential|authorization|{_BEGINS}(?:pass|passcode|pwd|auth|cookie|cvv|cvc|iban|dsn"
+    r"|card[_-]?number))s?"
 )
-_SECRET_NAME = re.compile(rf"(?:^|[_\W]|(?<=[a-z])(?=[A-Z]))(?:{_NAME})s?(?:$|[_\W\d])", re.I)
-_QUOTED = r"\"(?:[^\"\\]|\\.){0,2000}\"|'(?:[^'\\]|\\.){0,2000}'"
+_SECRET_NAME = re.compile(rf"{_NAME}(?![A-Za-z])|{_NAME}(?-i:(?=[A-Z]))", re.I)
+_QUOTED = r"\"(?:[^\"\\]|\\.){0,8000}\"|'(?:[^'\\]|\\.){0,8000}'"
 # Every repetition is bounded, so that no text takes longer than its length.
 _PATTERNS = (
     # scheme://user:password@host; a password may itself hold an @
     (re.compile(r"(\b[a-z][a-z0-9+.\-]{0,30}://[^\s:/@'\"]{0,256}:)[^\s'\"]{1,512}@", re.I), "@"),
     (
         re.compile(
-            rf"((?:proxy-)?authorization[\"']?\s{{0,3}}[=:]\s{{0,3}})(?:{_QUOTED}|[^\r\n\"']{{1,2000}})",
+            rf"((?:proxy-)?authorization[\"']?\s{{0,3}}[=:]\s{{0,3}})(?:{_QUOTED}|[\"']?[^\r\n\"']{{1,8000}})",
             re.I,
         ),
         "",
@@ -45,8 +48,8 @@ _PATTERNS = (
     (re.compile(r"(\b(?:bearer|basic)\s{1,3})[\w.~+/=\-]{8,4096}", re.I), ""),
     (
         re.compile(
-            rf"((?<![a-z])(?:{_NAME})s?(?:[_-]\w{{1,30}})?[\"']?\s{{0,3}}(?:=>|[=:])\s{{0,3}})"
-            rf"(?:{_QUOTED}|[^\s,;&)\]}}\"']{{1,2000}})",
+            rf"({_NAME}(?:[_-]\w{{1,30}})?[\"']?\s{{0,3}}(?:=>|[=:])\s{{0,3}})"
+            rf"(?!\[hidden\])(?:{_QUOTED}|[\"']?[^\s,;&)\]}}\"']{{1,8000}})",
             re.I,
         ),
         "",

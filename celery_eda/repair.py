@@ -29,6 +29,8 @@ from celery_eda.transaction import Store
 
 #: What a broker writes into a message that it has put aside.
 _OF_BROKERS = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count")
+#: Headers that begin again when a message is sent again.
+_BEGUN: Mapping[str, Any] = {"expires": None, "retries": 0}
 #: Earlier letters of the same message that a repairer is shown.
 LONGEST_HISTORY = 100
 
@@ -200,7 +202,7 @@ class Repair:
         if arguments is not None:
             message = arguments.in_place_of(message)
             detail = {"args": list(arguments.args), "kwargs": dict(arguments.kwargs)}
-        self._send(connection, message.revised(headers=_sendable(message.headers)))
+        self._send(connection, afresh(message))
         return self._close(connection, letter, State.redriven, action, author, **detail)
 
     def edit(
@@ -458,8 +460,11 @@ def _never_arrived(letter: Letter) -> str:
     )
 
 
-def _sendable(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """*headers* of a message that begins anew: it does not expire, and has all its retries."""
-    kept = {name: value for name, value in headers.items() if not name.startswith(_OF_BROKERS)}
-    begun = {name: value for name, value in (("expires", None), ("retries", 0)) if name in kept}
-    return {**kept, **begun}
+def afresh(message: Message) -> Message:
+    """The next revision of *message*, which does not expire and has all its retries again."""
+    headers = {
+        name: value for name, value in message.headers.items() if not name.startswith(_OF_BROKERS)
+    }
+    headers |= {name: value for name, value in _BEGUN.items() if name in headers}
+    kept = {name: value for name, value in message.properties.items() if name != "expiration"}
+    return message.revised(headers=headers, properties=kept)
