@@ -2,7 +2,8 @@
 
 from celery_eda.app import EDA
 from celery_eda.errors import EDAError
+from celery_eda.retry import RetryPolicy
 from celery_eda.tables import Tables
 
-__all__ = ["EDA", "EDAError", "Tables"]
+__all__ = ["EDA", "EDAError", "RetryPolicy", "Tables"]
 __version__ = "0.1.0"

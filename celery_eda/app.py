@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from celery import Celery
+from kombu.utils.imports import symbol_by_name
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.orm import Session
 
@@ -28,6 +29,7 @@ from celery_eda.patience import Patience
 from celery_eda.publishing import Publisher
 from celery_eda.recording import message_in_progress
 from celery_eda.relay import Relay
+from celery_eda.retry import Policy, checked
 from celery_eda.sender import Sender
 from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings, register
@@ -236,6 +238,23 @@ class EDA:
         return Publisher(self.settings.outside, self.is_reliable, self.store_apart)
 
     @cached_property
+    def retry_policy(self) -> Policy | None:
+        """What decides on further attempts of tasks without a policy of their own.
+
+        Raises:
+            ConfigurationError: ``eda_retry_policy`` is no policy.
+        """
+        if (given := self.settings.retry_policy) is None:
+            return None
+        try:
+            return checked(symbol_by_name(given))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigurationError(
+                f"eda_retry_policy names {given!r}, which cannot be imported: {error}. "
+                "Set it to `module:name` of a RetryPolicy or a function."
+            ) from error
+
+    @cached_property
     def consumer(self) -> Consumer:
         """Makes deliveries take effect once."""
         inbox = Inbox(self.tables.inbox, self.dialect)
@@ -254,6 +273,7 @@ class EDA:
             ),
             patience=patience,
             max_deliveries=self.settings.max_deliveries,
+            policy=self.retry_policy,
         )
 
     # ── rules ───────────────────────────────────────────────────────────────────────────────
@@ -277,6 +297,7 @@ class EDA:
         Raises:
             ConfigurationError: a setting is wrong, or the tables are not there.
         """
+        self.retry_policy  # noqa: B018  # reading it imports it
         schema.check(self.engine, self.tables)
 
     def store_apart(self, messages: Sequence[Message]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -88,6 +88,11 @@ class Settings:
         5,
         "Redeliveries (lost workers) of one message after which it becomes a dead letter.",
         least=1,
+    )
+    retry_policy: str | Callable[[int, Exception], float | None] | None = option(  # noqa: RUF009  # it makes a field
+        None,
+        "What decides whether and when a failed message is tried again, for tasks without a "
+        "`policy` of their own: a callable, or `module:name` of one. None never does, as Celery.",
     )
     outage_patience: float = option(
         30.0,
