@@ -22,6 +22,7 @@ from celery_eda.dead_letters import DeadLetters
 from celery_eda.dialects import Dialect, dialect_of
 from celery_eda.errors import ConfigurationError, NoDelivery, UnsafeSetting
 from celery_eda.failures import Failures
+from celery_eda.housekeeping import Housekeeping
 from celery_eda.inbox import Inbox
 from celery_eda.message import Message
 from celery_eda.outbox import Outbox
@@ -132,6 +133,7 @@ class EDA:
             partial(transport_of, self.app, timeout=self.settings.publish_timeout),
             partial(results.prepare, self.app),
             self.settings,
+            self.housekeeping.batches,
         )
 
     # ── the parts, made when first needed ───────────────────────────────────────────────────
@@ -226,6 +228,14 @@ class EDA:
     def cursors(self) -> Cursors:
         """The numbers awaited of each ordering key, and the messages parked."""
         return Cursors(self.tables.cursors, self.tables.parked, self.dialect)
+
+    @cached_property
+    def housekeeping(self) -> Housekeeping:
+        """What deletes what is old; relays do it beside their sending."""
+        return Housekeeping(
+            *(self.relay_engine, self.dialect, self.tables),
+            *(self.outbox, self.cursors, self.settings),
+        )
 
     @cached_property
     def store(self) -> Store:

@@ -63,6 +63,26 @@ def relay(context: click.Context, once: bool, as_json: bool) -> None:
         raise SystemExit(1)
 
 
+@eda.command(cls=CeleryCommand)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.pass_context
+def housekeeping(context: click.Context, as_json: bool) -> None:
+    """Delete what is older than the settings say. Running relays do so by themselves."""
+    service = _eda(context)
+    try:
+        service.check()
+    except SchemaOutdated as error:
+        raise click.ClickException(str(error)) from error
+    done = service.housekeeping.finish()
+    released = done.pop("released")
+    deleted = ", ".join(f"{rows} of {what}" for what, rows in done.items())
+    click.echo(
+        json.dumps({"released": released, "deleted": done})
+        if as_json
+        else f"Deleted: {deleted or 'nothing'}. Parked messages sent again: {released}."
+    )
+
+
 @eda.group()
 def db() -> None:
     """The tables."""

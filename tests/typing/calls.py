@@ -40,11 +40,6 @@ def bound_and_patient(self: Task, number: int) -> int:
     return number
 
 
-@eda.task(policy=3)  # type: ignore[call-overload]
-def never_patient(number: int) -> int:
-    return number
-
-
 @eda.task(bind=True)
 def bound(self: Task, number: int) -> int:
     return number
@@ -65,6 +60,9 @@ def untyped(number):  # type: ignore[no-untyped-def]
     return number
 
 
+eda.task(policy=3)  # type: ignore[call-overload]
+patient.delay(7)
+patient.delay("x")  # type: ignore[arg-type]
 plain.delay(7)
 plain.delay(7, note="x")
 plain.delay("x")  # type: ignore[arg-type]
