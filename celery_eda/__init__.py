@@ -3,7 +3,8 @@
 from celery_eda.app import EDA
 from celery_eda.errors import EDAError
 from celery_eda.repair import Answer, Failure
+from celery_eda.retry import RetryPolicy
 from celery_eda.tables import Tables
 
-__all__ = ["EDA", "Answer", "EDAError", "Failure", "Tables"]
+__all__ = ["EDA", "Answer", "EDAError", "Failure", "RetryPolicy", "Tables"]
 __version__ = "0.1.0"

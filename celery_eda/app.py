@@ -10,6 +10,7 @@ from functools import cached_property, partial, wraps
 from typing import Any
 
 from celery import Celery, Task
+from kombu.utils.imports import symbol_by_name
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.orm import Session
 
@@ -22,6 +23,7 @@ from celery_eda.dead_letters import DeadLetters
 from celery_eda.dialects import Dialect, dialect_of
 from celery_eda.errors import ConfigurationError, NoDelivery, UnsafeSetting
 from celery_eda.failures import Failures
+from celery_eda.housekeeping import Housekeeping
 from celery_eda.inbox import Inbox
 from celery_eda.message import Message
 from celery_eda.outbox import Outbox
@@ -30,6 +32,7 @@ from celery_eda.publishing import Publisher
 from celery_eda.recording import message_in_progress
 from celery_eda.relay import Relay
 from celery_eda.repair import Repair
+from celery_eda.retry import Policy, checked
 from celery_eda.sender import Sender
 from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings, register
@@ -203,6 +206,7 @@ class EDA:
             partial(transport_of, self.app, timeout=self.settings.publish_timeout),
             partial(results.prepare, self.app),
             self.settings,
+            self.housekeeping.batches,
         )
 
     # ── the parts, made when first needed ───────────────────────────────────────────────────
@@ -313,6 +317,14 @@ class EDA:
         return Cursors(self.tables.cursors, self.tables.parked, self.dialect)
 
     @cached_property
+    def housekeeping(self) -> Housekeeping:
+        """What deletes what is old; relays do it beside their sending."""
+        return Housekeeping(
+            *(self.relay_engine, self.dialect, self.tables),
+            *(self.outbox, self.cursors, self.settings),
+        )
+
+    @cached_property
     def store(self) -> Store:
         """Where captured messages go."""
         return Store(self._add, self._hand_off, self.store_apart)
@@ -321,6 +333,23 @@ class EDA:
     def publisher(self) -> Publisher:
         """Decides where a message goes."""
         return Publisher(self.settings.outside, self.is_reliable, self.store_apart)
+
+    @cached_property
+    def retry_policy(self) -> Policy | None:
+        """What decides on further attempts of tasks without a policy of their own.
+
+        Raises:
+            ConfigurationError: ``eda_retry_policy`` is no policy.
+        """
+        if (given := self.settings.retry_policy) is None:
+            return None
+        try:
+            return checked(symbol_by_name(given))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigurationError(
+                f"eda_retry_policy names {given!r}, which cannot be imported: {error}. "
+                "Set it to `module:name` of a RetryPolicy or a function."
+            ) from error
 
     @cached_property
     def consumer(self) -> Consumer:
@@ -342,6 +371,7 @@ class EDA:
             ),
             patience=patience,
             max_deliveries=self.settings.max_deliveries,
+            policy=self.retry_policy,
         )
 
     # ── rules ───────────────────────────────────────────────────────────────────────────────
@@ -365,6 +395,7 @@ class EDA:
         Raises:
             ConfigurationError: a setting is wrong, or the tables are not there.
         """
+        self.retry_policy  # noqa: B018  # reading it imports it
         schema.check(self.engine, self.tables)
 
     def store_apart(self, messages: Sequence[Message]) -> None:

@@ -10,11 +10,12 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from typing import Any, TypeVar
 
 from celery import Task
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -28,11 +29,18 @@ from celery_eda.failures import Failures
 from celery_eda.handling import Ending
 from celery_eda.inbox import GotAhead, Handled, Inbox, Outcome
 from celery_eda.patience import Passing, Patience
+from celery_eda.retry import Policy
 from celery_eda.unit_of_work import UnitOfWork, UnitsOfWork
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+#: About these no policy is asked: the handler has decided, or it is not to blame.
+DECIDED = (
+    *(Ignore, Reject, MaxRetriesExceededError),
+    *(MemoryError, Passing, GotAhead, OutOfSequence),
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class Consumer:
 
     Attributes:
         max_deliveries: redeliveries without an outcome after which a message is a dead letter.
+        policy: what decides on further attempts of tasks without a policy of their own; None for
+            no further attempt.
     """
 
     engine: Engine
@@ -51,6 +61,7 @@ class Consumer:
     failures: Failures
     patience: Patience
     max_deliveries: int
+    policy: Policy | None = None
 
     def deliver(self, task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Let *task* take effect once, however often its message comes.
@@ -102,13 +113,14 @@ class Consumer:
         except Exception as error:
             if self.patience.is_passing(error):
                 raise Passing from error
-            self.failures.bury(delivery, Reason.failed, error)
+            reason = Reason.exhausted if delivery.retries else Reason.failed
+            self.failures.bury(delivery, reason, error)
             raise
 
     def _handle_or_hand_on(
         self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Ending | Handled:
-        """Take effect, or leave it to the next attempt that the handler has asked for."""
+        """Take effect, or leave it to the next attempt, if handler or policy ask for one."""
         try:
             return self._handle(delivery, args, kwargs)
         except Retry as retry:
@@ -122,6 +134,26 @@ class Consumer:
                 ) from retry
             self.failures.hand_on(delivery, attempt.retry)
             raise
+        except DECIDED:
+            raise
+        except Exception as error:
+            if self.patience.is_passing(error) or not (due := self._next_try(delivery, error)):
+                raise
+            self.failures.try_again(delivery, due)
+            raise Retry(exc=error, when=due) from error
+
+    def _next_try(self, delivery: Delivery, error: Exception) -> datetime | None:
+        """When the policy wants the next attempt; None if it gives up, or fails itself."""
+        if not (policy := delivery.task.retry_policy or self.policy):
+            return None
+        try:
+            delay = policy(delivery.retries + 1, error)
+            if delay is None:
+                return None
+            return datetime.now(timezone.utc) + timedelta(seconds=max(0.0, float(delay)))
+        except Exception:
+            log.exception("the retry policy of %s[%s] fails, which gives up", *delivery.names)
+            return None
 
     def _handle(
         self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]

@@ -32,6 +32,7 @@ class Reason(str, Enum):
     """Why a message became a dead letter."""
 
     failed = "failed"
+    exhausted = "retries exhausted"
     rejected = "rejected"
     lost_worker = "lost worker"
     malformed = "malformed"

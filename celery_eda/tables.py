@@ -157,6 +157,7 @@ class Tables:
             schema=schema,
             **_OPTIONS,
         )
+        Index(f"ix_{prefix}inbox_at", inbox.c.at)
         attempts = Table(
             f"{prefix}attempts",
             metadata,
@@ -189,6 +190,8 @@ class Tables:
             **_OPTIONS,
         )
         Index(f"ix_{prefix}dead_letters_state", dead_letters.c.state, dead_letters.c.id)
+        Index(f"ix_{prefix}dead_letters_message", dead_letters.c.message_id)
+        Index(f"ix_{prefix}dead_letters_at", dead_letters.c.at)
         sequences = Table(
             f"{prefix}sequences",
             metadata,
@@ -229,6 +232,7 @@ class Tables:
             schema=schema,
             **_OPTIONS,
         )
+        Index(f"ix_{prefix}parked_message", parked.c.message_id)
         audit = Table(
             f"{prefix}audit",
             metadata,
@@ -247,6 +251,8 @@ class Tables:
             **_OPTIONS,
         )
         Index(f"ix_{prefix}audit_message", audit.c.message_id, audit.c.id)
+        Index(f"ix_{prefix}audit_letter", audit.c.dead_letter, audit.c.at)
+        Index(f"ix_{prefix}audit_at", audit.c.at)
         version = Table(
             f"{prefix}version",
             metadata,

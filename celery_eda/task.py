@@ -20,6 +20,7 @@ from celery_eda import checkpoints, context
 from celery_eda.errors import ConfigurationError, UnsafeSetting
 from celery_eda.message import WIRE, Wire
 from celery_eda.ordering import Key, key_function
+from celery_eda.retry import Policy, checked
 
 log = get_logger(__name__)
 
@@ -72,6 +73,9 @@ class ReliableTask(Task):
     Request = "celery_eda.task:ReliableRequest"
     #: What gives the ordering key of a call, from its arguments; None if calls have no order.
     ordering_key: Callable[..., Any] | None = None
+    #: What decides whether and when a failed attempt is followed by another one; None to leave it
+    #: to the setting ``eda_retry_policy``.
+    retry_policy: Policy | None = None
     #: What becomes of a key whose message failed for good: ``block`` it until that is repaired or
     #: skipped, or ``skip`` the message.
     when_dead: Literal["block", "skip"] = "block"
@@ -145,6 +149,9 @@ class TaskDecorator:
     take effect in the order in which their transactions committed. When one fails for good those
     behind it wait, unless ``when_dead="skip"`` is given too.
 
+    With a *policy*, a failed attempt is undone and tried again for as long as it says; see
+    :class:`celery_eda.RetryPolicy`. With none, the setting ``eda_retry_policy`` decides.
+
     A function whose first parameter (after ``self``, if bound) is called ``session`` gets the
     session of the message in progress there; callers leave it out.
     """
@@ -158,12 +165,30 @@ class TaskDecorator:
     def __call__(self, function: Callable[P, R], /) -> TypedTask[P, R]: ...
     @overload
     def __call__(
-        self, /, *, bind: Literal[True], key: Key | None = None, **options: Any
+        self,
+        /,
+        *,
+        bind: Literal[True],
+        key: Key | None = None,
+        policy: Policy | None = None,
+        **options: Any,
     ) -> DecoratingBound: ...
     @overload
-    def __call__(self, /, *, key: Key | None = None, **options: Any) -> Decorating: ...
-    def __call__(self, function: Any = None, /, *, key: Key | None = None, **options: Any) -> Any:
+    def __call__(
+        self, /, *, key: Key | None = None, policy: Policy | None = None, **options: Any
+    ) -> Decorating: ...
+    def __call__(
+        self,
+        function: Any = None,
+        /,
+        *,
+        key: Key | None = None,
+        policy: Policy | None = None,
+        **options: Any,
+    ) -> Any:
         _refuse_unsafe(options)
+        if policy is not None:
+            options["retry_policy"] = staticmethod(checked(policy))
         options["base"] = reliable_class(options.get("base", Task))
         # It belongs to the one app whose database keeps it, not to every app of the process.
         options.setdefault("shared", False)

@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Delete,
     Engine,
     Insert,
     Row,
@@ -24,6 +25,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    tuple_,
     update,
 )
 from sqlalchemy.exc import DBAPIError, TimeoutError
@@ -233,6 +235,40 @@ class Dialect:
             False if the key was taken. The transaction is still usable then.
         """
         raise NotImplementedError
+
+    # ── housekeeping ────────────────────────────────────────────────────────────────────────
+
+    def purge(
+        self, connection: Connection, table: Table, old: ColumnElement[bool], limit: int
+    ) -> int:
+        """Delete up to *limit* rows that are *old*, the oldest first.
+
+        Rows that somebody else has locked, to delete them too, are passed over.
+
+        Returns:
+            How many were deleted.
+        """
+        rows = connection.execute(self._oldest(table, old, limit)).all()
+        if not rows:
+            return 0
+        keys = [tuple(row) for row in rows]
+        return connection.execute(self._deletion(connection, table, keys)).rowcount
+
+    def _oldest(self, table: Table, old: ColumnElement[bool], limit: int) -> Select[Any]:
+        """The keys of the *limit* oldest rows."""
+        return (
+            select(*table.primary_key)
+            .where(old)
+            .order_by(table.c.at)
+            .limit(limit)
+            .with_for_update(skip_locked=True, of=table)
+        )
+
+    def _deletion(
+        self, connection: Connection, table: Table, keys: Sequence[tuple[Any, ...]]
+    ) -> Delete:
+        """What deletes the rows with these *keys*."""
+        return delete(table).where(tuple_(*table.primary_key).in_(keys))
 
     # ── errors ──────────────────────────────────────────────────────────────────────────────
 

@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Delete,
     Engine,
     ExceptionContext,
     Row,
@@ -134,6 +135,19 @@ class MySQL(Dialect):
                 raise
             return False
         return True
+
+    def _oldest(self, table: Table, old: ColumnElement[bool], limit: int) -> Select[Any]:
+        query = super()._oldest(table, old, limit)
+        indexes = [index for index in table.indexes if list(index.columns) == [table.c.at]]
+        return query.with_hint(table, f"FORCE INDEX (`{indexes[0].name}`)") if indexes else query
+
+    def _deletion(
+        self, connection: Connection, table: Table, keys: Sequence[tuple[Any, ...]]
+    ) -> Delete:
+        # Only a DELETE that names its table twice can be told which index to use.
+        name = connection.dialect.identifier_preparer.format_table(table)
+        deletion = super()._deletion(connection, table, keys).prefix_with(name)
+        return deletion.with_hint("FORCE INDEX (PRIMARY)")
 
     def is_outage(self, error: BaseException) -> bool:
         return super().is_outage(error) or (

@@ -93,8 +93,17 @@ def upgrade(prefix: str, schema: str | None) -> None:
         sqlite_autoincrement=True,
         **options,
     )
-    _create_index(prefix, schema, "dead_letters", "state", ["state", "id"])
-    _create_index(prefix, schema, "audit", "message", ["message_id", "id"])
+    for table, name, columns in (
+        ("inbox", "at", ["at"]),
+        ("dead_letters", "state", ["state", "id"]),
+        ("dead_letters", "message", ["message_id"]),
+        ("dead_letters", "at", ["at"]),
+        ("parked", "message", ["message_id"]),
+        ("audit", "message", ["message_id", "id"]),
+        ("audit", "letter", ["dead_letter", "at"]),
+        ("audit", "at", ["at"]),
+    ):
+        _create_index(prefix, schema, table, name, columns)
 
 
 def _columns(table: str, schema: str | None) -> set[str]:
