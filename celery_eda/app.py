@@ -187,6 +187,12 @@ class EDA:
 
         return decorate
 
+    @property
+    def repair_queues(self) -> set[str]:
+        """The queues of all repair tasks."""
+        known = [each for repairers in self._repairers.values() for each in repairers]
+        return {queue or self.settings.repair_queue for _, _, queue in known}
+
     def _seek_repair(self, task: Task, error: Exception, letter: int) -> None:
         """Publish the repair of a dead letter, if somebody repairs such errors of *task*."""
         for on, name, queue in self._repairers.get(task.name, ()):
