@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from celery_eda.audit import Author, Entry
 from celery_eda.cli.service import confirm, printable, service_of
 from celery_eda.dead_letters import Filter, Letter, State
 from celery_eda.errors import RepairError, UnreadableBody
+from celery_eda.message import ORDER_HEADER
 from celery_eda.repair import End, edited, in_order
 
 #: Letters read at once.
@@ -339,10 +340,18 @@ def _found(service: Any, which: Filter, limit: int | None) -> list[Letter]:
             size = PAGE if limit is None else min(PAGE, limit - len(found))
             after = found[-1].id if found else 0
             page = service.dead_letters.select(connection, which, size, after)
-            found += page
+            found += map(_briefly, page)
             if len(page) < size:
                 break
     return in_order(found)
+
+
+def _briefly(letter: Letter) -> Letter:
+    """*letter* without what a list does not show: there may be a million of them."""
+    order = {ORDER_HEADER: letter.message.headers.get(ORDER_HEADER)}
+    message = replace(letter.message, body=b"", headers=order, properties={})
+    error = letter.error and letter.error[:SHORT_ERROR]
+    return replace(letter, message=message, error=error, traceback=None)
 
 
 @dataclass
