@@ -103,7 +103,7 @@ class Settings:
     )
     repair_queue: str = option(
         "eda.repair",
-        "Queue of the tasks that `@eda.repairs` makes; a worker has to take from it: `-Q …`.",
+        "Queue of the tasks that `@eda.repairs` makes; workers without `-Q` take from it.",
     )
     max_repairs: int = option(
         3, "Repairs of one message by repairers, after which it is left to a person."
