@@ -391,3 +391,16 @@ def test_the_database_s_clock_goes_on_within_a_transaction(database: Database) -
 def test_engines_of_the_road_read_what_was_committed(database: Database) -> None:
     with database.engine.connect() as connection:
         assert connection.get_isolation_level() == "READ COMMITTED"
+
+
+def test_no_secret_reaches_the_last_error(database: Database, outbox: Outbox) -> None:
+    with database.engine.begin() as connection:
+        (id,) = outbox.add(connection, [message()])
+    with database.engine.connect() as connection:
+        outbox.claim(connection, "me", 1)
+        outbox.postpone(connection, "me", id, 1, "amqp://u:hunter2@h refused\0\ud800")
+        connection.commit()
+
+        why = connection.scalar(select(outbox.table.c.last_error))
+
+    assert why == "amqp://u:[hidden]@h refused\\0\\ud800"

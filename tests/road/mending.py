@@ -13,10 +13,9 @@ from sqlalchemy.orm import Session
 
 from celery_eda import Failure
 from celery_eda.repair import Answer
-from tests.road.system import app, eda
+from tests.road.system import app as app  # what `celery -A` looks for
+from tests.road.system import eda
 from tests.road.tables import effects
-
-__all__ = ["app", "eda"]
 
 
 class Malformed(ValueError):
