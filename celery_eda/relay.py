@@ -94,7 +94,7 @@ class Relay:
                 idle = 0 if done.claimed else idle + 1
                 # From 2 ms after the last message up to the longest pause of an empty outbox.
                 pause = min(self.settings.relay_poll, 0.001 * 2.0 ** min(idle, 62)) if idle else 0
-            if done is not None:
+            if done is not None and done.claimed < self.settings.relay_batch:
                 self._take_a_step_of_housekeeping()
             self.stopping.wait(pause)
         self.close()
@@ -225,7 +225,10 @@ class Relay:
         self.outbox.postpone(connection, self.owner, pending.id, delay, why)
 
     def _take_a_step_of_housekeeping(self) -> None:
-        """If it is time for it; what goes wrong there does not stop the sending."""
+        """If it is time for it; what goes wrong there does not stop the sending.
+
+        Only when no full batch was there to be sent: what waits for the broker goes first.
+        """
         if time.monotonic() < self._housekeeping_due:
             return
         try:

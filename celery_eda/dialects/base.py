@@ -14,7 +14,6 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Delete,
     Engine,
     Insert,
     Row,
@@ -252,7 +251,7 @@ class Dialect:
         if not rows:
             return 0
         keys = [tuple(row) for row in rows]
-        return connection.execute(self._deletion(connection, table, keys)).rowcount
+        return self._delete(connection, table, keys)
 
     def _oldest(self, table: Table, old: ColumnElement[bool], limit: int) -> Select[Any]:
         """The keys of the *limit* oldest rows."""
@@ -264,11 +263,10 @@ class Dialect:
             .with_for_update(skip_locked=True, of=table)
         )
 
-    def _deletion(
-        self, connection: Connection, table: Table, keys: Sequence[tuple[Any, ...]]
-    ) -> Delete:
-        """What deletes the rows with these *keys*."""
-        return delete(table).where(tuple_(*table.primary_key).in_(keys))
+    def _delete(self, connection: Connection, table: Table, keys: Sequence[tuple[Any, ...]]) -> int:
+        """Delete the rows with these *keys*; returns how many there were."""
+        named = tuple_(*table.primary_key).in_(keys)
+        return connection.execute(delete(table).where(named)).rowcount
 
     # ── errors ──────────────────────────────────────────────────────────────────────────────
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy import Engine, create_engine, func, select
@@ -234,6 +235,12 @@ class Road:
         with self.engine.connect() as connection:
             rows = connection.execute(select(columns.task, columns.reason)).all()
         return [(row.task, row.reason) for row in rows]
+
+    def ends(self, message_id: str) -> list[str]:
+        """How each attempt at a message ended, in the order of the revisions."""
+        columns = self.tables.inbox.c
+        attempts = select(columns.outcome).where(columns.message_id == UUID(message_id))
+        return self._all(attempts.order_by(columns.revision))
 
     def until(self, condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> None:
         """Wait until *condition* is true; fail with every process's log otherwise."""

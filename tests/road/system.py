@@ -21,7 +21,7 @@ from celery.exceptions import Reject, SoftTimeLimitExceeded
 from sqlalchemy import create_engine, func, insert, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from celery_eda import EDA, checkpoints
+from celery_eda import EDA, RetryPolicy, checkpoints
 from tests.road import mutations
 from tests.road.tables import accounts, effects
 
@@ -129,6 +129,20 @@ def flaky(self, session: Session, number: int) -> int:  # type: ignore[no-untype
     charge.delay(number)
     if self.request.retries < 2:
         raise self.retry(countdown=0.2)
+    return number
+
+
+@eda.task(
+    name="road.unsteady",
+    bind=True,
+    policy=RetryPolicy(attempts=4, first=0.2, longest=0.2, on=(ConnectionError,)),
+)
+def unsteady(self, session: Session, number: int, failures: int) -> int:  # type: ignore[no-untyped-def]
+    """Fails so often after it wrote, then works; its policy has it tried again."""
+    session.execute(insert(effects).values(name="unsteady", number=number))
+    charge.delay(number)
+    if self.request.retries < failures:
+        raise ConnectionError(f"not yet {self.request.retries}")
     return number
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,12 +23,16 @@ class Counting(Relay):
     """A relay that ends after so many rounds."""
 
     rounds = 0
+    confirmed = 0
 
     def send(self, ids: Sequence[int] = ()) -> Round:
         self.rounds += 1
         if self.rounds == ROUNDS:
             self.stop()
-        return super().send(ids)
+        if not self.confirmed:
+            return super().send(ids)
+        time.sleep(0.001)
+        return Round(self.confirmed)
 
 
 class Stumbling(Counting):
@@ -124,6 +129,16 @@ def test_before_the_interval_is_over_a_relay_does_no_housekeeping(tmp_path: Path
     chores = Chores(steps=2)
 
     counting(tmp_path, chores, eda_housekeeping_interval=3600).run()
+
+    assert chores.taken == []
+
+
+def test_while_a_full_batch_is_found_each_time_a_relay_only_sends(tmp_path: Path) -> None:
+    chores = Chores(steps=1)
+    relay = counting(tmp_path, chores, eda_housekeeping_interval=0.1, eda_relay_batch=7)
+    relay.confirmed = 7
+
+    relay.run()
 
     assert chores.taken == []
 
