@@ -27,6 +27,7 @@ from celery_eda.outbox import Outbox
 from celery_eda.patience import Patience
 from celery_eda.publishing import Publisher
 from celery_eda.recording import message_in_progress
+from celery_eda.refusals import Refusals
 from celery_eda.relay import Relay
 from celery_eda.sender import Sender
 from celery_eda.sequences import Sequences
@@ -74,6 +75,7 @@ class EDA:
         publishing.store_outside(app)
         results.defer(app)
         app.steps["worker"].update(("celery_eda.worker:Guard", "celery_eda.worker:EmbeddedRelay"))
+        app.steps["consumer"].add("celery_eda.intake:Intake")
         app.on_after_finalize.connect(self.make_reliable)
 
     # ── publishing ──────────────────────────────────────────────────────────────────────────
@@ -255,6 +257,11 @@ class EDA:
             patience=patience,
             max_deliveries=self.settings.max_deliveries,
         )
+
+    @cached_property
+    def refusals(self) -> Refusals:
+        """Keeps the messages that no task gets to see."""
+        return Refusals(self.engine, Inbox(self.tables.inbox, self.dialect), self.dead_letters)
 
     # ── rules ───────────────────────────────────────────────────────────────────────────────
 

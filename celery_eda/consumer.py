@@ -7,26 +7,27 @@ the acknowledgement. A copy that comes later finds the row and takes no effect.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from celery import Task
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_eda import checkpoints, context, handling
-from celery_eda.attempts import Attempts
+from celery_eda.attempts import TIME_LIMIT, Attempts
 from celery_eda.cursors import Cursor, Cursors, PlaceTaken, Turn
 from celery_eda.dead_letters import Reason
 from celery_eda.delivery import Delivery, foreign
-from celery_eda.errors import NoNextAttempt, OutOfSequence, WorkersLost
+from celery_eda.errors import NoNextAttempt, OutOfSequence, TimeLimit, WorkersLost
 from celery_eda.failures import Failures
 from celery_eda.handling import Ending
 from celery_eda.inbox import GotAhead, Handled, Inbox, Outcome
+from celery_eda.message import VERDICT, Identity
 from celery_eda.patience import Passing, Patience
 from celery_eda.unit_of_work import UnitOfWork, UnitsOfWork
 
@@ -72,6 +73,10 @@ class Consumer:
             delivery = Delivery(task, foreign(task))
             self._persist(self.failures.bury, delivery, Reason.malformed, error)
             raise
+        if reason := task.request.get(VERDICT):
+            self._persist(self.failures.bury, delivery, Reason(reason), TaskRevokedError(reason))
+            handling.tell_of_revocation(task, reason)
+            raise Ignore(f"it is {reason}")
         if delivery.redelivered:
             self._persist(self._count, delivery)
         return answer(delivery, self._persist(self._attempt, delivery, args, kwargs))
@@ -191,12 +196,29 @@ class Consumer:
         with self.engine.begin() as connection:
             if self.inbox.find(connection, delivery.consumer, delivery.identity):
                 return
+            cause = self.attempts.cause(connection, delivery.consumer, delivery.identity)
             lost = self.attempts.count(connection, delivery.consumer, delivery.identity)
         checkpoints.reach("delivery.started")
+        if lost > self.max_deliveries and cause == TIME_LIMIT:
+            limit = TimeLimit(f"{lost} deliveries had no outcome, the last within its time limit")
+            self.failures.bury(delivery, Reason.time_limit, limit)
+            raise limit
         if lost > self.max_deliveries:
             error = WorkersLost(f"{lost} deliveries of this message had no outcome")
             self.failures.bury(delivery, Reason.lost_worker, error)
             raise error
+
+    def note_time_limit(self, consumer: str, headers: Mapping[str, Any]) -> None:
+        """Note that the delivery in progress of a message ended with its hard time limit.
+
+        It only gives the dead letter, if it comes to that, its reason.
+        """
+        identity = Identity.of_headers(headers) or Identity.of_foreign(
+            headers["id"], headers.get("retries") or 0, headers.get("replaced_task_nesting") or 0
+        )
+        with suppress(SQLAlchemyError), self.engine.begin() as connection:
+            if not self.inbox.find(connection, consumer, identity):
+                self.attempts.note(connection, consumer, identity, TIME_LIMIT)
 
     def _forgive(self, delivery: Delivery) -> None:
         """Forget the redeliveries counted so far: no worker was lost with the next one."""

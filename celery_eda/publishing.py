@@ -24,7 +24,7 @@ from celery_eda import context, ordering, results
 from celery_eda.errors import OutsideTransaction
 from celery_eda.message import HEADERS, Identity, Lane, Message
 from celery_eda.recording import RecordingPool, RecordingProducer
-from celery_eda.transports.redis_taking import SafeConnection
+from celery_eda.transports.taking import SafeConnection
 
 #: Longest delay that the outbox keeps; databases end in the year 9999.
 LONGEST_DELAY = timedelta(days=36500)
@@ -122,6 +122,9 @@ class CapturingAMQP(AMQP):
         # A retry inherits the headers of the message it repeats: those of ours are always anew.
         headers = _without_ours(recorded.pop("headers"))
         identity = self._identify(headers)
+        if self.app.eda.is_reliable(task):
+            # The broker would drop it unseen; the worker that gets it makes a dead letter of it.
+            recorded["properties"].pop("expiration", None)
         declared = [each for each in recorder.declare if isinstance(each, Queue)]
         unknown = [each for each in declared if self.queues.get(each.name) != each]
         message = Message(

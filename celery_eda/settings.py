@@ -94,6 +94,20 @@ class Settings:
         "Seconds that a worker keeps trying a message against a database that is away or busy, "
         "before it hands the message back to the broker.",
     )
+    max_message_bytes: int = option(
+        16 * 2**20,
+        "Bytes of a message's body, and of its headers, above which it becomes a dead letter "
+        "instead of being handled.",
+        least=1024,
+    )
+    max_decompressed_bytes: int = option(
+        64 * 2**20,
+        "Bytes that a compressed body may have when decompressed; more of them are not even made.",
+        least=1024,
+    )
+    max_nesting: int = option(
+        200, "Lists and mappings within each other, in a body or in headers.", least=8
+    )
 
     def __post_init__(self) -> None:
         for setting in fields(self):
