@@ -57,9 +57,20 @@ def _decompress(make: Callable[[], Any], most: int, data: bytes) -> bytes:
             return b"".join(parts)
 
 
-def _brotli() -> Any:
-    """A decoder of brotli can be bounded in no version that kombu supports, so it is not used."""
-    raise TooLarge("A body that is compressed with brotli cannot be bounded. Use another one.")
+class _Brotli:
+    """Brotli's decoder, to be used as the others are. Before its version 1.2 it had no bound."""
+
+    unused_data = b""
+
+    def __init__(self) -> None:
+        self._decoder = compression.brotli.Decompressor()
+
+    @property
+    def eof(self) -> bool:
+        return bool(self._decoder.is_finished())
+
+    def decompress(self, data: bytes, most: int) -> bytes:
+        return bytes(self._decoder.process(data, output_buffer_limit=most))
 
 
 def _zstd() -> Any:
@@ -72,5 +83,5 @@ _DECODERS: dict[str, Callable[[], Any]] = {
     "application/x-bz2": bz2.BZ2Decompressor,
     "application/x-lzma": partial(lzma.LZMADecompressor, memlimit=LZMA_MEMORY),
     "application/zstd": _zstd,
-    "application/x-brotli": _brotli,
+    "application/x-brotli": _Brotli,
 }

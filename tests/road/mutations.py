@@ -152,6 +152,11 @@ def acknowledged_before_the_dead_letter() -> None:
     Intake._keep = acknowledge_and_keep  # type: ignore[method-assign]
 
 
+def celery_drops_what_is_revoked() -> None:
+    ReliableRequest.revoked = Request.revoked
+    ReliableRequest._announce_revoked = Request._announce_revoked
+
+
 MUTATIONS: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
@@ -172,5 +177,6 @@ MUTATIONS: dict[str, Callable[[], None]] = {
         failure_is_told_once,
         celery_looks_first,
         acknowledged_before_the_dead_letter,
+        celery_drops_what_is_revoked,
     )
 }
