@@ -16,13 +16,16 @@ from celery import bootsteps, signals
 from celery.exceptions import NotRegistered
 from celery.utils.objects import Bunch
 from celery.worker import state
+from kombu import Consumer, Queue
+from kombu.common import ignore_errors
 
 from celery_eda import compression
 from celery_eda.dead_letters import Reason
 from celery_eda.errors import Malformed
 from celery_eda.inspection import Limits, Refusal, inspect
-from celery_eda.refusals import letter_of, letter_of_bytes
+from celery_eda.refusals import Refused, given_up, refused, unread
 from celery_eda.retry import delays
+from celery_eda.transports import undelivered
 from celery_eda.transports.base import KeepsMalformed
 
 log = logging.getLogger(__name__)
@@ -50,9 +53,10 @@ class Intake(bootsteps.StartStopStep):
         self.limits = Limits(settings.max_message_bytes, settings.max_nesting)
         self.refusals = consumer.app.eda.refusals
         self.is_away = consumer.app.eda.dialect.is_outage
-        self.waiting: deque[tuple[Any, Refusal]] = deque()
+        self.waiting: deque[tuple[Any, Refused]] = deque()
         self.delays = delays(*WAIT)
         self.look: Any = None
+        self.given_up: Consumer | None = None
         compression.bound(settings.max_decompressed_bytes)
         self._create_task_handler = consumer.create_task_handler
         consumer.create_task_handler = self.create_task_handler
@@ -67,12 +71,30 @@ class Intake(bootsteps.StartStopStep):
             self.look = consumer.timer.call_repeatedly(
                 LOOK, consumer.call_soon, (self.empty, channel)
             )
+        eda = consumer.app.eda
+        if eda.settings.delivery_limit and consumer.connection.transport.driver_type == "amqp":
+            self.given_up = self._consume(undelivered.queue_of(eda.service))
 
     def stop(self, consumer: Any) -> None:
         """Forget what is not acknowledged yet: the broker brings it again."""
         self.waiting.clear()
         if self.look is not None:
             self.look.cancel()
+        if self.given_up is not None:
+            ignore_errors(consumer, self.given_up.cancel)
+            self.given_up = None
+
+    def _consume(self, queue: Queue) -> Consumer:
+        """Take what comes to *queue*, on a channel of its own, beside the tasks."""
+        consumer = Consumer(
+            self.consumer.connection.channel(),
+            queues=[queue],
+            on_message=self.give_up,
+            on_decode_error=self.give_up,
+            prefetch_count=AT_ONCE,
+        )
+        consumer.consume()
+        return consumer
 
     # ── what Celery calls ───────────────────────────────────────────────────────────────────
 
@@ -112,7 +134,14 @@ class Intake(bootsteps.StartStopStep):
 
     def refuse(self, message: Any, refusal: Refusal) -> None:
         """Keep *message* as a dead letter, then acknowledge it; later, if that cannot be now."""
-        self.waiting.append((message, refusal))
+        self._keep_soon(message, refused(message, refusal))
+
+    def give_up(self, message: Any, *_: Any) -> None:
+        """Keep *message*, which a queue of the broker gave up, as a dead letter."""
+        self._keep_soon(message, given_up(message))
+
+    def _keep_soon(self, message: Any, what: Refused) -> None:
+        self.waiting.append((message, what))
         if len(self.waiting) == 1:
             self.try_all()
 
@@ -138,22 +167,22 @@ class Intake(bootsteps.StartStopStep):
         """Keep what *channel* has set aside."""
         if self.waiting:
             return
-        refusal = Refusal(Reason.malformed, Malformed("not a message as kombu writes them"))
         try:
             for payload in channel.malformed(AT_ONCE):
-                letter, contents = letter_of_bytes(payload)
-                if self.refusals.keep(letter, contents, refusal):
-                    _tell(letter.task, refusal)
+                what = unread(payload)
+                if self.refusals.keep(what):
+                    _tell(what)
                 channel.forget_malformed(payload)
         except Exception as error:
             log.warning("what is malformed stays set aside: %s", printable(repr(error)))
 
-    def _keep(self, message: Any, refusal: Refusal) -> None:
-        letter, contents = letter_of(message)
-        if self.refusals.keep(letter, contents, refusal):
-            _tell(letter.task, refusal)
+    def _keep(self, message: Any, what: Refused) -> None:
+        fresh = self.refusals.keep(what)
+        if fresh:
+            _tell(what)
         message.ack_log_error(log, self.consumer.connection_errors)
-        self._tell_others(message, refusal)
+        if fresh:
+            self._tell_others(message, what.refusal)
 
     def _tell_others(self, message: Any, refusal: Refusal) -> None:
         """Say what Celery would say of such a message, to whoever waits for it."""
@@ -190,9 +219,9 @@ def _is_reserved(message: Any) -> bool:
     return request is not None and request.message is message
 
 
-def _tell(task: str, refusal: Refusal) -> None:
-    words = printable(str(refusal.error))
-    log.error("dead letter: %s %s: %s", printable(task), refusal.reason.value, words)
+def _tell(what: Refused) -> None:
+    task, refusal = printable(what.letter.task), what.refusal
+    log.error("dead letter: %s %s: %s", task, refusal.reason.value, printable(str(refusal.error)))
 
 
 def printable(text: str) -> str:

@@ -24,6 +24,7 @@ from celery_eda import context, ordering, results
 from celery_eda.errors import OutsideTransaction
 from celery_eda.message import HEADERS, Identity, Lane, Message
 from celery_eda.recording import RecordingPool, RecordingProducer
+from celery_eda.transports import undelivered
 from celery_eda.transports.taking import SafeConnection
 
 #: Longest delay that the outbox keeps; databases end in the year 9999.
@@ -84,6 +85,14 @@ class CapturingAMQP(AMQP):
     """Celery's ``app.amqp``, with the seam, and with connections that lose nothing."""
 
     Connection = SafeConnection
+
+    @property
+    def queues_cls(self) -> Any:
+        """Celery's collection of queues; the queues in it have the limit that the settings say."""
+        base, eda = super().queues_cls, self.app.eda
+        if not (limit := eda.settings.delivery_limit):
+            return base
+        return undelivered.limiting(base, limit, eda.service)
 
     @property
     def producer_pool(self) -> Any:

@@ -7,7 +7,7 @@ again all the same, the inbox knows it by what it consists of.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 from uuid import UUID, uuid5
@@ -15,11 +15,13 @@ from uuid import UUID, uuid5
 from kombu.utils import json
 from sqlalchemy import Engine
 
-from celery_eda.dead_letters import DeadLetters, text_of
+from celery_eda.dead_letters import DeadLetters, Reason, text_of
+from celery_eda.errors import Malformed, WorkersLost
 from celery_eda.inbox import Inbox, Outcome
 from celery_eda.inspection import Refusal
 from celery_eda.message import PROPERTIES, Identity, Message
 from celery_eda.tables import NAME_LENGTH
+from celery_eda.transports import undelivered
 
 #: The consumer under which the inbox knows what was refused.
 CONSUMER = "celery_eda.inspection"
@@ -28,6 +30,10 @@ CONSUMER = "celery_eda.inspection"
 UNREADABLE_JSON = "eda_json"
 OTHERS = "eda_others"
 
+_GIVEN_UP = {
+    undelivered.DELIVERY_LIMIT: Reason.lost_worker,
+    undelivered.EXPIRED: Reason.expired,
+}
 _CONTENTS = UUID("0d0f2a52-4f0e-5a3e-8c1d-6a2f1d7d1b7c")
 #: What differs from one delivery of a message to the next.
 _OF_DELIVERY = frozenset(("redelivered", "x-delivery-count", "x-acquired-count"))
@@ -41,6 +47,21 @@ _OF_TRANSPORT = frozenset(
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A message that may go once it has been kept.
+
+    Attributes:
+        letter: as its dead letter keeps it.
+        consumer: under which the inbox knows it, as *identity*.
+    """
+
+    letter: Message
+    refusal: Refusal
+    consumer: str
+    identity: Identity
+
+
+@dataclass(frozen=True)
 class Refusals:
     """Keeps what is refused."""
 
@@ -48,25 +69,32 @@ class Refusals:
     inbox: Inbox
     dead_letters: DeadLetters
 
-    def keep(self, letter: Message, contents: Identity, refusal: Refusal) -> bool:
-        """Write the dead letter of *letter*, unless the same *contents* have been refused before.
+    def keep(self, refused: Refused) -> bool:
+        """Write the dead letter of *refused*, unless what became of it is recorded already.
 
         Returns:
-            False if they have. Either way the message may be acknowledged.
+            False if it is. Either way the message may be acknowledged.
         """
+        letter, refusal, consumer = refused.letter, refused.refusal, refused.consumer
         with self.engine.begin() as connection:
-            fresh = self.inbox.close(connection, CONSUMER, contents, Outcome.dead)
+            fresh = self.inbox.close(connection, consumer, refused.identity, Outcome.dead)
             if fresh:
                 self.dead_letters.add(
-                    connection, letter, refusal.reason, error=refusal.error, attempts=1
+                    connection,
+                    letter,
+                    refusal.reason,
+                    error=refusal.error,
+                    attempts=1,
+                    consumer=None if consumer == CONSUMER else consumer,
                 )
         return fresh
 
 
-def letter_of(message: Any) -> tuple[Message, Identity]:
-    """*message*, kombu's, as a dead letter keeps it, and the identity of its contents.
+def refused(message: Any, refusal: Refusal) -> Refused:
+    """*message*, kombu's, that no task gets to see.
 
-    Two that are alike in every byte, delivery tag included where a publisher gives one, are one.
+    It is known by its contents. Two that are alike in every byte, delivery tag included where a
+    publisher gives one, are one.
     """
     body, info = _bytes(message.body), message.delivery_info or {}
     names = [_name(each) for each in (message.content_type, message.content_encoding)]
@@ -89,13 +117,30 @@ def letter_of(message: Any) -> tuple[Message, Identity]:
         exchange=exchange,
         routing_key=routing_key,
     )
-    return letter, contents
+    return Refused(letter, refusal, CONSUMER, contents)
 
 
-def letter_of_bytes(payload: bytes) -> tuple[Message, Identity]:
-    """What could not even be read as a message, as a dead letter keeps it."""
-    contents = _identity_of(payload)
-    return Message(contents, "", payload, "application/data", "binary", {}, {}, "", ""), contents
+def given_up(message: Any) -> Refused:
+    """*message*, kombu's, that a queue of the broker gave up.
+
+    It is known as the consumer of its task knows it, who may have recorded its end before.
+    """
+    why, exchange, routing_key = undelivered.origin_of(message.headers)
+    error = WorkersLost(f"the broker gave it up: {why}")
+    kept = refused(message, Refusal(_GIVEN_UP.get(why, Reason.rejected), error))
+    letter = replace(kept.letter, exchange=_name(exchange), routing_key=_name(routing_key))
+    identity = _own_identity(message.headers) or _foreign_identity(message.headers)
+    if identity is None or not letter.task:
+        return replace(kept, letter=letter)
+    return Refused(replace(letter, identity=identity), kept.refusal, letter.task, identity)
+
+
+def unread(payload: bytes) -> Refused:
+    """What could not even be read as a message."""
+    identity = _identity_of(payload)
+    letter = Message(identity, "", payload, "application/data", "binary", {}, {}, "", "")
+    error = Malformed("not a message as kombu writes them")
+    return Refused(letter, Refusal(Reason.malformed, error), CONSUMER, identity)
 
 
 def storable(value: Any) -> dict[str, Any]:
@@ -160,6 +205,14 @@ def _own_identity(headers: Any) -> Identity | None:
         return Identity.of_headers(headers)
     except (AttributeError, ValueError):
         return None
+
+
+def _foreign_identity(headers: Any) -> Identity | None:
+    retries, nesting = (headers.get(name) or 0 for name in ("retries", "replaced_task_nesting"))
+    match headers.get("id"), retries, nesting:
+        case str(task_id), int(), int() if 0 <= retries < 2**31:
+            return Identity.of_foreign(task_id, retries, nesting)
+    return None
 
 
 def _identity_of(body: bytes, *parts: Any) -> Identity:

@@ -12,6 +12,7 @@ from kombu import Connection
 from sqlalchemy import Connection as DatabaseConnection
 
 from celery_eda import handling, publishing, results
+from celery_eda.attempts import Attempts
 from celery_eda.inbox import Inbox
 from celery_eda.intake import Intake
 from celery_eda.message import Identity
@@ -157,6 +158,10 @@ def celery_drops_what_is_revoked() -> None:
     ReliableRequest._announce_revoked = Request._announce_revoked
 
 
+def redeliveries_are_not_counted() -> None:
+    Attempts.count = lambda *_: 0  # type: ignore[method-assign,assign,return-value]
+
+
 MUTATIONS: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
@@ -178,5 +183,6 @@ MUTATIONS: dict[str, Callable[[], None]] = {
         celery_looks_first,
         acknowledged_before_the_dead_letter,
         celery_drops_what_is_revoked,
+        redeliveries_are_not_counted,
     )
 }

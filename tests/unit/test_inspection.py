@@ -19,9 +19,10 @@ from celery_eda.dead_letters import Reason
 from celery_eda.errors import TooLarge
 from celery_eda.inspection import Limits, Refusal, inspect
 from celery_eda.intake import printable
-from celery_eda.refusals import OTHERS, UNREADABLE_JSON, letter_of, storable
+from celery_eda.refusals import OTHERS, UNREADABLE_JSON, Refused, refused, storable
 from tests.road.hostile import Letter, letters
 
+ANY = Refusal(Reason.malformed, ValueError())
 LIMITS = Limits(bytes=2**20, nesting=200)
 SECRET = "hunter2"
 EVERYTHING = list(letters("/nowhere"))
@@ -47,6 +48,10 @@ def received(letter: Letter) -> Message:
         headers=letter.all_headers,
         accept=prepare_accept_content(["json"]),
     )
+
+
+def kept(letter: Letter) -> Refused:
+    return refused(received(letter), ANY)
 
 
 def reason(message: Message) -> Reason | None:
@@ -183,7 +188,7 @@ def test_headers_of_any_depth_are_kept() -> None:
 
 
 def test_names_too_long_for_a_column_are_cut_there_and_whole_in_the_headers() -> None:
-    letter, _ = letter_of(received(Letter("x", headers={"task": "x" * 5000})))
+    letter = kept(Letter("x", headers={"task": "x" * 5000})).letter
 
     assert letter.task == "x" * 255
     assert letter.headers["task"] == "x" * 5000
@@ -191,7 +196,7 @@ def test_names_too_long_for_a_column_are_cut_there_and_whole_in_the_headers() ->
 
 def test_properties_that_nothing_can_be_sent_with_are_kept_apart() -> None:
     properties = {"expiration": "60000", "priority": 3}
-    letter, _ = letter_of(received(Letter("x", properties=properties)))
+    letter = kept(Letter("x", properties=properties)).letter
 
     assert letter.properties == {
         "priority": 3,
@@ -202,15 +207,15 @@ def test_properties_that_nothing_can_be_sent_with_are_kept_apart() -> None:
 
 def test_a_message_of_this_package_keeps_its_identity() -> None:
     own = {"eda_id": "018f3a5e-7f6b-7cc2-8a39-1f5a7f2f7f10", "eda_revision": 4}
-    letter, contents = letter_of(received(Letter("x", headers=own)))
+    refused = kept(Letter("x", headers=own))
 
-    assert letter.identity.headers == own
-    assert contents != letter.identity
+    assert refused.letter.identity.headers == own
+    assert refused.identity != refused.letter.identity
 
 
 def test_a_redelivered_message_is_known_by_its_contents() -> None:
     first, again, other = (
-        letter_of(received(Letter("x", headers=headers, body=body)))[1]
+        kept(Letter("x", headers=headers, body=body)).identity
         for headers, body in (
             ({}, b"null"),
             ({"redelivered": True, "x-delivery-count": 2}, b"null"),
