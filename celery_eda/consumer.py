@@ -23,7 +23,7 @@ from celery_eda.attempts import TIME_LIMIT, Attempts
 from celery_eda.cursors import Cursor, Cursors, PlaceTaken, Turn
 from celery_eda.dead_letters import Reason
 from celery_eda.delivery import Delivery, foreign
-from celery_eda.errors import NoNextAttempt, OutOfSequence, TimeLimit, WorkersLost
+from celery_eda.errors import NoNextAttempt, OutOfSequence, TimeLimit, Unwanted, WorkersLost
 from celery_eda.failures import Failures
 from celery_eda.handling import Ending
 from celery_eda.inbox import GotAhead, Handled, Inbox, Outcome
@@ -73,10 +73,6 @@ class Consumer:
             delivery = Delivery(task, foreign(task))
             self._persist(self.failures.bury, delivery, Reason.malformed, error)
             raise
-        if reason := task.request.get(VERDICT):
-            self._persist(self.failures.bury, delivery, Reason(reason), TaskRevokedError(reason))
-            handling.tell_of_revocation(task, reason)
-            raise Ignore(f"it is {reason}")
         if delivery.redelivered:
             self._persist(self._count, delivery)
         return answer(delivery, self._persist(self._attempt, delivery, args, kwargs))
@@ -91,6 +87,9 @@ class Consumer:
             raise
         except GotAhead as error:
             raise Passing from error
+        except Unwanted as error:
+            self._refuse(delivery, str(error))
+            raise Ignore(f"it is {error}") from error
         except MemoryError as error:
             # Celery's main process raises it again and would never acknowledge.
             raise Reject(error, requeue=True) from error
@@ -141,6 +140,8 @@ class Consumer:
                 return handled
             if turn is Turn.past:
                 raise OutOfSequence("another message has taken its place")
+            if verdict := delivery.task.request.get(VERDICT):
+                raise Unwanted(verdict)
             checkpoints.reach("inbox.admitted")
             ending = handling.run(delivery.task, args, kwargs)
             unit.flush()
@@ -152,6 +153,12 @@ class Consumer:
         checkpoints.reach("delivery.committed")
         unit.outgoing.hand_off()
         return ending
+
+    def _refuse(self, delivery: Delivery, verdict: str) -> None:
+        """Bury a message that is expired or revoked; as with Celery, no errback hears of it."""
+        delivery.task.request.errbacks = None
+        self.failures.bury(delivery, Reason(verdict), TaskRevokedError(verdict))
+        handling.tell_of_revocation(delivery.task, verdict)
 
     # ── order ───────────────────────────────────────────────────────────────────────────────
 

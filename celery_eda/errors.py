@@ -19,6 +19,7 @@ EDAError
 │   ├── TooLarge
 │   └── Undecodable
 ├── TimeLimit                   why a message that overruns its hard limit is a dead letter
+├── Unwanted                    a message is expired or revoked
 └── WorkersLost                 why a message that ends its workers is a dead letter
 """
 
@@ -101,6 +102,10 @@ class Undecodable(Malformed):
 
 class TimeLimit(EDAError):
     """A message overran its hard time limit each time that it was delivered."""
+
+
+class Unwanted(EDAError):
+    """A message is not to be handled any more: it is ``expired`` or ``revoked``."""
 
 
 class WorkersLost(EDAError):
