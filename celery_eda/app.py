@@ -30,6 +30,7 @@ from celery_eda.outbox import Outbox
 from celery_eda.patience import Patience
 from celery_eda.publishing import Publisher
 from celery_eda.recording import message_in_progress
+from celery_eda.refusals import Refusals
 from celery_eda.relay import Relay
 from celery_eda.repair import Repair
 from celery_eda.retry import Policy, checked
@@ -87,6 +88,7 @@ class EDA:
         for name in LOGS_OF_ERRORS:
             redaction.logger(name)
         app.steps["worker"].update(("celery_eda.worker:Guard", "celery_eda.worker:EmbeddedRelay"))
+        app.steps["consumer"].add("celery_eda.intake:Intake")
         app.on_after_finalize.connect(self.make_reliable)
 
     # ── publishing ──────────────────────────────────────────────────────────────────────────
@@ -379,6 +381,11 @@ class EDA:
             max_deliveries=self.settings.max_deliveries,
             policy=self.retry_policy,
         )
+
+    @cached_property
+    def refusals(self) -> Refusals:
+        """Keeps the messages that no task gets to see."""
+        return Refusals(self.engine, Inbox(self.tables.inbox, self.dialect), self.dead_letters)
 
     # ── rules ───────────────────────────────────────────────────────────────────────────────
 

@@ -38,6 +38,12 @@ class Reason(str, Enum):
     malformed = "malformed"
     unsendable = "unsendable"
     out_of_sequence = "out of sequence"
+    undecodable = "undecodable"
+    unknown_task = "unknown task"
+    too_large = "too large"
+    expired = "expired"
+    revoked = "revoked"
+    time_limit = "time limit"
 
 
 class State(str, Enum):

@@ -118,6 +118,26 @@ class Settings:
         "Seconds that a worker keeps trying a message against a database that is away or busy, "
         "before it hands the message back to the broker.",
     )
+    delivery_limit: int = option(
+        0,
+        "Deliveries after which RabbitMQ itself gives a message of a quorum queue up, and a worker "
+        "makes a dead letter of it; 0 for never. More than `eda_max_deliveries`. An outage of the "
+        "database counts here too. Queues that exist without it have to be deleted first.",
+    )
+    max_message_bytes: int = option(
+        16 * 2**20,
+        "Bytes of a message's body, and of its headers, above which it becomes a dead letter "
+        "instead of being handled.",
+        least=1024,
+    )
+    max_decompressed_bytes: int = option(
+        64 * 2**20,
+        "Bytes that a compressed body may have when decompressed; more of them are not even made.",
+        least=1024,
+    )
+    max_nesting: int = option(
+        200, "Lists and mappings within each other, in a body or in headers.", least=8
+    )
 
     inbox_retention: float | None = option(
         14 * DAY,
@@ -157,6 +177,12 @@ class Settings:
                 f"eda_publish_timeout ({self.publish_timeout} s): a relay that still waits for "
                 "confirms would lose its claim, and every slow batch would be sent twice. "
                 "Raise eda_claim_timeout."
+            )
+        if 0 < self.delivery_limit <= self.max_deliveries:
+            raise UnsafeSetting(
+                f"eda_delivery_limit ({self.delivery_limit}) must be more than eda_max_deliveries "
+                f"({self.max_deliveries}): the broker would give up before the worker does, which "
+                "knows why. Raise eda_delivery_limit, or set it to 0."
             )
         self.check_retention()
 

@@ -164,6 +164,7 @@ class Tables:
             *_attempt_columns(),
             Column("deliveries", Integer, nullable=False),
             Column("at", Moment, nullable=False),
+            Column("cause", String(16)),
             PrimaryKeyConstraint("consumer", "message_id", "revision"),
             schema=schema,
             **_OPTIONS,

@@ -20,11 +20,17 @@ ALIASES = {
 }
 OTHERS = "celery_eda.transports.plain:Plain"
 #: What workers take their messages with, instead of kombu's transport of that name.
-TAKING = {"kombu.transport.redis:Transport": "celery_eda.transports.redis_taking:Transport"}
+TAKING = {
+    "kombu.transport.redis:Transport": "celery_eda.transports.redis_taking:Transport",
+    "kombu.transport.pyamqp:Transport": "celery_eda.transports.rabbitmq_taking:Transport",
+    "kombu.transport.pyamqp:SSLTransport": "celery_eda.transports.rabbitmq_taking:SSLTransport",
+}
 
 
 class SafeConnection(Connection):
-    """Kombu's connection; one that loses nothing when its worker dies."""
+    """Kombu's connection; to some brokers, one that loses nothing when its worker dies, and that
+    no message can break.
+    """
 
     def get_transport_cls(self) -> Any:
         transport = super().get_transport_cls()

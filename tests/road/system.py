@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from typing import Any
 
 from celery import Celery
 from celery.exceptions import Reject, SoftTimeLimitExceeded
@@ -22,6 +23,7 @@ from sqlalchemy import create_engine, func, insert, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from celery_eda import EDA, RetryPolicy, checkpoints
+from celery_eda.refusals import Refusals
 from tests.road import mutations
 from tests.road.tables import accounts, effects
 
@@ -261,7 +263,22 @@ def wait_for(name: str, seconds: float) -> None:
 def _arm_faults() -> None:
     for fault in filter(None, os.environ.get("ROAD_FAULTS", "").split(",")):
         step, action, path = fault.split(":")
+        if step == "refusal.kept":
+            _strike_before_the_ack(action, path)
+            continue
         checkpoints.arm(step, lambda action=action, path=path: _strike(action, path))  # type: ignore[misc]
+
+
+def _strike_before_the_ack(action: str, path: str) -> None:
+    """Strike when a dead letter of the inspection is committed, before its message goes."""
+    keep = Refusals.keep
+
+    def keep_and_strike(*arguments: Any) -> bool:
+        fresh = keep(*arguments)
+        _strike(action, path)
+        return fresh
+
+    Refusals.keep = keep_and_strike  # type: ignore[method-assign]
 
 
 def _strike(action: str, path: str) -> None:

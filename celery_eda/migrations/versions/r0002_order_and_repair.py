@@ -44,6 +44,8 @@ def upgrade(prefix: str, schema: str | None) -> None:
     ):
         if column.name not in there:
             op.add_column(f"{prefix}dead_letters", column, schema=schema)
+    if "cause" not in _columns(f"{prefix}attempts", schema):
+        op.add_column(f"{prefix}attempts", sa.Column("cause", sa.String(16)), schema=schema)
     op.create_table(
         f"{prefix}sequences",
         sa.Column("stream", EXACT_NAME, nullable=False),
