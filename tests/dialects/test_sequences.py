@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import Connection, select, update
+from sqlalchemy.exc import OperationalError
 
 from celery_eda.message import Lane, Message, Position
 from celery_eda.sequences import Sequences
@@ -102,7 +103,11 @@ def test_a_thousand_keys_are_numbered_at_once(database: Database, sequences: Seq
 def test_numbers_are_in_the_order_of_the_commits_without_a_gap(
     database: Database, sequences: Sequences
 ) -> None:
-    """Producers race for three keys, taken crosswise, and every third rolls back."""
+    """Producers race for three keys, taken crosswise, and every third rolls back.
+
+    InnoDB may let one lose that waits for the first row of a key whose maker rolls back: then, too,
+    the whole transaction is undone.
+    """
     committed: list[tuple[str, int]] = []
     lock = threading.Lock()
 
@@ -111,7 +116,13 @@ def test_numbers_are_in_the_order_of_the_commits_without_a_gap(
         for _ in range(15):
             keys = chance.sample(["a", "b", "c"], 2)
             transaction = connection.begin()
-            numbered = sequences.number(connection, of_key(*keys))
+            try:
+                numbered = sequences.number(connection, of_key(*keys))
+            except OperationalError as error:
+                if not database.dialect.is_transient(error):
+                    raise
+                transaction.rollback()
+                continue
             time.sleep(0.001)
             if chance.random() < 0.33:
                 transaction.rollback()
