@@ -26,6 +26,7 @@ from celery_eda.failures import Failures
 from celery_eda.housekeeping import Housekeeping
 from celery_eda.inbox import Inbox
 from celery_eda.message import Message
+from celery_eda.order import Order
 from celery_eda.outbox import Outbox
 from celery_eda.patience import Patience
 from celery_eda.publishing import Publisher
@@ -365,15 +366,16 @@ class EDA:
         inbox = Inbox(self.tables.inbox, self.dialect)
         attempts = Attempts(self.tables.attempts, self.dialect)
         units = UnitsOfWork(self.engine, self.dialect, attempts, self.store, joining.join)
+        order = Order(self.cursors, message_in_progress)
         patience = Patience(self.dialect, self.settings.outage_patience)
         return Consumer(
             engine=self.engine,
             inbox=inbox,
             attempts=attempts,
-            cursors=self.cursors,
             units=units,
+            order=order,
             failures=Failures(
-                *(inbox, self.dead_letters, self.cursors, units, patience),
+                *(inbox, self.dead_letters, units, order, patience),
                 rebuild=message_in_progress,
                 seek_repair=self._seek_repair,
             ),

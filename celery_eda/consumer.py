@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from celery_eda import checkpoints, context, handling
 from celery_eda.attempts import TIME_LIMIT, Attempts
-from celery_eda.cursors import Cursor, Cursors, PlaceTaken, Turn
+from celery_eda.cursors import Turn
 from celery_eda.dead_letters import Reason
 from celery_eda.delivery import Delivery, foreign
 from celery_eda.errors import NoNextAttempt, OutOfSequence, TimeLimit, Unwanted, WorkersLost
@@ -35,9 +35,10 @@ from celery_eda.failures import Failures
 from celery_eda.handling import Ending
 from celery_eda.inbox import GotAhead, Handled, Inbox, Outcome
 from celery_eda.message import VERDICT, Identity
+from celery_eda.order import Order
 from celery_eda.patience import Passing, Patience
 from celery_eda.retry import Policy
-from celery_eda.unit_of_work import UnitOfWork, UnitsOfWork
+from celery_eda.unit_of_work import UnitsOfWork
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ class Consumer:
     engine: Engine
     inbox: Inbox
     attempts: Attempts
-    cursors: Cursors
     units: UnitsOfWork
+    order: Order
     failures: Failures
     patience: Patience
     max_deliveries: int
@@ -170,14 +171,14 @@ class Consumer:
     ) -> Ending | Handled:
         """The last stretch of the road, in one transaction: admit, handle, commit."""
         with self.units.begin(delivery) as unit:
-            turn, cursor = self._turn(unit)
+            turn, cursor = self.order.turn(unit)
             if turn is Turn.later:
-                return self._park(unit)
+                return Ending(ignored=self.order.park(unit))
             message = (unit.connection, delivery.consumer, delivery.identity)
             if handled := self.inbox.admit(*message):
                 return handled
             if turn is Turn.past:
-                return self._pass_over(delivery, cursor)
+                return Ending(ignored=self.order.pass_over(delivery, cursor))
             if verdict := delivery.task.request.get(VERDICT):
                 raise Unwanted(verdict)
             checkpoints.reach("inbox.admitted")
@@ -186,7 +187,7 @@ class Consumer:
             checkpoints.reach("delivery.handled")
             outcome = Outcome.skipped if ending.ignored else Outcome.done
             self.inbox.record(*message, outcome, ending.recorded)
-            self._advance(unit, cursor)
+            self.order.advance(unit, cursor)
             unit.commit()
         checkpoints.reach("delivery.committed")
         unit.outgoing.hand_off()
@@ -197,54 +198,6 @@ class Consumer:
         delivery.task.request.errbacks = None
         self.failures.bury(delivery, Reason(verdict), TaskRevokedError(verdict))
         handling.tell_of_revocation(delivery.task, verdict)
-
-    # ── order ───────────────────────────────────────────────────────────────────────────────
-
-    def _turn(self, unit: UnitOfWork) -> tuple[Turn, Cursor]:
-        """Whether it is the message's turn among those of its key, and what said so."""
-        delivery = unit.delivery
-        if (position := delivery.position) is None:
-            return Turn.now, Cursor()
-        cursor = self.cursors.find(unit.connection, delivery.consumer, position.lane)
-        return cursor.turn(position), cursor
-
-    def _park(self, unit: UnitOfWork) -> Ending:
-        """Keep a message that came before its predecessor; whoever handles that releases it.
-
-        Raises:
-            GotAhead: its turn has come meanwhile.
-        """
-        delivery, position = unit.delivery, unit.delivery.position
-        assert position is not None, "only what has a place can be early"
-        message = self.failures.rebuild(delivery.task, delivery.identity)
-        try:
-            parked = self.cursors.park(unit.connection, delivery.consumer, position, message)
-        except PlaceTaken as error:
-            raise OutOfSequence("another message waits at its place") from error
-        if not parked:
-            raise GotAhead
-        unit.commit()
-        log.info("%s[%s] waits for its predecessor", *delivery.names)
-        return Ending(ignored=Ignore("parked until its predecessor has taken effect"))
-
-    def _pass_over(self, delivery: Delivery, cursor: Cursor) -> Ending:
-        """What comes after its turn, and is no copy, has no effect; nor is it lost in silence.
-
-        Raises:
-            OutOfSequence: it was for this consumer.
-        """
-        if delivery.position and cursor.joined_after(delivery.position):
-            return Ending(ignored=Ignore("sent before this consumer joined"))
-        raise OutOfSequence("another message has taken its place")
-
-    def _advance(self, unit: UnitOfWork, cursor: Cursor) -> None:
-        """Let the next message of the key have its turn; if it is parked, send it again."""
-        delivery, position = unit.delivery, unit.delivery.position
-        if position is None:
-            return
-        released = self.cursors.advance(unit.connection, delivery.consumer, position, cursor)
-        if released:
-            unit.outgoing.capture(released)
 
     def _count(self, delivery: Delivery) -> None:
         """Count a redelivery on its own; one too many and the message is a dead letter."""

@@ -11,11 +11,11 @@ from celery import Task
 from celery.exceptions import Ignore, Reject
 
 from celery_eda import handling, redaction
-from celery_eda.cursors import Cursors, Turn
 from celery_eda.dead_letters import DeadLetters, Reason
 from celery_eda.delivery import Delivery
 from celery_eda.inbox import Inbox, Outcome
 from celery_eda.message import Identity, Message
+from celery_eda.order import Order
 from celery_eda.patience import PASSING_DELAY, Passing, Patience
 from celery_eda.transaction import Transaction
 from celery_eda.unit_of_work import UnitOfWork, UnitsOfWork
@@ -34,8 +34,8 @@ class Failures:
 
     inbox: Inbox
     dead_letters: DeadLetters
-    cursors: Cursors
     units: UnitsOfWork
+    order: Order
     patience: Patience
     rebuild: Callable[[Task, Identity], Message]
     seek_repair: Callable[[Task, Exception, int], None]
@@ -97,24 +97,9 @@ class Failures:
             )
             self._publish_errbacks(unit, error)
             self._seek_repair(unit, error, letter)
-            self._block_or_skip(unit)
+            self.order.block_or_skip(unit)
             unit.commit()
         return unit.outgoing
-
-    def _block_or_skip(self, unit: UnitOfWork) -> None:
-        """Hold the key of a message that failed for good, or let it go on."""
-        delivery, position = unit.delivery, unit.delivery.position
-        if position is None:
-            return
-        if delivery.task.when_dead == "block":
-            revision = delivery.identity.revision
-            self.cursors.hold(unit.connection, delivery.consumer, position, revision)
-            return
-        cursor = self.cursors.find(unit.connection, delivery.consumer, position.lane)
-        if cursor.turn(position) is Turn.now:
-            released = self.cursors.advance(unit.connection, delivery.consumer, position, cursor)
-            if released:
-                unit.outgoing.capture(released)
 
     def _seek_repair(self, unit: UnitOfWork, error: Exception, letter: int) -> None:
         """Publish a repair, if there is one; if that fails, the letter waits for a person."""
