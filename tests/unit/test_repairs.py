@@ -342,6 +342,33 @@ def test_a_letter_that_somebody_treats_while_its_repairer_thinks_is_theirs(
     assert len(slot.waiting()) == (how == "redrive")
 
 
+@pytest.mark.parametrize(("verb", "effects"), [("redrive", [1, 2, 3]), ("skip", [1, 3])])
+def test_a_failed_first_message_of_an_epoch_can_be_treated(
+    slot: Slot, verb: str, effects: list[int]
+) -> None:
+    mended = []
+
+    @slot.task(name="trade", key="account")
+    def trade(account: str, number: int) -> None:
+        if number == 2 and not mended:
+            raise ValueError(number)
+        slot.write(number)
+
+    trade.delay("a", 1)
+    slot.work()
+    with slot.engine.begin() as connection:
+        slot.eda.sequences.begin_epoch(connection)
+    trade.delay("a", 2)
+    trade.delay("a", 3)
+    slot.work()
+    mended.append(True)
+    with slot.engine.begin() as connection:
+        getattr(slot.eda.repair, verb)(connection, slot.dead()[0].id, ADA)
+    slot.work()
+
+    assert slot.effects() == effects
+
+
 def test_a_failed_message_that_was_let_past_is_repaired_out_of_order(slot: Slot) -> None:
     @slot.task(name="trade", key="account", when_dead="skip")
     def trade(account: str, amount: Any) -> None:
