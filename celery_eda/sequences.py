@@ -58,12 +58,15 @@ class Sequences:
         given once more, and consumers would take the new messages for old ones.
         """
         columns = self.table.c
-        statement = update(self.table).values(
-            previous_epoch=columns.epoch,
-            previous_last=columns.last,
-            epoch=self.dialect.milliseconds(),
-            last=0,
-        )
+        # Those without a message in this epoch keep what came before it.
+        statement = update(self.table).where(columns.last > 0)
         if stream is not None:
             statement = statement.where(columns.stream == stream)
+        # In this order: MariaDB assigns from left to right.
+        statement = statement.ordered_values(
+            (columns.previous_epoch, columns.epoch),
+            (columns.previous_last, columns.last),
+            (columns.epoch, self.dialect.milliseconds()),
+            (columns.last, 0),
+        )
         return connection.execute(statement).rowcount
