@@ -18,10 +18,10 @@ from celery import Task
 from sqlalchemy import Connection
 
 from celery_eda import joining
-from celery_eda.arguments import JSON, Arguments
+from celery_eda.arguments import JSON, Arguments, as_json
 from celery_eda.audit import Action, Audit, Author, Entry
 from celery_eda.cursors import Cursors, Turn
-from celery_eda.dead_letters import DeadLetters, Filter, Letter, State
+from celery_eda.dead_letters import DeadLetters, Filter, Letter, Reason, State
 from celery_eda.errors import NotItsTurn, UnreadableBody
 from celery_eda.inbox import GotAhead
 from celery_eda.message import ORDER_HEADER, Message
@@ -216,16 +216,17 @@ class Repair:
     ) -> End:
         """Change the arguments of an open letter; the audit keeps the old body.
 
-        Those that are None stay as they are.
+        Those that are None stay as they are. What nobody could read becomes JSON, if both are
+        given.
 
         Raises:
-            UnreadableBody: the old ones cannot be read and not both are given, or the body is of
-                a kind that is not written here.
+            UnreadableBody: the old ones cannot be read and not both are given, or somebody else
+                could read them, and what is to follow the task would be lost.
         """
         letter = self.dead_letters.find(connection, id, lock=True)
         if letter is None or not letter.is_open:
             return _ended(id, letter)
-        message = edited(letter.message, args, kwargs)
+        message = edited(letter, args, kwargs)
         self.dead_letters.change(connection, id, message)
         old = letter.message.body.decode(errors="backslashreplace")
         self.audit.add(connection, author, Action.edit, letter, body=old)
@@ -240,7 +241,7 @@ class Repair:
         letter = self.dead_letters.find(connection, id, lock=True)
         if letter is None or not letter.is_open:
             return _ended(id, letter)
-        place, consumer = letter.message.place, letter.consumer
+        place, consumer = letter.message.place, _consumer(letter)
         if place is None:
             raise NotItsTurn(f"Letter {id} has no ordering key, so it holds up nobody. Discard it.")
         if consumer is None:
@@ -262,8 +263,13 @@ class Repair:
             self._send(connection, released)
         return self._close(connection, letter, State.skipped, Action.skip, author)
 
-    def discard(self, connection: Connection, id: int, author: Author) -> End:
+    def discard(
+        self, connection: Connection, id: int, author: Author, *, awaited: bool = False
+    ) -> End:
         """Give up a message that no other one waits for.
+
+        With *awaited* also one that others of its key will wait for, whose turn has not come:
+        should they ever come, somebody has to treat them too.
 
         Raises:
             NotItsTurn: others of its key wait for it.
@@ -271,14 +277,20 @@ class Repair:
         letter = self.dead_letters.find(connection, id, lock=True)
         if letter is None or not letter.is_open:
             return _ended(id, letter)
-        if (turn := self._turn(connection, letter)) is not Turn.past and letter.message.place:
-            if letter.consumer is None:
-                raise NotItsTurn(_never_arrived(letter))
-            when = "Skip it instead" if turn is Turn.now else "Skip it when its turn has come"
-            raise NotItsTurn(
-                f"Letter {id} has a place in the order of its key {letter.key!r}, and those behind "
-                f"it would wait for ever. {when}."
-            )
+        if letter.message.place is not None:
+            match self._turn(connection, letter):
+                case Turn.now:
+                    raise NotItsTurn(
+                        f"Letter {id} holds its key {letter.key!r}, and those behind it would "
+                        "wait for ever. Skip it instead."
+                    )
+                case Turn.later if not awaited and _consumer(letter) is None:
+                    raise NotItsTurn(f"{_never_arrived(letter)} Or discard it with `--awaited`.")
+                case Turn.later if not awaited:
+                    raise NotItsTurn(
+                        f"Those behind letter {id} of its key {letter.key!r} will wait for it. "
+                        "Skip it when its turn has come, or discard it with `--awaited`."
+                    )
         return self._close(connection, letter, State.discarded, Action.discard, author)
 
     def attend(
@@ -399,10 +411,10 @@ class Repair:
 
     def _turn(self, connection: Connection, letter: Letter) -> Turn:
         """Whether it is its turn at its consumer; what never reached one is still to come."""
-        place = letter.message.place
-        if place is None or letter.consumer is None:
+        place, consumer = letter.message.place, _consumer(letter)
+        if place is None or consumer is None:
             return Turn.later
-        return self.cursors.find(connection, letter.consumer, place.lane).turn(place)
+        return self.cursors.find(connection, consumer, place.lane).turn(place)
 
     def _lets_pass(self, letter: Letter) -> bool:
         """Whether its task says that a failed message does not hold its key."""
@@ -410,20 +422,20 @@ class Repair:
         return getattr(task, "when_dead", "block") == "skip"
 
 
-def edited(
-    message: Message, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
-) -> Message:
-    """*message* with other arguments; those that are None stay.
+def edited(letter: Letter, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> Message:
+    """The letter's message with other arguments; those that are None stay.
 
     Raises:
-        UnreadableBody: those that stay cannot be read, or the body is of another kind than JSON.
+        UnreadableBody: those that stay cannot be read, or what is to follow the task would be
+            lost.
     """
+    message = letter.message
     try:
         old = Arguments.of(message)
     except UnreadableBody:
-        if args is None or kwargs is None or message.content_type != JSON:
+        if args is None or kwargs is None or not _was_unreadable(letter):
             raise
-        old = Arguments()
+        old, message = Arguments(), as_json(message)
     new = replace(
         old,
         args=old.args if args is None else tuple(args),
@@ -453,6 +465,23 @@ def _ended(id: int, letter: Letter | None) -> End:
     return End(id, letter.state if letter else None, fresh=False)
 
 
+def _consumer(letter: Letter) -> str | None:
+    """Whose cursor the letter's place is about; None if it was never sent: that may be anybody's.
+
+    What was refused before its consumer saw it was still for the task of this service.
+    """
+    if letter.consumer is None and letter.reason == Reason.unsendable.value:
+        return None
+    return letter.consumer or letter.message.task or None
+
+
+def _was_unreadable(letter: Letter) -> bool:
+    """Whether nobody can have read its body: it is broken, or was refused unread."""
+    refused = letter.consumer is None and letter.reason != Reason.unsendable.value
+    message = letter.message
+    return refused or (message.content_type == JSON and not message.headers.get("compression"))
+
+
 def _never_arrived(letter: Letter) -> str:
     return (
         f"Letter {letter.id} has never left for its consumer, which waits for it before all others "
@@ -466,5 +495,10 @@ def afresh(message: Message) -> Message:
         name: value for name, value in message.headers.items() if not name.startswith(_OF_BROKERS)
     }
     headers |= {name: value for name, value in _BEGUN.items() if name in headers}
-    kept = {name: value for name, value in message.properties.items() if name != "expiration"}
+    # Those of ours say how it was kept.
+    kept = {
+        name: value
+        for name, value in message.properties.items()
+        if name != "expiration" and not name.startswith("eda_")
+    }
     return message.revised(headers=headers, properties=kept)
