@@ -2,7 +2,7 @@
 
 from celery_eda.app import EDA
 from celery_eda.errors import EDAError
-from celery_eda.repair import Failure
+from celery_eda.repairers import Failure
 from celery_eda.tables import Tables
 
 __all__ = ["EDA", "EDAError", "Failure", "Tables"]

@@ -30,6 +30,7 @@ from celery_eda.publishing import Publisher
 from celery_eda.recording import message_in_progress
 from celery_eda.relay import Relay
 from celery_eda.repair import Repair
+from celery_eda.repairers import Repairers
 from celery_eda.sender import Sender
 from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings, register
@@ -64,11 +65,11 @@ class EDA:
     app: Celery
 
     #: Of each task: the errors that a repairer takes on, its name, and its queue if it has one.
-    _repairers: dict[str, list[tuple[Any, str, str | None]]]
+    _registered: dict[str, list[tuple[Any, str, str | None]]]
 
     def __init__(self, app: Celery | None = None, *, engine: Engine | None = None) -> None:
         self._engine = engine
-        self._repairers = {}
+        self._registered = {}
         self.task = TaskDecorator(self)
         if app is not None:
             self.init_app(app)
@@ -164,7 +165,7 @@ class EDA:
         """
         repaired = task if isinstance(task, str) else task.name
         repairer = name or f"{repaired}.repair"
-        known = self._repairers.setdefault(repaired, [])
+        known = self._registered.setdefault(repaired, [])
         if repairer in (each for _, each, _ in known):
             raise ConfigurationError(
                 f"{repaired} has a repairer {repairer} already. Give this one a name of its own: "
@@ -176,7 +177,8 @@ class EDA:
 
             @wraps(function, assigned=("__module__", "__doc__"))
             def repair(letter: int) -> str:
-                return self.repair.attend(self.session.connection(), letter, repairer, decide)
+                connection = self.session.connection()
+                return self.repairers.attend(connection, letter, repairer, decide)
 
             del repair.__wrapped__  # Celery would take the function's parameters for its own
             known.append((on, repairer, queue))
@@ -186,7 +188,7 @@ class EDA:
 
     def _seek_repair(self, task: Task, error: Exception, letter: int) -> None:
         """Publish the repair of a dead letter, if somebody repairs such errors of *task*."""
-        for on, name, queue in self._repairers.get(task.name, ()):
+        for on, name, queue in self._registered.get(task.name, ()):
             if isinstance(error, on):
                 where = queue or self.settings.repair_queue
                 self.app.tasks[name].apply_async((letter,), queue=where)
@@ -277,11 +279,12 @@ class EDA:
     @cached_property
     def repair(self) -> Repair:
         """Redrives, edits, skips and discards dead letters."""
-        return Repair(
-            *(self.dead_letters, self.audit, self.cursors, self.store),
-            find_task=self.app.tasks.get,
-            max_repairs=self.settings.max_repairs,
-        )
+        return Repair(self.dead_letters, self.audit, self.cursors, self.store)
+
+    @cached_property
+    def repairers(self) -> Repairers:
+        """Lets functions decide about dead letters."""
+        return Repairers(self.repair, self.app.tasks.get, self.settings.max_repairs)
 
     @cached_property
     def sender(self) -> Sender:

@@ -52,9 +52,7 @@ class Desk:
     def __post_init__(self) -> None:
         self.engine = self.database.engine
         store = Store(self.outbox.add, self.handed_off.extend, lambda messages: None)
-        self.repair = Repair(
-            self.dead_letters, self.audit, self.cursors, store, lambda name: None, 3
-        )
+        self.repair = Repair(self.dead_letters, self.audit, self.cursors, store)
 
     def bury(self, letter: Message, consumer: str | None = CONSUMER, **details: Any) -> int:
         """Make *letter* a dead one; it holds its key if it is its turn."""

@@ -18,7 +18,7 @@ from celery_eda.audit import Author, Entry
 from celery_eda.dead_letters import Letter
 from celery_eda.errors import ConfigurationError, NoDelivery
 from celery_eda.message import Message
-from celery_eda.repair import Answer
+from celery_eda.repairers import Answer
 from tests.road.tables import effects
 from tests.unit.test_delivery import Slot, slot
 
