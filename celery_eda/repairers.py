@@ -156,9 +156,8 @@ class Repairers:
         if letter is None or not letter.is_open:
             return f"already {letter.state}" if letter else "gone"
         message_id = letter.message.identity.id
-        if (
-            repairs := self.repair.audit.count(connection, message_id, Action.repair)
-        ) >= self.max_repairs:
+        repairs = self.repair.audit.count(connection, message_id, Action.repair)
+        if repairs >= self.max_repairs:
             return self._leave(connection, letter, repairer, f"{repairs} repairs did not help")
         try:
             failure = self._failure(connection, letter)
