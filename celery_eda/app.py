@@ -146,11 +146,13 @@ class EDA:
         When *task* fails for good with such an error, a task of its own, ``<task>.repair``, is
         published in the transaction that writes the dead letter, to the queue
         ``eda_repair_queue``: the worker that failed is not held up, and some worker has to take
-        from that queue. Both have to load the module with the repairer. The function gets a :class:`celery_eda.Failure` and returns
-        ``failure.resubmit(…)``, ``failure.skip(why)``, ``failure.leave(why)`` or None, which
-        leaves it too. An answer takes effect once, together with what the function wrote; an
-        error makes the repair itself a dead letter, and leaves the failed one open. After
-        ``eda_max_repairs`` repairs of one message it is left to a person.
+        from that queue. Both workers have to load the module with the repairer.
+
+        The function gets a :class:`celery_eda.Failure` and returns ``failure.resubmit(…)``,
+        ``failure.skip(why)``, ``failure.leave(why)`` or None, which leaves it too. An answer takes
+        effect once, together with what the function wrote; an error makes the repair itself a
+        dead letter, and leaves the failed one open. After ``eda_max_repairs`` repairs of one
+        message it is left to a person.
 
         Args:
             task: the task or its name. Give the name where the app is configured after its tasks
