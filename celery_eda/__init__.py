@@ -2,7 +2,7 @@
 
 from celery_eda.app import EDA
 from celery_eda.errors import EDAError
-from celery_eda.repair import Answer, Failure
+from celery_eda.repairers import Answer, Failure
 from celery_eda.retry import RetryPolicy
 from celery_eda.tables import Tables
 

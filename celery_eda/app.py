@@ -34,6 +34,7 @@ from celery_eda.recording import message_in_progress
 from celery_eda.refusals import Refusals
 from celery_eda.relay import Relay
 from celery_eda.repair import Repair
+from celery_eda.repairers import Repairers
 from celery_eda.retry import Policy, checked
 from celery_eda.sender import Sender
 from celery_eda.sequences import Sequences
@@ -69,11 +70,11 @@ class EDA:
     app: Celery
 
     #: Of each task: the errors that a repairer takes on, its name, and its queue if it has one.
-    _repairers: dict[str, list[tuple[Any, str, str | None]]]
+    _registered: dict[str, list[tuple[Any, str, str | None]]]
 
     def __init__(self, app: Celery | None = None, *, engine: Engine | None = None) -> None:
         self._engine = engine
-        self._repairers = {}
+        self._registered = {}
         self.task = TaskDecorator(self)
         if app is not None:
             self.init_app(app)
@@ -151,11 +152,13 @@ class EDA:
         When *task* fails for good with such an error, a task of its own, ``<task>.repair``, is
         published in the transaction that writes the dead letter, to the queue
         ``eda_repair_queue``: the worker that failed is not held up. Workers without ``-Q`` take
-        from that queue. The function gets a :class:`celery_eda.Failure` and returns
-        ``failure.resubmit(…)``, ``failure.skip(why)``, ``failure.leave(why)`` or None, which
-        leaves it too. An answer takes effect once, together with what the function wrote; an
-        error makes the repair itself a dead letter, and leaves the failed one open. After
-        ``eda_max_repairs`` repairs of one message it is left to a person.
+        from that queue. Both workers have to load the module with the repairer.
+
+        The function gets a :class:`celery_eda.Failure` and returns ``failure.resubmit(…)``,
+        ``failure.skip(why)``, ``failure.leave(why)`` or None, which leaves it too. An answer takes
+        effect once, together with what the function wrote; an error makes the repair itself a
+        dead letter, and leaves the failed one open. After ``eda_max_repairs`` repairs of one
+        message it is left to a person.
 
         Args:
             task: the task or its name. Give the name where the app is configured after its tasks
@@ -170,7 +173,7 @@ class EDA:
         """
         repaired = task if isinstance(task, str) else task.name
         repairer = name or f"{repaired}.repair"
-        known = self._repairers.setdefault(repaired, [])
+        known = self._registered.setdefault(repaired, [])
         if repairer in (each for _, each, _ in known):
             raise ConfigurationError(
                 f"{repaired} has a repairer {repairer} already. Give this one a name of its own: "
@@ -182,7 +185,8 @@ class EDA:
 
             @wraps(function, assigned=("__module__", "__doc__"))
             def repair(letter: int) -> str:
-                return self.repair.attend(self.session.connection(), letter, repairer, decide)
+                connection = self.session.connection()
+                return self.repairers.attend(connection, letter, repairer, decide)
 
             del repair.__wrapped__  # Celery would take the function's parameters for its own
             known.append((on, repairer, queue))
@@ -193,12 +197,12 @@ class EDA:
     @property
     def repair_queues(self) -> set[str]:
         """The queues of all repair tasks."""
-        known = [each for repairers in self._repairers.values() for each in repairers]
+        known = [each for those in self._registered.values() for each in those]
         return {queue or self.settings.repair_queue for _, _, queue in known}
 
     def _seek_repair(self, task: Task, error: Exception, letter: int) -> None:
         """Publish the repair of a dead letter, if somebody repairs such errors of *task*."""
-        for on, name, queue in self._repairers.get(task.name, ()):
+        for on, name, queue in self._registered.get(task.name, ()):
             if isinstance(error, on):
                 where = queue or self.settings.repair_queue
                 self.app.tasks[name].apply_async((letter,), queue=where)
@@ -290,11 +294,12 @@ class EDA:
     @cached_property
     def repair(self) -> Repair:
         """Redrives, edits, skips and discards dead letters."""
-        return Repair(
-            *(self.dead_letters, self.audit, self.cursors, self.store),
-            find_task=self.app.tasks.get,
-            max_repairs=self.settings.max_repairs,
-        )
+        return Repair(self.dead_letters, self.audit, self.cursors, self.store)
+
+    @cached_property
+    def repairers(self) -> Repairers:
+        """Lets functions decide about dead letters."""
+        return Repairers(self.repair, self.app.tasks.get, self.settings.max_repairs)
 
     @cached_property
     def sender(self) -> Sender:

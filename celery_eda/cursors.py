@@ -110,7 +110,16 @@ class Cursors:
         """Note that *revision* of the message at *position* failed: nothing overtakes it."""
         cursor = self._locked(connection, consumer, position.lane)
         if cursor.turn(position) is Turn.now:
-            self._set(connection, consumer, position.lane, held=revision)
+            # If it begins an epoch the cursor goes there, or the message would wait for itself.
+            self._set(
+                connection,
+                consumer,
+                position.lane,
+                epoch=position.epoch,
+                last=position.number - 1,
+                base=cursor.base if position.epoch == cursor.epoch else 0,
+                held=revision,
+            )
 
     def park(
         self, connection: Connection, consumer: str, position: Position, message: Message

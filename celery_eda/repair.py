@@ -7,21 +7,17 @@ at once, or dying in the middle is harmless.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
-from uuid import UUID
 
-from celery import Task
 from sqlalchemy import Connection
 
 from celery_eda import joining
-from celery_eda.arguments import JSON, Arguments
+from celery_eda.arguments import JSON, Arguments, as_json
 from celery_eda.audit import Action, Audit, Author, Entry
 from celery_eda.cursors import Cursors, Turn
-from celery_eda.dead_letters import DeadLetters, Filter, Letter, State
+from celery_eda.dead_letters import DeadLetters, Filter, Letter, Reason, State
 from celery_eda.errors import NotItsTurn, UnreadableBody
 from celery_eda.inbox import GotAhead
 from celery_eda.message import ORDER_HEADER, Message
@@ -51,128 +47,17 @@ class End:
 
 
 @dataclass(frozen=True)
-class Resubmit:
-    """A repairer's answer: send the message again, with these arguments, None as they are."""
-
-    arguments: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
-    why: str = ""
-
-    def because(self, why: str) -> Resubmit:
-        """The same with the reason, for the audit."""
-        return replace(self, why=why)
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A repairer's answer: give the message up, those behind it go on."""
-
-    why: str
-
-
-@dataclass(frozen=True)
-class Leave:
-    """A repairer's answer: a person is needed."""
-
-    why: str
-
-
-#: What a repairer may return; None leaves the letter to a person.
-Answer = Resubmit | Skip | Leave | None
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A message that failed for good, as its repairer gets it.
-
-    Attributes:
-        letter_id: of the dead letter.
-        message_id: the same through all attempts and repairs; an idempotency key.
-        args, kwargs: what the task was called with.
-        error_type: name of the exception's class.
-        error, traceback: bounded, and without what looked like a secret.
-        attempts: how many there were since it was last sent.
-        key: its ordering key, which it holds until it is repaired or skipped.
-        history: its earlier dead letters and what was done to them, the oldest first.
-        signature: of the task's function, None if this worker does not know the task.
-    """
-
-    letter_id: int
-    message_id: UUID
-    task: str
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    reason: str
-    error_type: str | None
-    error: str | None
-    traceback: str | None
-    attempts: int
-    first_at: datetime | None
-    at: datetime
-    key: str | None
-    history: tuple[Letter | Entry, ...] = ()
-    signature: inspect.Signature | None = field(default=None, repr=False)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """All arguments by the names of their parameters, as far as those are known."""
-        return {**dict(zip(self._positional, self.args, strict=False)), **self.kwargs}
-
-    def resubmit(self, *args: Any, **corrections: Any) -> Resubmit:
-        """Send it again: the next revision of the same message, in its place in its key's order.
-
-        Args:
-            args: take the place of the first positional arguments.
-            corrections: take the place of arguments by name, however those were passed.
-
-        Raises:
-            TypeError: the task does not take such arguments.
-        """
-        if not args and not corrections:
-            return Resubmit()
-        positional, kwargs = [*args, *self.args[len(args) :]], dict(self.kwargs)
-        for name, value in corrections.items():
-            if name in self._positional[: len(positional)]:
-                positional[self._positional.index(name)] = value
-            else:
-                kwargs[name] = value
-        if self.signature is not None:
-            self.signature.bind(*positional, **kwargs)
-        return Resubmit((tuple(positional), kwargs))
-
-    def skip(self, why: str) -> Skip:
-        """Give it up: the next message of its key takes its turn."""
-        return Skip(why)
-
-    def leave(self, why: str) -> Leave:
-        """Leave it to a person: it stays open, and goes on holding its key."""
-        return Leave(why)
-
-    @property
-    def _positional(self) -> list[str]:
-        if self.signature is None:
-            return []
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return [each.name for each in self.signature.parameters.values() if each.kind in kinds]
-
-
-@dataclass(frozen=True)
 class Repair:
     """Treats the dead letters of one database, in the transaction of the caller's connection.
 
     What is sent again leaves if and only if that transaction commits. A refusal raises, and the
     transaction is to be rolled back.
-
-    Attributes:
-        find_task: the task of a name, None if this process does not know it.
-        max_repairs: repairs of one message by repairers; then it is left to a person.
     """
 
     dead_letters: DeadLetters
     audit: Audit
     cursors: Cursors
     store: Store
-    find_task: Callable[[str], Task | None]
-    max_repairs: int
 
     def redrive(
         self,
@@ -216,16 +101,17 @@ class Repair:
     ) -> End:
         """Change the arguments of an open letter; the audit keeps the old body.
 
-        Those that are None stay as they are.
+        Those that are None stay as they are. What nobody could read becomes JSON, if both are
+        given.
 
         Raises:
-            UnreadableBody: the old ones cannot be read and not both are given, or the body is of
-                a kind that is not written here.
+            UnreadableBody: the old ones cannot be read and not both are given, or somebody else
+                could read them, and what is to follow the task would be lost.
         """
         letter = self.dead_letters.find(connection, id, lock=True)
         if letter is None or not letter.is_open:
             return _ended(id, letter)
-        message = edited(letter.message, args, kwargs)
+        message = edited(letter, args, kwargs)
         self.dead_letters.change(connection, id, message)
         old = letter.message.body.decode(errors="backslashreplace")
         self.audit.add(connection, author, Action.edit, letter, body=old)
@@ -240,7 +126,7 @@ class Repair:
         letter = self.dead_letters.find(connection, id, lock=True)
         if letter is None or not letter.is_open:
             return _ended(id, letter)
-        place, consumer = letter.message.place, letter.consumer
+        place, consumer = letter.message.place, _consumer(letter)
         if place is None:
             raise NotItsTurn(f"Letter {id} has no ordering key, so it holds up nobody. Discard it.")
         if consumer is None:
@@ -262,8 +148,13 @@ class Repair:
             self._send(connection, released)
         return self._close(connection, letter, State.skipped, Action.skip, author)
 
-    def discard(self, connection: Connection, id: int, author: Author) -> End:
+    def discard(
+        self, connection: Connection, id: int, author: Author, *, awaited: bool = False
+    ) -> End:
         """Give up a message that no other one waits for.
+
+        With *awaited* also one that others of its key will wait for, whose turn has not come:
+        should they ever come, somebody has to treat them too.
 
         Raises:
             NotItsTurn: others of its key wait for it.
@@ -271,89 +162,21 @@ class Repair:
         letter = self.dead_letters.find(connection, id, lock=True)
         if letter is None or not letter.is_open:
             return _ended(id, letter)
-        if (turn := self._turn(connection, letter)) is not Turn.past and letter.message.place:
-            if letter.consumer is None:
-                raise NotItsTurn(_never_arrived(letter))
-            when = "Skip it instead" if turn is Turn.now else "Skip it when its turn has come"
-            raise NotItsTurn(
-                f"Letter {id} has a place in the order of its key {letter.key!r}, and those behind "
-                f"it would wait for ever. {when}."
-            )
+        if letter.message.place is not None:
+            match self._turn(connection, letter):
+                case Turn.now:
+                    raise NotItsTurn(
+                        f"Letter {id} holds its key {letter.key!r}, and those behind it would "
+                        "wait for ever. Skip it instead."
+                    )
+                case Turn.later if not awaited and _consumer(letter) is None:
+                    raise NotItsTurn(f"{_never_arrived(letter)} Or discard it with `--awaited`.")
+                case Turn.later if not awaited:
+                    raise NotItsTurn(
+                        f"Those behind letter {id} of its key {letter.key!r} will wait for it. "
+                        "Skip it when its turn has come, or discard it with `--awaited`."
+                    )
         return self._close(connection, letter, State.discarded, Action.discard, author)
-
-    def attend(
-        self, connection: Connection, id: int, repairer: str, decide: Callable[[Failure], Answer]
-    ) -> str:
-        """Do with an open letter what *decide* says; returns what became of it.
-
-        A letter that somebody treats meanwhile is left alone.
-
-        Raises:
-            RepairError: what it says cannot be done.
-            TypeError: it says none of the answers.
-        """
-        letter = self.dead_letters.find(connection, id)
-        if letter is None or not letter.is_open:
-            return f"already {letter.state}" if letter else "gone"
-        message_id = letter.message.identity.id
-        if (repairs := self.audit.count(connection, message_id, Action.repair)) >= self.max_repairs:
-            return self._leave(connection, letter, repairer, f"{repairs} repairs did not help")
-        try:
-            failure = self._failure(connection, letter)
-        except UnreadableBody as error:
-            return self._leave(connection, letter, repairer, str(error))
-        answer = decide(failure)
-        now = self.dead_letters.find(connection, id, lock=True)
-        if now is None or not now.is_open:
-            return f"already {now.state}" if now else "gone"
-        if now.message != letter.message:
-            return self._leave(connection, now, repairer, "it was edited meanwhile")
-        return self._follow(connection, letter, repairer, answer)
-
-    def _follow(self, connection: Connection, letter: Letter, repairer: str, answer: Answer) -> str:
-        match answer:
-            case Resubmit(given, why):
-                arguments = given and Arguments(*given, Arguments.of(letter.message).embedded)
-                end = self.redrive(
-                    connection,
-                    letter.id,
-                    Author(repairer, why),
-                    arguments=arguments,
-                    out_of_order=self._lets_pass(letter),
-                    action=Action.repair,
-                )
-                return str(end.state)
-            case Skip(why):
-                return str(self.skip(connection, letter.id, Author(repairer, why)).state)
-            case Leave(why):
-                return self._leave(connection, letter, repairer, why)
-            case None:
-                return self._leave(connection, letter, repairer, "")
-        raise TypeError(
-            f"{repairer} returned {type(answer).__qualname__}. Return failure.resubmit(…), "
-            "failure.skip(why), failure.leave(why) or None."
-        )
-
-    def _failure(self, connection: Connection, letter: Letter) -> Failure:
-        arguments = Arguments.of(letter.message)
-        task = self.find_task(letter.message.task)
-        return Failure(
-            letter_id=letter.id,
-            message_id=letter.message.identity.id,
-            task=letter.message.task,
-            args=arguments.args,
-            kwargs=arguments.kwargs,
-            reason=letter.reason,
-            error_type=letter.error_type,
-            error=letter.error,
-            traceback=letter.traceback,
-            attempts=letter.attempts,
-            first_at=letter.first_at,
-            at=letter.at,
-            key=letter.key,
-            history=self.history(connection, letter),
-            signature=task and inspect.signature(task.run),
-        )
 
     def history(self, connection: Connection, letter: Letter) -> tuple[Letter | Entry, ...]:
         """Earlier letters of the same message, and what was done to all of them; oldest first."""
@@ -363,10 +186,6 @@ class Repair:
         earlier: list[Letter | Entry] = [each for each in letters if each.id < letter.id]
         done = self.audit.of_message(connection, message_id)
         return tuple(sorted([*earlier, *done], key=lambda each: each.at))
-
-    def _leave(self, connection: Connection, letter: Letter, repairer: str, why: str) -> str:
-        self.audit.add(connection, Author(repairer, why), Action.leave, letter)
-        return "left"
 
     def _close(
         self,
@@ -399,31 +218,26 @@ class Repair:
 
     def _turn(self, connection: Connection, letter: Letter) -> Turn:
         """Whether it is its turn at its consumer; what never reached one is still to come."""
-        place = letter.message.place
-        if place is None or letter.consumer is None:
+        place, consumer = letter.message.place, _consumer(letter)
+        if place is None or consumer is None:
             return Turn.later
-        return self.cursors.find(connection, letter.consumer, place.lane).turn(place)
-
-    def _lets_pass(self, letter: Letter) -> bool:
-        """Whether its task says that a failed message does not hold its key."""
-        task = letter.consumer and self.find_task(letter.consumer)
-        return getattr(task, "when_dead", "block") == "skip"
+        return self.cursors.find(connection, consumer, place.lane).turn(place)
 
 
-def edited(
-    message: Message, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
-) -> Message:
-    """*message* with other arguments; those that are None stay.
+def edited(letter: Letter, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> Message:
+    """The letter's message with other arguments; those that are None stay.
 
     Raises:
-        UnreadableBody: those that stay cannot be read, or the body is of another kind than JSON.
+        UnreadableBody: those that stay cannot be read, or what is to follow the task would be
+            lost.
     """
+    message = letter.message
     try:
         old = Arguments.of(message)
     except UnreadableBody:
-        if args is None or kwargs is None or message.content_type != JSON:
+        if args is None or kwargs is None or not _was_unreadable(letter):
             raise
-        old = Arguments()
+        old, message = Arguments(), as_json(message)
     new = replace(
         old,
         args=old.args if args is None else tuple(args),
@@ -453,6 +267,23 @@ def _ended(id: int, letter: Letter | None) -> End:
     return End(id, letter.state if letter else None, fresh=False)
 
 
+def _consumer(letter: Letter) -> str | None:
+    """Whose cursor the letter's place is about; None if it was never sent: that may be anybody's.
+
+    What was refused before its consumer saw it was still for the task of this service.
+    """
+    if letter.consumer is None and letter.reason == Reason.unsendable.value:
+        return None
+    return letter.consumer or letter.message.task or None
+
+
+def _was_unreadable(letter: Letter) -> bool:
+    """Whether nobody can have read its body: it is broken, or was refused unread."""
+    refused = letter.consumer is None and letter.reason != Reason.unsendable.value
+    message = letter.message
+    return refused or (message.content_type == JSON and not message.headers.get("compression"))
+
+
 def _never_arrived(letter: Letter) -> str:
     return (
         f"Letter {letter.id} has never left for its consumer, which waits for it before all others "
@@ -466,5 +297,10 @@ def afresh(message: Message) -> Message:
         name: value for name, value in message.headers.items() if not name.startswith(_OF_BROKERS)
     }
     headers |= {name: value for name, value in _BEGUN.items() if name in headers}
-    kept = {name: value for name, value in message.properties.items() if name != "expiration"}
+    # Those of ours say how it was kept.
+    kept = {
+        name: value
+        for name, value in message.properties.items()
+        if name != "expiration" and not name.startswith("eda_")
+    }
     return message.revised(headers=headers, properties=kept)

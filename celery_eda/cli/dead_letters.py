@@ -249,7 +249,7 @@ def edit(
         if letter is None or not letter.is_open:
             raise click.ClickException(_already(End(id, letter and letter.state, False)))
         try:
-            new = edited(letter.message, args, kwargs)
+            new = edited(letter, args, kwargs)
         except RepairError as error:
             raise click.ClickException(printable(error)) from error
         click.echo(printable(new.body.decode()))
@@ -290,11 +290,17 @@ def skip(context: click.Context, /, **options: Any) -> None:
 
 @dead_letters.command(cls=CeleryCommand)
 @in_bulk
+@click.option("--awaited", is_flag=True, help="Also letters that others of their key wait for.")
 @click.pass_context
-def discard(context: click.Context, /, **options: Any) -> None:
+def discard(context: click.Context, /, awaited: bool, **options: Any) -> None:
     """Give up messages that no other one waits for."""
     service = service_of(context)
-    _in_bulk(service, "Discard", service.repair.discard, State.discarded, **options)
+
+    def give_up(connection: Connection, id: int, author: Author) -> End:
+        end: End = service.repair.discard(connection, id, author, awaited=awaited)
+        return end
+
+    _in_bulk(service, "Discard", give_up, State.discarded, **options)
 
 
 def _in_bulk(

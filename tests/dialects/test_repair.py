@@ -52,9 +52,7 @@ class Desk:
     def __post_init__(self) -> None:
         self.engine = self.database.engine
         store = Store(self.outbox.add, self.handed_off.extend, lambda messages: None)
-        self.repair = Repair(
-            self.dead_letters, self.audit, self.cursors, store, lambda name: None, 3
-        )
+        self.repair = Repair(self.dead_letters, self.audit, self.cursors, store)
 
     def bury(self, letter: Message, consumer: str | None = CONSUMER, **details: Any) -> int:
         """Make *letter* a dead one; it holds its key if it is its turn."""
@@ -204,7 +202,7 @@ def test_what_is_rolled_back_was_never_done(desk: Desk, verb: str) -> None:
 def test_a_message_begins_anew(desk: Desk) -> None:
     old = {"retries": 3, "expires": "2020-01-01T00:00:00Z", "own": 1}
     of_the_broker = {"x-death": [{"count": 3}], "x-first-death-queue": "q", "x-delivery-count": 7}
-    properties = {"delivery_mode": 2, "expiration": "1000"}
+    properties = {"delivery_mode": 2, "expiration": "1000", "eda_others": {}}
     desk.do("redrive", desk.bury(message(headers={**old, **of_the_broker}, properties=properties)))
     (sent,) = desk.sent()
 
@@ -314,7 +312,7 @@ def test_a_body_that_cannot_be_read_can_be_written_anew(desk: Desk, body: bytes)
     assert set(embedded.values()) == {None}
 
 
-@pytest.mark.parametrize(
+KINDS = pytest.mark.parametrize(
     "kind",
     [
         {"content_type": "application/x-python-serialize"},
@@ -322,8 +320,28 @@ def test_a_body_that_cannot_be_read_can_be_written_anew(desk: Desk, body: bytes)
         {"headers": {"compression": "application/x-gzip"}},
     ],
 )
-def test_a_body_of_another_kind_is_not_edited(desk: Desk, kind: dict[str, Any]) -> None:
-    id = desk.bury(message(**kind))
+
+
+@KINDS
+def test_a_body_that_was_refused_unread_can_be_written_anew(
+    desk: Desk, kind: dict[str, Any]
+) -> None:
+    id = desk.bury(message(**kind), None, reason=Reason.malformed)
+    desk.do("edit", id, args=[8], kwargs={})
+    desk.do("redrive", id)
+    (sent,) = desk.sent()
+
+    assert (body_of(sent)[:2], sent.content_type) == ([[8], {}], "application/json")
+    assert "compression" not in sent.headers
+
+
+@KINDS
+@pytest.mark.parametrize("reason", [Reason.failed, Reason.unsendable])
+def test_a_body_of_another_kind_is_not_edited_where_somebody_could_read_it(
+    desk: Desk, kind: dict[str, Any], reason: Reason
+) -> None:
+    consumer = CONSUMER if reason is Reason.failed else None
+    id = desk.bury(message(**kind), consumer, reason=reason)
     before = desk.letter(id)
 
     with pytest.raises(UnreadableBody, match="Redrive the letter as it is"):
@@ -368,7 +386,7 @@ def test_only_the_letter_that_holds_its_key_is_skipped(
     desk: Desk, letter: Message, consumer: str | None, why: str
 ) -> None:
     desk.advance(Position(LANE, EPOCH, 1))
-    id = desk.bury(letter, consumer)
+    id = desk.bury(letter, consumer, reason=Reason.failed if consumer else Reason.unsendable)
 
     with pytest.raises(NotItsTurn, match=why):
         desk.do("skip", id)
@@ -391,18 +409,33 @@ def test_what_nobody_waits_for_is_discarded(desk: Desk) -> None:
 
 @pytest.mark.parametrize(
     ("number", "consumer", "why"),
-    [(1, CONSUMER, "Skip it instead"), (2, CONSUMER, "when its turn"), (1, None, "Redrive")],
+    [(1, CONSUMER, "Skip it instead"), (2, CONSUMER, "--awaited"), (1, None, "--awaited")],
     ids=["now", "later", "never sent"],
 )
-def test_what_others_wait_for_is_not_discarded(
+def test_what_others_wait_for_is_discarded_only_when_told_so(
     desk: Desk, number: int, consumer: str | None, why: str
 ) -> None:
-    id = desk.bury(placed(number), consumer)
+    reason = Reason.failed if consumer else Reason.unsendable
+    id = desk.bury(placed(number), consumer, reason=reason)
 
     with pytest.raises(NotItsTurn, match=why):
         desk.do("discard", id)
-
     assert desk.letter(id).is_open
+    if why == "--awaited":
+        assert desk.do("discard", id, awaited=True).fresh
+    else:
+        with pytest.raises(NotItsTurn):
+            desk.do("discard", id, awaited=True)
+
+
+def test_what_was_refused_unread_still_has_its_place(desk: Desk) -> None:
+    id = desk.bury(placed(1), None, reason=Reason.malformed)
+    desk.park(placed(2))
+
+    with pytest.raises(NotItsTurn, match="Skip"):
+        desk.do("discard", id)
+    assert desk.do("skip", id).fresh
+    assert [each.place for each in desk.sent()] == [Position(LANE, EPOCH, 2)]
 
 
 # ── races ───────────────────────────────────────────────────────────────────────────────────

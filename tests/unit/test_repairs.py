@@ -18,7 +18,7 @@ from celery_eda.audit import Author, Entry
 from celery_eda.dead_letters import Letter
 from celery_eda.errors import ConfigurationError, NoDelivery
 from celery_eda.message import Message
-from celery_eda.repair import Answer
+from celery_eda.repairers import Answer
 from tests.road.tables import effects
 from tests.unit.test_delivery import Slot, slot
 
@@ -340,6 +340,33 @@ def test_a_letter_that_somebody_treats_while_its_repairer_thinks_is_theirs(
         expected.append(("charge.repair", "leave", "it was edited meanwhile"))
     assert deeds(slot) == expected
     assert len(slot.waiting()) == (how == "redrive")
+
+
+@pytest.mark.parametrize(("verb", "effects"), [("redrive", [1, 2, 3]), ("skip", [1, 3])])
+def test_a_failed_first_message_of_an_epoch_can_be_treated(
+    slot: Slot, verb: str, effects: list[int]
+) -> None:
+    mended = []
+
+    @slot.task(name="trade", key="account")
+    def trade(account: str, number: int) -> None:
+        if number == 2 and not mended:
+            raise ValueError(number)
+        slot.write(number)
+
+    trade.delay("a", 1)
+    slot.work()
+    with slot.engine.begin() as connection:
+        slot.eda.sequences.begin_epoch(connection)
+    trade.delay("a", 2)
+    trade.delay("a", 3)
+    slot.work()
+    mended.append(True)
+    with slot.engine.begin() as connection:
+        getattr(slot.eda.repair, verb)(connection, slot.dead()[0].id, ADA)
+    slot.work()
+
+    assert slot.effects() == effects
 
 
 def test_a_failed_message_that_was_let_past_is_repaired_out_of_order(slot: Slot) -> None:
