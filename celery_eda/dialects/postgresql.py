@@ -11,7 +11,6 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
-    Row,
     Table,
     cast,
     event,
@@ -22,14 +21,16 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from celery_eda.dialects.base import Dialect, Values
+from celery_eda.dialects.base import Values
+from celery_eda.dialects.upserting import Upserting
 
 _ARRAYS = {
     "message_id": "uuid", "revision": "int4", "body": "bytea", "delay": "float8",
 }  # fmt: skip
 
 
-class PostgreSQL(Dialect):
+class PostgreSQL(Upserting):
+    insert = staticmethod(insert)
     transient_codes = frozenset({"40001", "40P01", "55P03"})
 
     def engine_options(self, patience: float) -> dict[str, Any]:
@@ -85,22 +86,6 @@ class PostgreSQL(Dialect):
 
     def milliseconds(self) -> ColumnElement[int]:
         return cast(extract("epoch", func.clock_timestamp()) * 1000, BigInteger)
-
-    def _move_on(
-        self, connection: Connection, table: Table, rows: Sequence[Values]
-    ) -> Sequence[Row[Any]]:
-        fresh = insert(table).values(rows)
-        statement = fresh.on_conflict_do_update(
-            index_elements=list(table.primary_key),
-            set_={"last": table.c.last + fresh.excluded.last},
-        )
-        return connection.execute(statement.returning(*table.c)).all()
-
-    def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
-        # Not rowcount: SQLAlchemy keeps none for an INSERT.
-        key = next(iter(table.primary_key))
-        statement = insert(table).values(**values).on_conflict_do_nothing().returning(key)
-        return connection.execute(statement).first() is not None
 
     def is_aborted(self, connection: Connection) -> bool:
         # After a statement failed and the handler went on, COMMIT succeeds as a silent ROLLBACK.

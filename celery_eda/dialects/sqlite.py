@@ -30,7 +30,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from celery_eda.dialects.base import Dialect, Values
+from celery_eda.dialects.base import Values
+from celery_eda.dialects.upserting import Upserting
 from celery_eda.tables import Moment
 
 _BEGINS_NOTHING = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN")
@@ -48,7 +49,8 @@ MILLISECONDS_A_DAY = 86_400_000
 _FORMAT = "%Y-%m-%d %H:%M:%f000"
 
 
-class SQLite(Dialect):
+class SQLite(Upserting):
+    insert = staticmethod(insert)
     admits_first = False
     refused_pools: Mapping[str, str] = dict.fromkeys(
         ("gevent", "eventlet"),
@@ -121,22 +123,6 @@ class SQLite(Dialect):
 
     def milliseconds(self) -> ColumnElement[int]:
         return cast((func.julianday("now") - UNIX_EPOCH) * MILLISECONDS_A_DAY, Integer)
-
-    def _move_on(
-        self, connection: Connection, table: Table, rows: Sequence[Values]
-    ) -> Sequence[Row[Any]]:
-        fresh = insert(table).values(rows)
-        statement = fresh.on_conflict_do_update(
-            index_elements=list(table.primary_key),
-            set_={"last": table.c.last + fresh.excluded.last},
-        )
-        return connection.execute(statement.returning(*table.c)).all()
-
-    def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
-        # Not rowcount: SQLAlchemy keeps none for an INSERT.
-        key = next(iter(table.primary_key))
-        statement = insert(table).values(**values).on_conflict_do_nothing().returning(key)
-        return connection.execute(statement).first() is not None
 
     def is_outage(self, error: BaseException) -> bool:
         return super().is_outage(error) or (
