@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from celery_eda.errors import TwoSessions
 
 if TYPE_CHECKING:
-    from celery_eda.message import Identity, Message
+    from celery_eda.message import Identity, Message, Position
 
 
 class Capturing:
@@ -114,6 +114,7 @@ class InProgress:
         task_id: Celery's id of it; a captured message with the same id is its retry.
         retries: how often it was retried before.
         transaction: that its effects are committed in.
+        position: its place among the messages of its key, None if it has none.
         retry: its next attempt, once that has been published.
         session: a session on that connection, once the handler asked for one.
         finished: whether the transaction is over; what Celery publishes after that (a chord's
@@ -124,6 +125,7 @@ class InProgress:
     task_id: str
     retries: int
     transaction: RootTransaction
+    position: Position | None = None
     retry: Message | None = None
     session: Session | None = None
     finished: bool = False

@@ -6,20 +6,38 @@ from dataclasses import dataclass
 
 from celery import Task
 
-from celery_eda.message import ID_HEADER, REVISION_HEADER, Identity
+from celery_eda.message import HEADERS, Identity, Position
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """One copy of a message, brought to one task."""
+    """One copy of a message, brought to one task; *position* is None if it has no order."""
 
     task: Task
     identity: Identity
+    position: Position | None = None
+
+    @classmethod
+    def of(cls, task: Task) -> Delivery:
+        """The message that *task* has in hand.
+
+        Raises:
+            ValueError: its headers are malformed.
+        """
+        headers = {key: task.request.get(key) for key in HEADERS}
+        identity = Identity.of_headers(headers) or foreign(task)
+        return cls(task, identity, Position.of_headers(headers))
 
     @property
     def consumer(self) -> str:
         name: str = self.task.name
         return name
+
+    @property
+    def retries(self) -> int:
+        """How many attempts at the message were made before this one."""
+        retries: int = self.task.request.retries or 0
+        return retries
 
     @property
     def redelivered(self) -> bool:
@@ -30,16 +48,6 @@ class Delivery:
     def names(self) -> tuple[str, str]:
         """Of the task and of Celery's id for this call of it, for logs."""
         return self.consumer, self.task.request.id
-
-
-def identity_of(task: Task) -> Identity:
-    """The identity of the message that *task* has in hand.
-
-    Raises:
-        ValueError: its headers are malformed.
-    """
-    headers = {key: task.request.get(key) for key in (ID_HEADER, REVISION_HEADER)}
-    return Identity.of_headers(headers) or foreign(task)
 
 
 def foreign(task: Task) -> Identity:

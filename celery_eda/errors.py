@@ -11,8 +11,18 @@ EDAError
 │   ├── TwoSessions             cannot tell which open session a message belongs to
 │   ├── OutsideTransaction      published outside, where the settings forbid it
 │   └── BrokenTransaction       a handler ended the transaction of its own message
+├── RepairError                 a dead letter cannot be treated like that
+│   ├── UnreadableBody          its arguments can be neither read nor changed here
+│   └── NotItsTurn              others of its key would be lost, or overtaken
+├── InvalidKey                  no ordering key; also ValueError
+├── OutOfSequence               why a message whose turn has passed is a dead letter
 ├── NoDelivery                  asked for the delivery's session outside a reliable task
 ├── NoNextAttempt               a handler raised Retry by itself
+├── Malformed                   why a message is not handled; also ValueError
+│   ├── TooLarge
+│   └── Undecodable
+├── TimeLimit                   why a message that overruns its hard limit is a dead letter
+├── Unwanted                    a message is expired or revoked
 └── WorkersLost                 why a message that ends its workers is a dead letter
 """
 
@@ -65,12 +75,52 @@ class BrokenTransaction(TransactionError):
     """A handler's work would not be committed together with the record that it was done."""
 
 
+class RepairError(EDAError):
+    """A dead letter cannot be treated as was asked; nothing was changed."""
+
+
+class UnreadableBody(RepairError):
+    """The arguments of a dead letter can be neither read nor changed here."""
+
+
+class NotItsTurn(RepairError):
+    """The order of a key forbids what was asked."""
+
+
+class InvalidKey(EDAError, ValueError):
+    """What was given cannot be the ordering key of a message."""
+
+
+class OutOfSequence(EDAError):
+    """A message came although another has taken its place, and it is no copy."""
+
+
 class NoDelivery(EDAError):
     """The session of the message in progress was asked for while none is in progress."""
 
 
 class NoNextAttempt(EDAError):
     """A handler raised ``Retry`` although it had not published another attempt."""
+
+
+class Malformed(EDAError, ValueError):
+    """A part of a message is not what it has to be; its words quote nothing of the message."""
+
+
+class TooLarge(Malformed):
+    """A message, or a part of it, is larger than the settings allow."""
+
+
+class Undecodable(Malformed):
+    """The body of a message cannot be restored, decoded, or may not be."""
+
+
+class TimeLimit(EDAError):
+    """A message overran its hard time limit each time that it was delivered."""
+
+
+class Unwanted(EDAError):
+    """A message is not to be handled any more: it is ``expired`` or ``revoked``."""
 
 
 class WorkersLost(EDAError):

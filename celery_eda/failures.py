@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
-from celery_eda import handling
+from celery_eda import handling, redaction
 from celery_eda.dead_letters import DeadLetters, Reason
 from celery_eda.delivery import Delivery
 from celery_eda.inbox import Inbox, Outcome
 from celery_eda.message import Identity, Message
+from celery_eda.order import Order
 from celery_eda.patience import PASSING_DELAY, Passing, Patience
 from celery_eda.transaction import Transaction
 from celery_eda.unit_of_work import UnitOfWork, UnitsOfWork
 
-log = logging.getLogger(__name__)
+log = redaction.logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,16 @@ class Failures:
 
     Attributes:
         rebuild: a task's message in progress, for its dead letter.
+        seek_repair: publishes the task that may repair a dead letter, if the error has one.
     """
 
     inbox: Inbox
     dead_letters: DeadLetters
     units: UnitsOfWork
+    order: Order
     patience: Patience
     rebuild: Callable[[Task, Identity], Message]
+    seek_repair: Callable[[Task, Exception, int], None]
 
     def hand_on(self, delivery: Delivery, following: Message) -> None:
         """Record a failed attempt together with the message of the next one.
@@ -47,6 +51,16 @@ class Failures:
             unit.outgoing.capture(following)
             unit.commit()
         unit.outgoing.hand_off()
+
+    def try_again(self, delivery: Delivery, due: datetime) -> None:
+        """Record a failed attempt; the same message, as it came, is the next one.
+
+        Raises:
+            Ignore: another copy of the same attempt has recorded its end.
+        """
+        message = self.rebuild(delivery.task, delivery.identity)
+        headers = {**message.headers, "retries": delivery.retries + 1}
+        self.hand_on(delivery, message.revised(headers=headers, due=due))
 
     def bury(self, delivery: Delivery, reason: Reason, error: Exception) -> None:
         """Record a failure for good together with the dead letter and the errbacks.
@@ -72,17 +86,27 @@ class Failures:
         task = delivery.task
         with self.units.begin(delivery) as unit:
             self._close(unit, Outcome.dead, handling.recorded(task, error))
-            self.dead_letters.add(
+            letter = self.dead_letters.add(
                 unit.connection,
                 self.rebuild(task, delivery.identity),
                 reason,
                 error=error,
-                attempts=(task.request.retries or 0) + 1,
+                attempts=delivery.retries + 1,
                 consumer=delivery.consumer,
+                first_at=self.inbox.first_at(unit.connection, delivery.consumer, delivery.identity),
             )
             self._publish_errbacks(unit, error)
+            self._seek_repair(unit, error, letter)
+            self.order.block_or_skip(unit)
             unit.commit()
         return unit.outgoing
+
+    def _seek_repair(self, unit: UnitOfWork, error: Exception, letter: int) -> None:
+        """Publish a repair, if there is one; if that fails, the letter waits for a person."""
+        try:
+            self.seek_repair(unit.delivery.task, error, letter)
+        except Exception:
+            log.exception("no repair of %s[%s] can be published", *unit.delivery.names)
 
     def _publish_errbacks(self, unit: UnitOfWork, error: Exception) -> None:
         """Call or publish the errbacks; one that fails does not cost the dead letter."""

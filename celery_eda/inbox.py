@@ -7,9 +7,10 @@ if that transaction rolls back, the row goes with it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 
-from sqlalchemy import Connection, Table, select, update
+from sqlalchemy import Connection, Table, func, select, update
 
 from celery_eda.dialects.base import Dialect
 from celery_eda.message import Identity
@@ -30,7 +31,7 @@ class Outcome(str, Enum):
 
 
 class GotAhead(Exception):
-    """Another copy of the same message got ahead of this one; the transaction is void."""
+    """Another copy, or another message of the same key, got ahead; the transaction is void."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,18 @@ class Inbox:
             )
         ).one_or_none()
         return row and Handled(Outcome(row.outcome), row.result)
+
+    def first_at(
+        self, connection: Connection, consumer: str, identity: Identity
+    ) -> datetime | None:
+        """When the first attempt at this message ended, whatever its revision."""
+        columns = self.table.c
+        first: datetime | None = connection.scalar(
+            select(func.min(columns.at)).where(
+                columns.consumer == consumer, columns.message_id == identity.id
+            )
+        )
+        return first
 
     def _insert(
         self,

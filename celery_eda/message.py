@@ -16,6 +16,22 @@ from uuid import UUID, uuid5
 
 ID_HEADER = "eda_id"
 REVISION_HEADER = "eda_revision"
+ORDER_HEADER = "eda_order"
+#: Under this name Celery's request carries a :class:`Wire`; it never leaves the worker.
+WIRE = "eda_wire"
+#: Under this name it says that the message is ``expired`` or ``revoked``.
+VERDICT = "eda_verdict"
+#: What Celery would copy from a message's headers to its next attempt, and must not.
+HEADERS = (ID_HEADER, REVISION_HEADER, ORDER_HEADER, WIRE, VERDICT)
+
+#: Properties that travel with a message when it is sent again. Its ``expiration`` would let the
+#: broker drop it unseen.
+PROPERTIES = frozenset(
+    (
+        *("app_id", "correlation_id", "delivery_mode", "message_id", "priority", "reply_to"),
+        *("timestamp", "type", "user_id"),
+    )
+)
 
 # Namespace of the ids derived for messages that carry none of ours.
 _FOREIGN = UUID("6f1c1f5e-3b0c-5e0a-9a52-6b1f6f0f8e11")
@@ -76,6 +92,92 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Lane:
+    """The messages that take effect one after the other: those of one key, from one service.
+
+    Attributes:
+        source: the publishing service; two databases cannot share a count.
+        stream: the task's name.
+        key: the ordering key.
+    """
+
+    source: str
+    stream: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Position:
+    """The place of a message in its lane.
+
+    Attributes:
+        epoch: set by the clock when the count began; a later one begins again with 1.
+        number: counts the messages of the lane in the order in which they were committed.
+        previous: epoch and number of the last message before this epoch, if that is known.
+    """
+
+    lane: Lane
+    epoch: int
+    number: int
+    previous: tuple[int, int] | None = None
+
+    @classmethod
+    def of_headers(cls, headers: Mapping[str, Any]) -> Position | None:
+        """The position that this system wrote into *headers*; None if the message has none.
+
+        Raises:
+            ValueError: the header is there, but cannot have been written by this system.
+        """
+        if (written := headers.get(ORDER_HEADER)) is None:
+            return None
+        match written:
+            case [str(source), str(stream), str(key), int(epoch), int(number), *previous] if (
+                0 < epoch < 2**63 and 0 < number < 2**63 and all(map(_fits, (source, stream, key)))
+            ):
+                lane = Lane(source, stream, key)
+            case _:
+                raise ValueError(f"malformed {ORDER_HEADER} header")
+        match previous:
+            case []:
+                return cls(lane, epoch, number)
+            case [int(before), int(last)] if 0 <= before < 2**63 and 0 <= last < 2**63:
+                return cls(lane, epoch, number, (before, last))
+        raise ValueError(f"malformed {ORDER_HEADER} header")
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        lane = (self.lane.source, self.lane.stream, self.lane.key)
+        return {ORDER_HEADER: [*lane, self.epoch, self.number, *(self.previous or ())]}
+
+
+def _fits(name: str) -> bool:
+    return len(name) <= 255 and len(name.encode(errors="replace")) <= 1020
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A message as it came to the worker; its compression is undone."""
+
+    body: bytes
+    content_type: str
+    content_encoding: str
+    headers: Mapping[str, Any]
+    properties: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, message: Any) -> Wire:
+        """That of *message*, kombu's."""
+        body, encoding = message.body, message.content_encoding or "utf-8"
+        return cls(
+            body.encode(encoding) if isinstance(body, str) else bytes(body),
+            message.content_type or "",
+            encoding,
+            message.headers,
+            message.properties or {},
+        )
+
+
+@dataclass(frozen=True)
 class Message:
     """A message, ready to send.
 
@@ -88,6 +190,7 @@ class Message:
         queue: name of the queue to declare before sending, or None.
         due: earliest time to send, by the publisher's clock; None for at once.
         preparation: calls on the result backend that have to precede the message.
+        lane: whose next number the message gets when it is written to the outbox, or None.
     """
 
     identity: Identity
@@ -102,3 +205,27 @@ class Message:
     queue: str | None = None
     due: datetime | None = None
     preparation: tuple[tuple[str, Any], ...] = field(default=())
+    lane: Lane | None = None
+
+    def at(self, position: Position | None) -> Message:
+        """This message at its place in its lane; None if it is to have none."""
+        order = position.headers if position else {}
+        return replace(self, lane=None, headers={**self.headers, **order})
+
+    def with_body(self, body: bytes, headers: Mapping[str, Any]) -> Message:
+        """This message with another body, and the *headers* that describe it."""
+        return replace(self, body=body, content_encoding="utf-8", headers=headers)
+
+    @property
+    def place(self) -> Position | None:
+        """Its place in its lane; None if it has none, or one that nobody can have written."""
+        try:
+            return Position.of_headers(self.headers)
+        except ValueError:
+            return None
+
+    def revised(self, **changes: Any) -> Message:
+        """The next revision of this message: a retry, a repair or a redrive, in the same place."""
+        identity = self.identity.next
+        headers = {**changes.pop("headers", self.headers), **identity.headers}
+        return replace(self, identity=identity, headers=headers, **changes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,10 +9,11 @@ from typing import TypeVar
 
 from celery.exceptions import Reject
 
+from celery_eda import redaction
 from celery_eda.dialects.base import Dialect
 from celery_eda.retry import delays
 
-log = logging.getLogger(__name__)
+log = redaction.logger(__name__)
 
 T = TypeVar("T")
 

@@ -20,11 +20,11 @@ from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import Queue
 from kombu.utils.imports import symbol_by_name
 
-from celery_eda import context, results
+from celery_eda import context, ordering, results
 from celery_eda.errors import OutsideTransaction
-from celery_eda.message import ID_HEADER, REVISION_HEADER, Identity, Message
+from celery_eda.message import HEADERS, Identity, Lane, Message
 from celery_eda.recording import RecordingPool, RecordingProducer
-from celery_eda.transports.redis_taking import SafeConnection
+from celery_eda.transports import SafeConnection, undelivered
 
 #: Longest delay that the outbox keeps; databases end in the year 9999.
 LONGEST_DELAY = timedelta(days=36500)
@@ -86,6 +86,14 @@ class CapturingAMQP(AMQP):
     Connection = SafeConnection
 
     @property
+    def queues_cls(self) -> Any:
+        """Celery's collection of queues; the queues in it have the limit that the settings say."""
+        base, eda = super().queues_cls, self.app.eda
+        if not (limit := eda.settings.delivery_limit):
+            return base
+        return undelivered.limiting(base, limit, eda.service)
+
+    @property
     def producer_pool(self) -> Any:
         """Inside a transaction a pool that needs no broker, else Celery's own."""
         return RecordingPool() if context.current_transaction() else super().producer_pool
@@ -94,7 +102,9 @@ class CapturingAMQP(AMQP):
     def send_task_message(self) -> Callable[..., Any]:
         send = self._create_task_sender()
 
-        def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
+        def send_task_message(
+            producer: Any, name: str, message: Any, *, key: Any = None, **options: Any
+        ) -> Any:
             transaction = context.current_transaction()
             if transaction is None:
                 _forget_identity(options)
@@ -102,29 +112,41 @@ class CapturingAMQP(AMQP):
             recorder = RecordingProducer()
             # The task-sent event is about a sending that has not happened.
             send(recorder, name, message._replace(sent_event=None), **options)
-            transaction.capture(self._captured(name, recorder))
+            lane = self._lane(name, key, message.body)
+            transaction.capture(self._captured(name, lane, recorder))
             return None
 
         return send_task_message
 
-    def _captured(self, task: str, recorder: RecordingProducer) -> Message:
+    def _lane(self, task: str, key: Any, body: Any) -> Lane | None:
+        """The lane of a message: its key is said by the caller, else by the task."""
+        if key is None:
+            key_of = getattr(self.app.tasks.get(task), "ordering_key", None)
+            key = key_of and key_of(*body[0], **body[1])
+        return None if key is None else ordering.lane(self.app.eda.service, task, key)
+
+    def _captured(self, task: str, lane: Lane | None, recorder: RecordingProducer) -> Message:
         recorded = recorder.recorded
-        headers = recorded.pop("headers")
+        # A retry inherits the headers of the message it repeats: those of ours are always anew.
+        headers = _without_ours(recorded.pop("headers"))
         identity = self._identify(headers)
+        if self.app.eda.is_reliable(task):
+            # The broker would drop it unseen; the worker that gets it makes a dead letter of it.
+            recorded["properties"].pop("expiration", None)
         declared = [each for each in recorder.declare if isinstance(each, Queue)]
         unknown = [each for each in declared if self.queues.get(each.name) != each]
         message = Message(
             identity=identity,
             task=task,
-            # A retry inherits the headers of the message it repeats: the identity is always ours.
             headers={**headers, **identity.headers},
             due=self._due(headers.get("eta")),
             queue=self._queue_of(declared, recorded["exchange"]),
             preparation=(*results.take_preparation(), *map(results.declaration_of, unknown)),
+            lane=lane,
             **recorded,
         )
         if (progress := context.in_progress.get()) and identity == progress.identity.next:
-            progress.retry = message
+            progress.retry = message = message.at(progress.position)
         return message
 
     def _queue_of(self, declared: Sequence[Queue], exchange: str) -> str | None:
@@ -164,9 +186,11 @@ class CapturingAMQP(AMQP):
 def _forget_identity(options: dict[str, Any]) -> None:
     """A plain retry inherits the headers of the message it repeats, our identity among them."""
     if headers := options.get("headers"):
-        options["headers"] = {
-            key: value for key, value in headers.items() if key not in (ID_HEADER, REVISION_HEADER)
-        }
+        options["headers"] = _without_ours(headers)
+
+
+def _without_ours(headers: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in headers.items() if name not in HEADERS}
 
 
 def store_outside(app: Celery) -> None:

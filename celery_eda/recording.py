@@ -10,12 +10,9 @@ from contextlib import nullcontext
 from typing import Any
 
 from celery import Task
-from celery.utils.time import maybe_iso8601
 from kombu import Producer, Queue
-from kombu.exceptions import EncodeError
-from kombu.serialization import registry
 
-from celery_eda.message import Identity, Message
+from celery_eda.message import PROPERTIES, WIRE, Identity, Message, Wire
 
 
 class _Unconnected:
@@ -107,59 +104,19 @@ class RecordingPool:
 
 
 def message_in_progress(task: Task, identity: Identity) -> Message:
-    """The message that *task* handles right now, rebuilt from Celery's request."""
-    request = task.request
-    options = request.as_execution_options()
-    info = request.delivery_info or {}
-    headers, properties, body, _ = task.app.amqp.as_task_v2(
-        options["task_id"],
-        task.name,
-        request.args,
-        request.kwargs,
-        eta=maybe_iso8601(request.eta),
-        group_id=options["group_id"],
-        group_index=options["group_index"],
-        expires=maybe_iso8601(options["expires"]),
-        retries=options["retries"],
-        chord=options["chord"],
-        callbacks=options["link"],
-        errbacks=options["link_error"],
-        reply_to=options["reply_to"],
-        time_limit=options["time_limit"],
-        soft_time_limit=options["soft_time_limit"],
-        root_id=options["root_id"],
-        parent_id=options["parent_id"],
-        shadow=options["shadow"],
-        chain=options["chain"],
-        ignore_result=request.ignore_result,
-        replaced_task_nesting=options["replaced_task_nesting"],
-        origin=options["origin"],
+    """The message that *task* handles right now, as it came, but for its time to live."""
+    wire: Wire = task.request.get(WIRE)
+    info = task.request.delivery_info or {}
+    headers = {**wire.headers, **identity.headers}
+    headers.pop("compression", None)  # kombu has undone it
+    return Message(
+        identity=identity,
+        task=task.name,
+        body=wire.body,
+        content_type=wire.content_type,
+        content_encoding=wire.content_encoding,
+        headers=headers,
+        properties={name: wire.properties[name] for name in PROPERTIES & wire.properties.keys()},
+        exchange=info.get("exchange") or "",
+        routing_key=info.get("routing_key") or "",
     )
-    recorder = RecordingProducer()
-    recorder.publish(
-        body,
-        routing_key=info.get("routing_key"),
-        exchange=info.get("exchange"),
-        headers={**headers, **(options["headers"] or {}), **identity.headers},
-        serializer=_serializer(task, body),
-        priority=info.get("priority"),
-        **properties,
-    )
-    return Message(identity=identity, task=task.name, **recorder.recorded)
-
-
-def _serializer(task: Task, body: Any) -> Any:
-    """The task's serializer; if that cannot write *body*, the one that its publisher chose.
-
-    Raises:
-        EncodeError: none can.
-    """
-    accepted = (registry.type_to_name.get(each, each) for each in task.app.conf.accept_content)
-    for name in (task.serializer, *accepted):
-        try:
-            registry.dumps(body, name)
-        except EncodeError as error:
-            failure = error
-        else:
-            return name
-    raise failure

@@ -7,7 +7,6 @@ before it has sent, is found in the outbox by any relay.
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import queue
 import threading
@@ -16,10 +15,11 @@ from collections.abc import Callable, Sequence
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from celery_eda import redaction
 from celery_eda.relay import OUTAGE_DELAY, Relay
 from celery_eda.retry import backoff
 
-log = logging.getLogger(__name__)
+log = redaction.logger(__name__)
 
 #: Ids handed over and not sent yet, after which the committing process leaves them to the relay.
 LONGEST_HANDOFF = 100_000
@@ -90,5 +90,9 @@ class Sender:
                     return False
         except SQLAlchemyError as error:
             log.warning("what was just committed is left to the relay: %s", error)
+            return False
+        except Exception:  # this thread is the only one
+            log.exception("what was just committed is left to the relay")
+            relay.close()
             return False
         return True

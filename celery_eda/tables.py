@@ -42,10 +42,12 @@ MessageId: TypeEngine[Any] = Uuid().with_variant(
     Uuid(native_uuid=False), "mysql", "mariadb", "sqlite"
 )
 NAME_LENGTH = 255
+#: Bytes of an ordering key, or of a service's name, in UTF-8: an index of MariaDB holds no more.
+KEY_BYTES = 255
 
 
 class Name(TypeDecorator[str]):
-    """Text that is compared byte by byte.
+    """Text that is compared byte by byte, of at most *octets* bytes.
 
     MariaDB and MySQL ignore trailing blanks, but in collations that the other one does not have:
     there the text is kept as bytes.
@@ -54,9 +56,13 @@ class Name(TypeDecorator[str]):
     impl = String(NAME_LENGTH)
     cache_ok = True
 
+    def __init__(self, octets: int = 4 * NAME_LENGTH) -> None:
+        super().__init__()
+        self.octets = octets
+
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         if _keeps_bytes(dialect):
-            return dialect.type_descriptor(mysql.VARBINARY(4 * NAME_LENGTH))
+            return dialect.type_descriptor(mysql.VARBINARY(self.octets))
         return dialect.type_descriptor(String(NAME_LENGTH))
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> Any:
@@ -91,6 +97,10 @@ class Tables:
         inbox: the outcome of each attempt at a message.
         attempts: deliveries of messages that have not had an outcome.
         dead_letters: messages that could not be sent or handled, whole.
+        sequences: the number last given to a message of each ordering key, by this service.
+        cursors: the number last handled of each ordering key, by each consumer.
+        parked: messages that came before their predecessor, whole.
+        audit: what was done to dead letters, by whom and why.
         version: the revision of the tables, as Alembic records it.
     """
 
@@ -101,12 +111,19 @@ class Tables:
     inbox: Table
     attempts: Table
     dead_letters: Table
+    sequences: Table
+    cursors: Table
+    parked: Table
+    audit: Table
     version: Table
 
     @property
     def all(self) -> tuple[Table, ...]:
         """Every table but that of the version."""
-        return (self.outbox, self.inbox, self.attempts, self.dead_letters)
+        return (
+            *(self.outbox, self.inbox, self.attempts, self.dead_letters),
+            *(self.sequences, self.cursors, self.parked, self.audit),
+        )
 
     @classmethod
     def on(
@@ -140,12 +157,14 @@ class Tables:
             schema=schema,
             **_OPTIONS,
         )
+        Index(f"ix_{prefix}inbox_at", inbox.c.at)
         attempts = Table(
             f"{prefix}attempts",
             metadata,
             *_attempt_columns(),
             Column("deliveries", Integer, nullable=False),
             Column("at", Moment, nullable=False),
+            Column("cause", String(16)),
             PrimaryKeyConstraint("consumer", "message_id", "revision"),
             schema=schema,
             **_OPTIONS,
@@ -162,10 +181,79 @@ class Tables:
             Column("traceback", LongText),
             Column("attempts", Integer, nullable=False),
             Column("at", Moment, nullable=False),
+            Column("state", String(16), nullable=False, server_default="open"),
+            Column("first_at", Moment),
+            Column("ordering_key", Name(KEY_BYTES)),
+            Column("correlation_id", String(NAME_LENGTH)),
+            Column("causation_id", String(NAME_LENGTH)),
             schema=schema,
             sqlite_autoincrement=True,
             **_OPTIONS,
         )
+        Index(f"ix_{prefix}dead_letters_state", dead_letters.c.state, dead_letters.c.id)
+        Index(f"ix_{prefix}dead_letters_message", dead_letters.c.message_id)
+        Index(f"ix_{prefix}dead_letters_at", dead_letters.c.at)
+        sequences = Table(
+            f"{prefix}sequences",
+            metadata,
+            Column("stream", Name, nullable=False),
+            Column("key", Name(KEY_BYTES), nullable=False),
+            Column("epoch", BigInteger, nullable=False),
+            Column("last", BigInteger, nullable=False),
+            Column("previous_epoch", BigInteger),
+            Column("previous_last", BigInteger),
+            PrimaryKeyConstraint("stream", "key"),
+            schema=schema,
+            **_OPTIONS,
+        )
+        cursors = Table(
+            f"{prefix}cursors",
+            metadata,
+            *_key_columns(),
+            Column("epoch", BigInteger, nullable=False),
+            Column("last", BigInteger, nullable=False),
+            Column("base", BigInteger, nullable=False),
+            Column("held", Integer),
+            Column("parked", Integer, nullable=False),
+            PrimaryKeyConstraint("consumer", "source", "stream", "key"),
+            schema=schema,
+            **_OPTIONS,
+        )
+        parked = Table(
+            f"{prefix}parked",
+            metadata,
+            *_key_columns(),
+            Column("epoch", BigInteger, nullable=False),
+            Column("number", BigInteger, nullable=False),
+            Column("previous_epoch", BigInteger),
+            Column("previous_last", BigInteger),
+            *_message_columns(),
+            Column("released_at", Moment),
+            PrimaryKeyConstraint("consumer", "source", "stream", "key", "epoch", "number"),
+            schema=schema,
+            **_OPTIONS,
+        )
+        Index(f"ix_{prefix}parked_message", parked.c.message_id)
+        audit = Table(
+            f"{prefix}audit",
+            metadata,
+            Column("id", Identifier, primary_key=True, autoincrement=True),
+            Column("at", Moment, nullable=False),
+            Column("actor", String(NAME_LENGTH), nullable=False),
+            Column("action", String(16), nullable=False),
+            Column("why", LongText),
+            Column("dead_letter", BigInteger),
+            Column("consumer", Name),
+            Column("message_id", MessageId),
+            Column("revision", Integer),
+            Column("detail", LongText),
+            schema=schema,
+            sqlite_autoincrement=True,
+            **_OPTIONS,
+        )
+        Index(f"ix_{prefix}audit_message", audit.c.message_id, audit.c.id)
+        Index(f"ix_{prefix}audit_letter", audit.c.dead_letter, audit.c.at)
+        Index(f"ix_{prefix}audit_at", audit.c.at)
         version = Table(
             f"{prefix}version",
             metadata,
@@ -173,7 +261,17 @@ class Tables:
             PrimaryKeyConstraint("version_num", name=f"{prefix}version_pkc"),
             schema=schema,
         )
-        return cls(prefix, schema, metadata, outbox, inbox, attempts, dead_letters, version)
+        records = (outbox, inbox, attempts, dead_letters, sequences, cursors, parked, audit)
+        return cls(prefix, schema, metadata, *records, version)
+
+
+def _key_columns() -> tuple[Column[Any], ...]:
+    return (
+        Column("consumer", Name, nullable=False),
+        Column("source", Name(KEY_BYTES), nullable=False),
+        Column("stream", Name, nullable=False),
+        Column("key", Name(KEY_BYTES), nullable=False),
+    )
 
 
 def _attempt_columns() -> tuple[Column[Any], ...]:

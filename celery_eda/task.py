@@ -6,18 +6,24 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import partial
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from billiard.process import current_process
-from celery import Celery, Task
+from celery import Celery, Task, signals
 from celery.exceptions import Reject
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.request import Request
+from kombu.asynchronous import get_event_loop
 from sqlalchemy.orm import Session
 
 from celery_eda import checkpoints, context
-from celery_eda.errors import UnsafeSetting
+from celery_eda.errors import ConfigurationError, UnsafeSetting
+from celery_eda.message import VERDICT, WIRE, Wire
+from celery_eda.ordering import Key, key_function
+from celery_eda.retry import Policy, checked
 
 log = get_logger(__name__)
 
@@ -28,6 +34,43 @@ R_co = TypeVar("R_co", covariant=True)
 
 class ReliableRequest(Request):
     """What Celery's main process knows of a message in its pool."""
+
+    def __init__(self, message: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(message, *arguments, **options)
+        # Whoever parks or buries the message writes down what came, not what became of it.
+        self._request_dict[WIRE] = Wire.of(message)
+        # What a message says of itself is no verdict.
+        self._request_dict[VERDICT] = None
+
+    def maybe_expire(self) -> bool:
+        """Whether it has expired.
+
+        Celery would also note its id as revoked, and a redrive with more time would be in vain.
+        """
+        return bool(self.expires) and self.expires < datetime.now(
+            timezone.utc if self.expires.tzinfo else None
+        )
+
+    def revoked(self) -> bool:
+        """Never: Celery would acknowledge what nobody has seen.
+
+        An expired or revoked message goes on to the pool, marked as such, and is buried there.
+        """
+        if self._request_dict[VERDICT] is None:
+            super().revoked()
+        return False
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        """Say that it is *reason*; one whose process was ended for that comes back to be buried."""
+        self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
+        fate = {"terminated": terminated, "signum": signum, "expired": expired}
+        signals.task_revoked.send(sender=self.task, request=self._context, **fate)
+        if not terminated:
+            self._request_dict[VERDICT] = reason
+            return
+        state.task_ready(self)
+        self._already_revoked = True
+        self.reject(requeue=True)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Give a message whose handler overran its hard limit back to the broker.
@@ -41,6 +84,10 @@ class ReliableRequest(Request):
         state.task_ready(self)
         log.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
         self.reject(requeue=True)
+        note = partial(self._app.eda.consumer.note_time_limit, self.task.name, self._request_dict)
+        # The process is still there, and may hold the only write lock of its database.
+        call_soon = getattr(get_event_loop(), "call_soon", None)
+        call_soon(note) if call_soon else note()
 
     def _success_was_stored(self) -> bool:
         """Never: Celery would acknowledge the message of a lost worker that told its result.
@@ -63,6 +110,14 @@ class ReliableTask(Task):
     acks_on_timeout = False
     reject_on_worker_lost = True
     Request = "celery_eda.task:ReliableRequest"
+    #: What gives the ordering key of a call, from its arguments; None if calls have no order.
+    ordering_key: Callable[..., Any] | None = None
+    #: What decides whether and when a failed attempt is followed by another one; None to leave it
+    #: to the setting ``eda_retry_policy``.
+    retry_policy: Policy | None = None
+    #: What becomes of a key whose message failed for good: ``block`` it until that is repaired or
+    #: skipped, or ``skip`` the message.
+    when_dead: Literal["block", "skip"] = "block"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         request = self.request
@@ -129,6 +184,13 @@ class DecoratingBound(Protocol):
 class TaskDecorator:
     """``@eda.task``: makes a function a reliable Celery task; takes the options of ``@app.task``.
 
+    With a *key*, the name of a parameter or a function of the arguments, calls with the same key
+    take effect in the order in which their transactions committed. When one fails for good those
+    behind it wait, unless ``when_dead="skip"`` is given too.
+
+    With a *policy*, a failed attempt is undone and tried again for as long as it says; see
+    :class:`celery_eda.RetryPolicy`. With none, the setting ``eda_retry_policy`` decides.
+
     A function whose first parameter (after ``self``, if bound) is called ``session`` gets the
     session of the message in progress there; callers leave it out.
     """
@@ -141,22 +203,48 @@ class TaskDecorator:
     @overload
     def __call__(self, function: Callable[P, R], /) -> TypedTask[P, R]: ...
     @overload
-    def __call__(self, /, *, bind: Literal[True], **options: Any) -> DecoratingBound: ...
+    def __call__(
+        self,
+        /,
+        *,
+        bind: Literal[True],
+        key: Key | None = None,
+        policy: Policy | None = None,
+        **options: Any,
+    ) -> DecoratingBound: ...
     @overload
-    def __call__(self, /, **options: Any) -> Decorating: ...
-    def __call__(self, function: Any = None, /, **options: Any) -> Any:
+    def __call__(
+        self, /, *, key: Key | None = None, policy: Policy | None = None, **options: Any
+    ) -> Decorating: ...
+    def __call__(
+        self,
+        function: Any = None,
+        /,
+        *,
+        key: Key | None = None,
+        policy: Policy | None = None,
+        **options: Any,
+    ) -> Any:
         _refuse_unsafe(options)
+        if policy is not None:
+            options["retry_policy"] = staticmethod(checked(policy))
         options["base"] = reliable_class(options.get("base", Task))
         # It belongs to the one app whose database keeps it, not to every app of the process.
         options.setdefault("shared", False)
+        bound = options.get("bind", False)
 
         def decorate(function: Callable[..., Any]) -> Any:
-            given = self._with_session(function, bound=options.get("bind", False))
+            given = self.with_session(function, bound=bound)
+            if key is not None:
+                key_of = key_function(_without_self(given) if bound else given, key)
+                options["ordering_key"] = staticmethod(key_of)
             return self._eda.app.task(**options)(finishing(given))
 
         return decorate if function is None else decorate(function)
 
-    def _with_session(self, function: Callable[..., Any], *, bound: bool) -> Callable[..., Any]:
+    def with_session(
+        self, function: Callable[..., Any], *, bound: bool = False
+    ) -> Callable[..., Any]:
         """*function* without its ``session`` parameter, if it has one."""
         signature = inspect.signature(function)
         names = list(signature.parameters)
@@ -173,6 +261,18 @@ class TaskDecorator:
             parameters=[each for each in signature.parameters.values() if each.name != "session"]
         )
         return with_session
+
+
+def _without_self(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A bound task's *function* as its callers see it."""
+
+    def seen() -> None: ...
+
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())[1:]
+    seen.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    seen.__qualname__ = function.__qualname__
+    return seen
 
 
 def reliable_class(base: type[Task]) -> type[Task]:
@@ -220,6 +320,10 @@ def made_reliable(task: Task) -> None:
 
 
 def _refuse_unsafe(options: dict[str, Any]) -> None:
+    if options.get("when_dead", "block") not in ("block", "skip"):
+        raise ConfigurationError(
+            f"when_dead must be 'block' or 'skip', not {options['when_dead']!r}."
+        )
     for name in ("acks_late", "acks_on_failure", "acks_on_timeout", "reject_on_worker_lost"):
         if options.get(name, getattr(ReliableTask, name)) != getattr(ReliableTask, name):
             raise UnsafeSetting(

@@ -43,7 +43,9 @@ class UnitsOfWork:
         request = delivery.task.request
         with self.engine.connect() as connection:
             progress = InProgress(
-                delivery.identity, request.id, request.retries or 0, connection.begin()
+                *(delivery.identity, request.id, request.retries or 0),
+                transaction=connection.begin(),
+                position=delivery.position,
             )
             context.in_progress.set(progress)
             outgoing = self.join(connection, self.store)

@@ -24,6 +24,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    tuple_,
     update,
 )
 from sqlalchemy.exc import DBAPIError, TimeoutError
@@ -31,6 +32,9 @@ from sqlalchemy.exc import DBAPIError, TimeoutError
 from celery_eda.tables import Moment
 
 Values = Mapping[str, Any]
+
+#: Sequences that one statement moves on: databases bound its parameters.
+SEQUENCES_AT_ONCE = 200
 
 
 class Dialect:
@@ -71,6 +75,12 @@ class Dialect:
         Where the lock belongs to the transaction it also outlasts the block until the commit.
         """
         raise NotImplementedError
+
+    def stop_writers(self, connection: Connection) -> None:
+        """See to it that nobody changes what is read from here on and locked, until the commit.
+
+        Here the locks of the rows do; a database that has none stops all who write.
+        """
 
     # ── the database's clock ────────────────────────────────────────────────────────────────
 
@@ -189,6 +199,32 @@ class Dialect:
         """What says that *owner* still has its claim; here the row locks do."""
         return ()
 
+    # ── sequences ───────────────────────────────────────────────────────────────────────────
+
+    def milliseconds(self) -> ColumnElement[int]:
+        """Milliseconds since 1970 by the database's clock."""
+        raise NotImplementedError
+
+    def take_numbers(
+        self, connection: Connection, table: Table, counts: Mapping[tuple[str, str], int]
+    ) -> Sequence[Row[Any]]:
+        """Move each sequence on by its count, in the order of *counts*; returns the rows."""
+        rows = [self._sequence(*name, count) for name, count in counts.items()]
+        return [
+            row
+            for start in range(0, len(rows), SEQUENCES_AT_ONCE)
+            for row in self._move_on(connection, table, rows[start : start + SEQUENCES_AT_ONCE])
+        ]
+
+    def _sequence(self, stream: str, key: str, count: int) -> Values:
+        return {"stream": stream, "key": key, "epoch": self.milliseconds(), "last": count}
+
+    def _move_on(
+        self, connection: Connection, table: Table, rows: Sequence[Values]
+    ) -> Sequence[Row[Any]]:
+        """Insert *rows*, or add to those that are there."""
+        raise NotImplementedError
+
     # ── inbox ───────────────────────────────────────────────────────────────────────────────
 
     def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
@@ -198,6 +234,39 @@ class Dialect:
             False if the key was taken. The transaction is still usable then.
         """
         raise NotImplementedError
+
+    # ── housekeeping ────────────────────────────────────────────────────────────────────────
+
+    def purge(
+        self, connection: Connection, table: Table, old: ColumnElement[bool], limit: int
+    ) -> int:
+        """Delete up to *limit* rows that are *old*, the oldest first.
+
+        Rows that somebody else has locked, to delete them too, are passed over.
+
+        Returns:
+            How many were deleted.
+        """
+        rows = connection.execute(self._oldest(table, old, limit)).all()
+        if not rows:
+            return 0
+        keys = [tuple(row) for row in rows]
+        return self._delete(connection, table, keys)
+
+    def _oldest(self, table: Table, old: ColumnElement[bool], limit: int) -> Select[Any]:
+        """The keys of the *limit* oldest rows."""
+        return (
+            select(*table.primary_key)
+            .where(old)
+            .order_by(table.c.at)
+            .limit(limit)
+            .with_for_update(skip_locked=True, of=table)
+        )
+
+    def _delete(self, connection: Connection, table: Table, keys: Sequence[tuple[Any, ...]]) -> int:
+        """Delete the rows with these *keys*; returns how many there were."""
+        named = tuple_(*table.primary_key).in_(keys)
+        return connection.execute(delete(table).where(named)).rowcount
 
     # ── errors ──────────────────────────────────────────────────────────────────────────────
 

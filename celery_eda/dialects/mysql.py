@@ -13,15 +13,20 @@ from sqlalchemy import (
     Connection,
     Engine,
     ExceptionContext,
+    Row,
     Select,
     Table,
+    and_,
+    bindparam,
+    delete,
     event,
     func,
-    insert,
     literal_column,
     select,
     text,
+    tuple_,
 )
+from sqlalchemy.dialects.mysql import insert
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from celery_eda.dialects.base import Dialect, Values
@@ -111,6 +116,19 @@ class MySQL(Dialect):
         statement = f"DELETE {name} FROM {GIVEN} STRAIGHT_JOIN {name} ON {name}.id = given.id"
         return connection.execute(text(statement), {"ids": json.dumps(list(ids))}).rowcount
 
+    def milliseconds(self) -> ColumnElement[int]:
+        return func.floor(func.unix_timestamp(func.now(text("6"))) * 1000)
+
+    def _move_on(
+        self, connection: Connection, table: Table, rows: Sequence[Values]
+    ) -> Sequence[Row[Any]]:
+        fresh = insert(table).values(rows)
+        connection.execute(fresh.on_duplicate_key_update(last=table.c.last + fresh.inserted.last))
+        # A locking read: at REPEATABLE READ another would see the rows as they were before.
+        names = [(row["stream"], row["key"]) for row in rows]
+        wanted = tuple_(table.c.stream, table.c.key).in_(names)
+        return connection.execute(select(table).where(wanted).with_for_update()).all()
+
     def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
         try:
             connection.execute(insert(table).values(**values))
@@ -119,6 +137,21 @@ class MySQL(Dialect):
                 raise
             return False
         return True
+
+    def _oldest(self, table: Table, old: ColumnElement[bool], limit: int) -> Select[Any]:
+        query = super()._oldest(table, old, limit)
+        indexes = [index for index in table.indexes if list(index.columns) == [table.c.at]]
+        return query.with_hint(table, f"FORCE INDEX (`{indexes[0].name}`)") if indexes else query
+
+    def _delete(self, connection: Connection, table: Table, keys: Sequence[tuple[Any, ...]]) -> int:
+        # One key after the other: given a list of them, the server passes all rows of the table.
+        columns = list(table.primary_key)
+        named = and_(*(column == bindparam(f"its_{column.name}") for column in columns))
+        rows = [
+            {f"its_{column.name}": value for column, value in zip(columns, key, strict=True)}
+            for key in keys
+        ]
+        return connection.execute(delete(table).where(named), rows).rowcount
 
     def is_outage(self, error: BaseException) -> bool:
         return super().is_outage(error) or (

@@ -6,18 +6,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, Table, event, func, select
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Engine,
+    Table,
+    cast,
+    event,
+    extract,
+    func,
+    select,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from celery_eda.dialects.base import Dialect, Values
+from celery_eda.dialects.base import Values
+from celery_eda.dialects.upserting import Upserting
 
 _ARRAYS = {
     "message_id": "uuid", "revision": "int4", "body": "bytea", "delay": "float8",
 }  # fmt: skip
 
 
-class PostgreSQL(Dialect):
+class PostgreSQL(Upserting):
+    insert = staticmethod(insert)
     transient_codes = frozenset({"40001", "40P01", "55P03"})
 
     def engine_options(self, patience: float) -> dict[str, Any]:
@@ -71,11 +84,8 @@ class PostgreSQL(Dialect):
         )
         return [row.id for row in result]
 
-    def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
-        # Not rowcount: SQLAlchemy keeps none for an INSERT.
-        key = next(iter(table.primary_key))
-        statement = insert(table).values(**values).on_conflict_do_nothing().returning(key)
-        return connection.execute(statement).first() is not None
+    def milliseconds(self) -> ColumnElement[int]:
+        return cast(extract("epoch", func.clock_timestamp()) * 1000, BigInteger)
 
     def is_aborted(self, connection: Connection) -> bool:
         # After a statement failed and the handler went on, COMMIT succeeds as a silent ROLLBACK.

@@ -18,8 +18,10 @@ from sqlalchemy import (
     Connection,
     Engine,
     Insert,
+    Integer,
     Row,
     Table,
+    cast,
     event,
     func,
     select,
@@ -28,7 +30,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from celery_eda.dialects.base import Dialect, Values
+from celery_eda.dialects.base import Values
+from celery_eda.dialects.upserting import Upserting
 from celery_eda.tables import Moment
 
 _BEGINS_NOTHING = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN")
@@ -40,10 +43,14 @@ _CODES = {
     "database or disk is full": "SQLITE_FULL",
     "unable to open database file": "SQLITE_CANTOPEN",
 }
+#: The beginning of 1970 as a Julian day.
+UNIX_EPOCH = 2440587.5
+MILLISECONDS_A_DAY = 86_400_000
 _FORMAT = "%Y-%m-%d %H:%M:%f000"
 
 
-class SQLite(Dialect):
+class SQLite(Upserting):
+    insert = staticmethod(insert)
     admits_first = False
     refused_pools: Mapping[str, str] = dict.fromkeys(
         ("gevent", "eventlet"),
@@ -64,16 +71,18 @@ class SQLite(Dialect):
         def begin_with_first_write(
             connection: Connection, cursor: Any, statement: str, *_: Any
         ) -> None:
-            driver: Any = connection.connection.driver_connection
-            if not driver.in_transaction and not statement.lstrip().upper().startswith(
-                _BEGINS_NOTHING
-            ):
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            if not statement.lstrip().upper().startswith(_BEGINS_NOTHING):
+                self.stop_writers(connection)
 
     @contextmanager
     def exclusive(self, connection: Connection, name: str) -> Iterator[None]:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         yield
+
+    def stop_writers(self, connection: Connection) -> None:
+        driver: Any = connection.connection.driver_connection
+        if not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     def now(self) -> ColumnElement[Any]:
         return func.strftime(_FORMAT, "now", type_=Moment)
@@ -112,11 +121,8 @@ class SQLite(Dialect):
     def _owned(self, table: Table, owner: str) -> Sequence[ColumnElement[bool]]:
         return (table.c.claimed_by == owner,)
 
-    def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
-        # Not rowcount: SQLAlchemy keeps none for an INSERT.
-        key = next(iter(table.primary_key))
-        statement = insert(table).values(**values).on_conflict_do_nothing().returning(key)
-        return connection.execute(statement).first() is not None
+    def milliseconds(self) -> ColumnElement[int]:
+        return cast((func.julianday("now") - UNIX_EPOCH) * MILLISECONDS_A_DAY, Integer)
 
     def is_outage(self, error: BaseException) -> bool:
         return super().is_outage(error) or (

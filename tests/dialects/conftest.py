@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 
 from celery_eda.attempts import Attempts
+from celery_eda.audit import Audit
+from celery_eda.cursors import Cursors
 from celery_eda.dead_letters import DeadLetters
 from celery_eda.inbox import Inbox
 from celery_eda.outbox import Outbox
@@ -27,3 +29,13 @@ def attempts(database: Database) -> Attempts:
 @pytest.fixture
 def dead_letters(database: Database) -> DeadLetters:
     return DeadLetters(database.tables.dead_letters, database.dialect)
+
+
+@pytest.fixture
+def audit(database: Database) -> Audit:
+    return Audit(database.tables.audit, database.dialect)
+
+
+@pytest.fixture
+def cursors(database: Database) -> Cursors:
+    return Cursors(database.tables.cursors, database.tables.parked, database.dialect)

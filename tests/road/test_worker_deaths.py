@@ -86,6 +86,16 @@ def test_a_message_that_ends_its_worker_every_time_becomes_a_dead_letter(
     expect_an_able_worker(road, worker)
 
 
+@pytest.mark.parametrize("road", ["rabbitmq-postgresql"], indirect=True)
+def test_a_message_that_ends_its_worker_every_time_becomes_a_dead_letter_of_a_quorum_queue_too(
+    road: Road,
+) -> None:
+    road.environment["ROAD_QUEUE_TYPE"] = "quorum"
+    test_a_message_that_ends_its_worker_every_time_becomes_a_dead_letter(
+        road, "prefork", "kill always"
+    )
+
+
 @pytest.mark.parametrize("road", ["rabbitmq-postgresql", "redis-mariadb"], indirect=True)
 def test_a_handler_that_overruns_its_hard_limit_once_takes_effect_once(road: Road) -> None:
     results = f"db+{road.database}"
@@ -112,7 +122,7 @@ def test_a_handler_that_always_overruns_its_hard_limit_becomes_a_dead_letter(roa
 
     road.until(road.dead, "a dead letter")
 
-    assert road.dead() == [("road.slow", "lost worker")]
+    assert road.dead() == [("road.slow", "time limit")]
     assert road.effects("slow") == Counter()
     expect_an_able_worker(road, worker)
 

@@ -1,0 +1,23 @@
+"""``celery -A … eda``: the commands. One file per group."""
+
+from __future__ import annotations
+
+import click
+from celery.bin.base import handle_preload_options
+
+from celery_eda.cli.dead_letters import dead_letters
+from celery_eda.cli.housekeeping import housekeeping
+from celery_eda.cli.order import order
+from celery_eda.cli.relay import relay
+from celery_eda.cli.tables import db
+
+
+@click.group(name="eda")
+@click.pass_context
+@handle_preload_options  # type: ignore[untyped-decorator]  # Celery is untyped
+def eda(context: click.Context) -> None:
+    """Transactional outbox, idempotent inbox, relay, dead letters."""
+
+
+for command in (relay, db, dead_letters, order, housekeeping):
+    eda.add_command(command)

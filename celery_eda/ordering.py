@@ -1,0 +1,56 @@
+"""The ordering key of a task's call: whose messages take effect one after the other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from celery_eda.errors import InvalidKey
+from celery_eda.message import Lane
+from celery_eda.tables import KEY_BYTES
+
+#: What ``@eda.task(key=…)`` takes: a parameter's name, or a function of the task's arguments.
+Key = str | Callable[..., Any]
+
+
+def key_function(function: Callable[..., Any], key: Key) -> Callable[..., Any]:
+    """What gives the key of a call of *function*, from the arguments that callers write.
+
+    Raises:
+        InvalidKey: *function* has no parameter of that name.
+    """
+    if callable(key):
+        return key
+    signature = inspect.signature(function)
+    if key not in signature.parameters:
+        raise InvalidKey(
+            f"key={key!r} names no parameter of {function.__qualname__}{signature}. "
+            "Name one, or give a function of the task's arguments."
+        )
+
+    def key_of(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments[key]
+
+    return key_of
+
+
+def lane(source: str, stream: str, key: Any) -> Lane:
+    """The lane of a message of *stream* with *key*.
+
+    Raises:
+        InvalidKey: *key* has no text of its own, or it is too long.
+    """
+    text = key if isinstance(key, str) else str(key)
+    if not text or key is None or isinstance(key, float | list | dict | set):
+        raise InvalidKey(
+            f"{key!r} is no ordering key of {stream}: give a text, a number or a UUID."
+        )
+    if len(text.encode(errors="replace")) > KEY_BYTES or not text.isprintable():
+        raise InvalidKey(
+            f"The ordering key {text[:40]!r}… of {stream} has {len(text)} characters; "
+            f"{KEY_BYTES} bytes of printable text are the most. Use a digest of it."
+        )
+    return Lane(source, stream, text)

@@ -1,0 +1,190 @@
+"""The worker's door, in a worker of this process: Celery's own, without a broker's server."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, signals
+from celery.contrib.testing.worker import start_worker
+from celery.worker import state
+from kombu import compression
+from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from celery_eda import EDA, schema
+from celery_eda.refusals import Refusals
+from tests.road.hostile import Letter
+
+PATIENCE = 20.0
+
+
+@dataclass
+class Shop:
+    """An app with a worker in a thread, whose broker is this process's memory."""
+
+    app: Celery
+    eda: EDA
+    handled: list[int] = field(default_factory=list)
+
+    def put(self, letter: Letter) -> None:
+        """Put *letter* into the queue as it is."""
+        with self.app.connection_for_write() as connection:
+            channel = connection.default_channel
+            message = channel.prepare_message(
+                letter.body,
+                content_type=letter.content_type,
+                content_encoding=letter.content_encoding,
+                headers=letter.all_headers,
+                properties=dict(letter.properties),
+            )
+            self.app.amqp.queues["celery"].bind(channel).declare()
+            channel.basic_publish(message, exchange="celery", routing_key="celery")
+
+    def dead(self) -> list[Any]:
+        with self.eda.engine.connect() as connection:
+            return list(connection.execute(select(self.eda.tables.dead_letters)).all())
+
+    def until(self, condition: Any) -> None:
+        until = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+    def expect_service(self) -> None:
+        """The next valid message is handled."""
+        before = len(self.handled)
+        self.put(Letter("call", headers={"task": "shop.handle", "id": str(time.monotonic_ns())}))
+        self.until(lambda: len(self.handled) > before)
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    app = Celery("shop", broker="memory://", backend="cache+memory://", set_as_current=False)
+    app.conf.update(
+        eda_database_url=f"sqlite:///{tmp_path / 'shop.db'}",
+        eda_embedded_relay=False,
+        eda_send_after_commit=False,
+    )
+    shop = Shop(app, EDA(app))
+
+    @shop.eda.task(name="shop.handle")
+    def handle(session: Session, number: int) -> None:
+        shop.handled.append(number)
+
+    schema.upgrade(shop.eda.engine, shop.eda.tables)
+    decoders = dict(compression._decoders)
+    with start_worker(app, perform_ping_check=False, shutdown_timeout=30.0):
+        yield shop
+    compression._decoders.update(decoders)
+    shop.eda.engine.dispose()
+
+
+def test_what_cannot_be_handled_is_kept_and_the_next_message_handled(shop: Shop) -> None:
+    shop.put(Letter("null", body=b"null"))
+    shop.put(Letter("truncated", body=b"[["))
+    shop.put(Letter("no such task", task="no.such.task"))
+    shop.expect_service()
+
+    assert [row.reason for row in shop.dead()] == ["malformed", "undecodable", "unknown task"]
+    assert [bytes(row.body) for row in shop.dead()][:2] == [b"null", b"[["]
+
+
+def test_who_waits_for_an_unknown_task_hears_of_it(shop: Shop) -> None:
+    heard: list[str] = []
+
+    @signals.task_unknown.connect(weak=False)
+    def hear(name: str, id: str, **_: Any) -> None:
+        heard.extend((name, id))
+
+    shop.put(Letter("x", task="no.such.task", headers={"id": "asked"}))
+    shop.until(lambda: shop.app.AsyncResult("asked").ready())
+    signals.task_unknown.disconnect(hear)
+
+    assert shop.app.AsyncResult("asked").state == "FAILURE"
+    assert heard == ["no.such.task", "asked"]
+
+
+def test_a_dead_letter_that_cannot_be_written_is_written_later_and_once(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keep, tries = Refusals.keep, iter((True, True, False))
+
+    def keep_at_last(*arguments: Any) -> bool:
+        if next(tries, False):
+            raise OperationalError("INSERT", {}, Exception("away"), connection_invalidated=True)
+        return keep(*arguments)
+
+    monkeypatch.setattr(Refusals, "keep", keep_at_last)
+    shop.put(Letter("first", body=b"null"))
+    shop.put(Letter("second", body=b"5"))
+    shop.expect_service()
+    shop.until(lambda: len(shop.dead()) == 2)
+    shop.expect_service()
+
+    assert {bytes(row.body) for row in shop.dead()} == {b"null", b"5"}
+    assert len(shop.dead()) == 2
+    assert caplog.text.count("cannot be written yet") == 2
+
+
+def test_one_that_can_never_be_written_holds_up_no_other(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = Refusals.keep
+
+    def keep_all_but_one(self: Refusals, refused: Any) -> bool:
+        if b"never" in refused.letter.body:
+            raise ValueError("too long for this database")
+        return keep(self, refused)
+
+    monkeypatch.setattr(Refusals, "keep", keep_all_but_one)
+    shop.put(Letter("never", body=b'"never"'))
+    shop.put(Letter("other", body=b"null"))
+
+    shop.until(lambda: [bytes(row.body) for row in shop.dead()] == [b"null"])
+    shop.expect_service()
+
+
+def test_an_expired_message_is_kept_and_told_to_be_revoked(shop: Shop) -> None:
+    past = {"expires": "2020-01-01T00:00:00+00:00", "id": "late"}
+    shop.put(Letter("late", task="shop.handle", headers=past))
+    shop.until(shop.dead)
+    shop.until(lambda: shop.app.AsyncResult("late").ready())
+
+    assert [row.reason for row in shop.dead()] == ["expired"]
+    assert shop.app.AsyncResult("late").state == "REVOKED"
+    assert shop.handled == []
+    # A redrive with more time has the same id, and must not be taken for revoked.
+    assert "late" not in state.revoked
+
+
+def test_a_revoked_message_is_kept(shop: Shop) -> None:
+    state.revoked.add("unwanted")
+    shop.put(Letter("unwanted", task="shop.handle", headers={"id": "unwanted"}))
+    shop.until(shop.dead)
+
+    assert [row.reason for row in shop.dead()] == ["revoked"]
+    assert shop.handled == []
+
+
+@pytest.mark.parametrize("name", ["eda_verdict", "eda_wire"])
+def test_what_a_message_says_of_itself_is_no_verdict(shop: Shop, name: str) -> None:
+    forged = {name: "expired", "id": f"forged {name}"}
+    shop.put(Letter("forged", task="shop.handle", headers=forged))
+    shop.until(lambda: shop.handled)
+
+    assert shop.dead() == []
+
+
+def test_headers_are_kept_whole(shop: Shop) -> None:
+    strange = {"id": ["x"], "x-more": {"a": [None, 1.5, "\ud800"]}}
+    shop.put(Letter("strange", headers=strange))
+    shop.until(shop.dead)
+
+    assert strange.items() <= json.loads(shop.dead()[0].headers).items()
