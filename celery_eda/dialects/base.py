@@ -20,11 +20,11 @@ from sqlalchemy import (
     Select,
     Table,
     and_,
+    bindparam,
     delete,
     func,
     insert,
     select,
-    tuple_,
     update,
 )
 from sqlalchemy.exc import DBAPIError, TimeoutError
@@ -265,8 +265,15 @@ class Dialect:
 
     def _delete(self, connection: Connection, table: Table, keys: Sequence[tuple[Any, ...]]) -> int:
         """Delete the rows with these *keys*; returns how many there were."""
-        named = tuple_(*table.primary_key).in_(keys)
-        return connection.execute(delete(table).where(named)).rowcount
+        # One key after the other, in one go: given a list of keys of several columns, servers
+        # pass all rows of the table, and MariaDB waits for those that others have locked.
+        columns = list(table.primary_key)
+        named = and_(*(column == bindparam(f"its_{column.name}") for column in columns))
+        rows = [
+            {f"its_{column.name}": value for column, value in zip(columns, key, strict=True)}
+            for key in keys
+        ]
+        return connection.execute(delete(table).where(named), rows).rowcount
 
     # ── errors ──────────────────────────────────────────────────────────────────────────────
 
