@@ -192,6 +192,12 @@ class Channel(redis.Channel):
         finally:
             self.taken = None
 
+    def _do_restore_message(self, payload: Any, *arguments: Any) -> None:
+        # Kombu gives up what it cannot mark as redelivered. An empty list is a table to the script.
+        if payload["headers"] == []:
+            payload["headers"] = {}
+        super()._do_restore_message(payload, *arguments)
+
     def set_aside(self, tag: str | bytes, payload: bytes = b"") -> None:
         """Move what was noted under *tag* to the malformed ones, as *payload* if that is known."""
         keys = [self.unacked_key, self.unacked_index_key, MALFORMED]
