@@ -32,6 +32,8 @@ LONGEST_TEXT = 65_536
 LARGEST = 2**31 - 1
 #: Outside these years a moment cannot be converted to another time zone, or not be waited for.
 YEARS = range(1970, 9999)
+_TEXTS = (str, bytes, memoryview)
+_LISTS = (list, tuple)
 #: What a body carries beside the arguments; anything else there would be forged.
 EMBEDDED = ("callbacks", "errbacks", "chain", "chord")
 #: A header of such a name would hide what Celery, or a task, calls on its request.
@@ -131,21 +133,24 @@ def _check_nesting(message: Any, payload: Any, most: int) -> None:
 
 def _measure(value: Any) -> tuple[int, int]:
     """How deep *value* is nested, and roughly how many bytes its texts have."""
-    deepest = size = 0
+    depth = size = 0
     level = [value]
     while level:
         within: list[Any] = []
+        nests = False
         for each in level:
-            if isinstance(each, Mapping):
-                within.extend(each.keys())
-                within.extend(each.values())
-            elif isinstance(each, list | tuple):
-                within.extend(each)
-            elif isinstance(each, str | bytes | memoryview):
+            if isinstance(each, _TEXTS):
                 size += len(each)
-        deepest += any(isinstance(each, Mapping | list | tuple) for each in level)
+            elif isinstance(each, dict):
+                nests = True
+                within += each
+                within += each.values()
+            elif isinstance(each, _LISTS):
+                nests = True
+                within += each
+        depth += nests
         level = within
-    return deepest, size
+    return depth, size
 
 
 # ── headers and properties ──────────────────────────────────────────────────────────────────

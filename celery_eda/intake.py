@@ -113,7 +113,7 @@ class Intake(bootsteps.StartStopStep):
             except Exception as error:
                 if _is_reserved(message):
                     raise  # the pool has it
-                self.refuse(message, Refusal(Reason.malformed, error))
+                self.on_invalid_task(None, message, error)
 
         return handle_if_sound
 
@@ -121,7 +121,9 @@ class Intake(bootsteps.StartStopStep):
         self.refuse(message, Refusal.of(error))
 
     def on_invalid_task(self, body: Any, message: Any, error: Exception) -> None:
-        self.refuse(message, Refusal(Reason.malformed, error))
+        # Its own words may quote the message.
+        words = f"Celery makes no request of it: {type(error).__name__}"
+        self.refuse(message, Refusal(Reason.malformed, Malformed(words)))
 
     def on_unknown_message(self, body: Any, message: Any) -> None:
         self.refuse(message, Refusal(Reason.malformed, Malformed("no call of a task")))

@@ -130,7 +130,7 @@ class CapturingAMQP(AMQP):
         # A retry inherits the headers of the message it repeats: those of ours are always anew.
         headers = _without_ours(recorded.pop("headers"))
         identity = self._identify(headers)
-        if self.app.eda.is_reliable(task):
+        if headers.get("expires") and self.app.eda.is_reliable(task):
             # The broker would drop it unseen; the worker that gets it makes a dead letter of it.
             recorded["properties"].pop("expiration", None)
         declared = [each for each in recorder.declare if isinstance(each, Queue)]

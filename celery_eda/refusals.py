@@ -7,6 +7,7 @@ again all the same, the inbox knows it by what it consists of.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -146,15 +147,11 @@ def unread(payload: bytes) -> Refused:
 def storable(value: Any) -> dict[str, Any]:
     """Headers or properties as they can be written as JSON and read back; nothing is left out."""
     plain = _plain(value)
-    try:
-        text = json.dumps(plain)
-    except Exception:
-        return {UNREADABLE_JSON: repr(plain)}
-    try:
-        json.loads(text)
-    except Exception:
-        return {UNREADABLE_JSON: text}
-    return plain if isinstance(plain, dict) else {UNREADABLE_JSON: text}
+    with suppress(Exception):
+        json.loads(json.dumps(plain))
+        if isinstance(plain, dict):
+            return plain
+    return {UNREADABLE_JSON: _text_of(plain)}
 
 
 def _plain(value: Any) -> Any:
@@ -176,6 +173,36 @@ def _plain(value: Any) -> Any:
                 copy = item
         container[place] = copy
     return whole[0]
+
+
+def _text_of(value: Any) -> str:
+    """JSON of *value*, however deep it is; what JSON does not know is in Python's words."""
+    text: list[str] = []
+    todo: list[tuple[bool, Any]] = [(True, value)]
+    while todo:
+        is_value, each = todo.pop()
+        if not is_value:
+            text.append(each)
+        elif isinstance(each, dict):
+            todo.append((False, "}"))
+            for position, (name, item) in reversed([*enumerate(each.items())]):
+                todo += ((True, item), (False, f"{', ' if position else ''}{json.dumps(name)}: "))
+            todo.append((False, "{"))
+        elif isinstance(each, list):
+            todo.append((False, "]"))
+            for position, item in reversed([*enumerate(each)]):
+                todo += ((True, item), (False, ", " if position else ""))
+            todo.append((False, "["))
+        else:
+            text.append(_leaf(each))
+    return "".join(text)
+
+
+def _leaf(value: Any) -> str:
+    try:
+        return str(json.dumps(value))
+    except TypeError:
+        return str(json.dumps(repr(value)))
 
 
 def _text(name: Any) -> str:

@@ -104,7 +104,7 @@ class QoS(redis.QoS):
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
         try:
             super().restore_by_tag(tag, client, leftmost)
-        except (ValueError, TypeError, RecursionError):
+        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
             # Its worker died before it could set aside what it could not read.
             self.channel.set_aside(tag)
 
@@ -183,14 +183,24 @@ class Channel(redis.Channel):
     def _deliver_taken(self, position: int, payload: bytes, tag: bytes) -> None:
         queue = self._asked[position]
         self._queue_cycle.rotate(queue)
-        self.taken = bytes_to_str(tag)
         try:
             message = loads(bytes_to_str(payload))
+        except Exception:
+            self.set_aside(tag, payload)
+            return
+        self.taken = bytes_to_str(tag)
+        try:
             self.connection._deliver(message, queue)
-        except (ValueError, RecursionError, Unreadable):
+        except Unreadable:
             self.set_aside(tag, payload)
         finally:
             self.taken = None
+
+    def _do_restore_message(self, payload: Any, *arguments: Any) -> None:
+        # Kombu gives up what it cannot mark as redelivered. An empty list is a table to the script.
+        if payload["headers"] == []:
+            payload["headers"] = {}
+        super()._do_restore_message(payload, *arguments)
 
     def set_aside(self, tag: str | bytes, payload: bytes = b"") -> None:
         """Move what was noted under *tag* to the malformed ones, as *payload* if that is known."""

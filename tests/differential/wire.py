@@ -85,22 +85,29 @@ class AMQPTap:
 
 
 def amqp_without_identity(envelope: bytes) -> bytes:
-    """The same properties without the two headers that celery_eda adds."""
+    """The same properties without the two headers that celery_eda adds.
+
+    And without the time to live that it leaves out: the header ``expires`` says the same.
+    """
     message = amqp.Message()
     message._load_properties(Basic.CLASS_ID, envelope, 0)
     assert message._serialize_properties() == envelope, "py-amqp reads what it would write"
     for name in (ID_HEADER, REVISION_HEADER):
         message.headers.pop(name, None)
+    if message.headers.get("expires"):
+        message.properties.pop("expiration", None)
     serialized: bytes = message._serialize_properties()
     return serialized
 
 
 def json_without_identity(envelope: bytes) -> bytes:
-    """The same JSON without the two headers that celery_eda adds."""
+    """The same JSON without the two headers that celery_eda adds, and that time to live."""
     message = json.loads(envelope)
     assert json.dumps(message).encode() == envelope, "json reads what it would write"
     for name in (ID_HEADER, REVISION_HEADER):
         message["headers"].pop(name, None)
+    if message["headers"].get("expires"):
+        message["properties"].pop("expiration", None)
     return json.dumps(message).encode()
 
 

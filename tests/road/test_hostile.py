@@ -193,8 +193,9 @@ def test_what_is_no_message_at_all_stops_no_worker(road: Road, hand: Hand) -> No
             assert row.reason == "malformed"
         else:
             assert bytes(of(rows, name).body) == CALL
-    assert hand.channel.client.hlen("unacked") == 0
-    assert hand.channel.client.llen("celery_eda.malformed") == 0
+    redis = hand.channel.client
+    road.until(lambda: not redis.hlen("unacked"), "all acknowledged")
+    road.until(lambda: not redis.llen("celery_eda.malformed"), "nothing set aside")
     watch.expect_one_line_each(len(cases))
 
 

@@ -14,15 +14,17 @@ from celery import Celery, signals
 from celery.contrib.testing.worker import start_worker
 from celery.worker import state
 from kombu import compression
-from sqlalchemy import select
+from sqlalchemy import Table, func, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from celery_eda import EDA, schema
+from celery_eda.message import Identity
 from celery_eda.refusals import Refusals
 from tests.road.hostile import Letter
 
 PATIENCE = 20.0
+PAST = "2020-01-01T00:00:00+00:00"
 
 
 @dataclass
@@ -76,6 +78,10 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
 
     @shop.eda.task(name="shop.handle")
     def handle(session: Session, number: int) -> None:
+        shop.handled.append(number)
+
+    @shop.eda.task(name="shop.keyed", key="number", when_dead="skip")
+    def keyed(session: Session, number: int) -> None:
         shop.handled.append(number)
 
     schema.upgrade(shop.eda.engine, shop.eda.tables)
@@ -152,7 +158,7 @@ def test_one_that_can_never_be_written_holds_up_no_other(
 
 
 def test_an_expired_message_is_kept_and_told_to_be_revoked(shop: Shop) -> None:
-    past = {"expires": "2020-01-01T00:00:00+00:00", "id": "late"}
+    past = {"expires": PAST, "id": "late"}
     shop.put(Letter("late", task="shop.handle", headers=past))
     shop.until(shop.dead)
     shop.until(lambda: shop.app.AsyncResult("late").ready())
@@ -171,6 +177,35 @@ def test_a_revoked_message_is_kept(shop: Shop) -> None:
 
     assert [row.reason for row in shop.dead()] == ["revoked"]
     assert shop.handled == []
+
+
+def in_order(number: int, **headers: Any) -> Letter:
+    """The message with this number in the lane of one key."""
+    own = {"id": f"number {number}", "eda_id": str(Identity.fresh().id), "eda_revision": 0}
+    order = {"eda_order": ["shop", "shop.keyed", "1", 1, number]}
+    return Letter(f"number {number}", task="shop.keyed", headers={**own, **order, **headers})
+
+
+def count(shop: Shop, table: Table) -> int:
+    with shop.eda.engine.connect() as connection:
+        return connection.scalar(select(func.count()).select_from(table)) or 0
+
+
+def test_an_expired_message_of_a_key_is_buried_at_its_turn(shop: Shop) -> None:
+    shop.put(in_order(2, expires=PAST))
+    shop.until(lambda: count(shop, shop.eda.tables.parked))
+
+    assert shop.dead() == []
+
+
+def test_behind_an_expired_message_of_a_key_its_successor_goes_on(shop: Shop) -> None:
+    shop.put(in_order(2))
+    shop.until(lambda: count(shop, shop.eda.tables.parked))
+    shop.put(in_order(1, expires=PAST))
+    shop.until(shop.dead)
+
+    assert [row.reason for row in shop.dead()] == ["expired"]
+    assert count(shop, shop.eda.tables.outbox) == 1
 
 
 @pytest.mark.parametrize("name", ["eda_verdict", "eda_wire"])

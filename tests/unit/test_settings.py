@@ -166,6 +166,11 @@ def test_a_claim_that_ends_before_the_confirms_come_is_refused_with_the_remedy(
         of(eda_claim_timeout=claim_timeout, eda_publish_timeout=20)
 
 
+def test_a_broker_that_would_give_up_before_the_worker_does_is_refused() -> None:
+    with pytest.raises(UnsafeSetting, match="Raise eda_delivery_limit"):
+        of(eda_delivery_limit=5, eda_max_deliveries=5)
+
+
 # ── retention ───────────────────────────────────────────────────────────────────────────────
 
 
