@@ -10,6 +10,7 @@ from functools import cached_property, partial, wraps
 from typing import Any
 
 from celery import Celery, Task
+from kombu.utils.imports import symbol_by_name
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.orm import Session
 
@@ -22,15 +23,18 @@ from celery_eda.dead_letters import DeadLetters
 from celery_eda.dialects import Dialect, dialect_of
 from celery_eda.errors import ConfigurationError, NoDelivery, UnsafeSetting
 from celery_eda.failures import Failures
+from celery_eda.housekeeping import Housekeeping
 from celery_eda.inbox import Inbox
 from celery_eda.message import Message
 from celery_eda.outbox import Outbox
 from celery_eda.patience import Patience
 from celery_eda.publishing import Publisher
 from celery_eda.recording import message_in_progress
+from celery_eda.refusals import Refusals
 from celery_eda.relay import Relay
 from celery_eda.repair import Repair
 from celery_eda.repairers import Repairers
+from celery_eda.retry import Policy, checked
 from celery_eda.sender import Sender
 from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings, register
@@ -65,11 +69,11 @@ class EDA:
     app: Celery
 
     #: Of each task: the errors that a repairer takes on, its name, and its queue if it has one.
-    _registered: dict[str, list[tuple[Any, str, str | None]]]
+    _known_repairers: dict[str, list[tuple[Any, str, str | None]]]
 
     def __init__(self, app: Celery | None = None, *, engine: Engine | None = None) -> None:
         self._engine = engine
-        self._registered = {}
+        self._known_repairers = {}
         self.task = TaskDecorator(self)
         if app is not None:
             self.init_app(app)
@@ -85,6 +89,7 @@ class EDA:
         for name in LOGS_OF_ERRORS:
             redaction.logger(name)
         app.steps["worker"].update(("celery_eda.worker:Guard", "celery_eda.worker:EmbeddedRelay"))
+        app.steps["consumer"].add("celery_eda.intake:Intake")
         app.on_after_finalize.connect(self.make_reliable)
 
     # ── publishing ──────────────────────────────────────────────────────────────────────────
@@ -145,7 +150,7 @@ class EDA:
 
         When *task* fails for good with such an error, a task of its own, ``<task>.repair``, is
         published in the transaction that writes the dead letter, to the queue
-        ``eda_repair_queue``: the worker that failed is not held up, and some worker has to take
+        ``eda_repair_queue``: the worker that failed is not held up. Workers without ``-Q`` take
         from that queue. Both workers have to load the module with the repairer.
 
         The function gets a :class:`celery_eda.Failure` and returns ``failure.resubmit(…)``,
@@ -167,7 +172,7 @@ class EDA:
         """
         repaired = task if isinstance(task, str) else task.name
         repairer = name or f"{repaired}.repair"
-        known = self._registered.setdefault(repaired, [])
+        known = self._known_repairers.setdefault(repaired, [])
         if repairer in (each for _, each, _ in known):
             raise ConfigurationError(
                 f"{repaired} has a repairer {repairer} already. Give this one a name of its own: "
@@ -188,9 +193,15 @@ class EDA:
 
         return decorate
 
+    @property
+    def repair_queues(self) -> set[str]:
+        """The queues of all repair tasks."""
+        known = [each for repairers in self._known_repairers.values() for each in repairers]
+        return {queue or self.settings.repair_queue for _, _, queue in known}
+
     def _seek_repair(self, task: Task, error: Exception, letter: int) -> None:
         """Publish the repair of a dead letter, if somebody repairs such errors of *task*."""
-        for on, name, queue in self._registered.get(task.name, ()):
+        for on, name, queue in self._known_repairers.get(task.name, ()):
             if isinstance(error, on):
                 where = queue or self.settings.repair_queue
                 self.app.tasks[name].apply_async((letter,), queue=where)
@@ -207,6 +218,7 @@ class EDA:
             partial(transport_of, self.app, timeout=self.settings.publish_timeout),
             partial(results.prepare, self.app),
             self.settings,
+            self.housekeeping.batches,
         )
 
     # ── the parts, made when first needed ───────────────────────────────────────────────────
@@ -318,6 +330,14 @@ class EDA:
         return Cursors(self.tables.cursors, self.tables.parked, self.dialect)
 
     @cached_property
+    def housekeeping(self) -> Housekeeping:
+        """What deletes what is old; relays do it beside their sending."""
+        return Housekeeping(
+            *(self.relay_engine, self.dialect, self.tables),
+            *(self.outbox, self.cursors, self.settings),
+        )
+
+    @cached_property
     def store(self) -> Store:
         """Where captured messages go."""
         return Store(self._add, self._hand_off, self.store_apart)
@@ -326,6 +346,23 @@ class EDA:
     def publisher(self) -> Publisher:
         """Decides where a message goes."""
         return Publisher(self.settings.outside, self.is_reliable, self.store_apart)
+
+    @cached_property
+    def retry_policy(self) -> Policy | None:
+        """What decides on further attempts of tasks without a policy of their own.
+
+        Raises:
+            ConfigurationError: ``eda_retry_policy`` is no policy.
+        """
+        if (given := self.settings.retry_policy) is None:
+            return None
+        try:
+            return checked(symbol_by_name(given))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigurationError(
+                f"eda_retry_policy names {given!r}, which cannot be imported: {error}. "
+                "Set it to `module:name` of a RetryPolicy or a function."
+            ) from error
 
     @cached_property
     def consumer(self) -> Consumer:
@@ -347,7 +384,13 @@ class EDA:
             ),
             patience=patience,
             max_deliveries=self.settings.max_deliveries,
+            policy=self.retry_policy,
         )
+
+    @cached_property
+    def refusals(self) -> Refusals:
+        """Keeps the messages that no task gets to see."""
+        return Refusals(self.engine, Inbox(self.tables.inbox, self.dialect), self.dead_letters)
 
     # ── rules ───────────────────────────────────────────────────────────────────────────────
 
@@ -370,6 +413,7 @@ class EDA:
         Raises:
             ConfigurationError: a setting is wrong, or the tables are not there.
         """
+        self.retry_policy  # noqa: B018  # reading it imports it
         schema.check(self.engine, self.tables)
 
     def store_apart(self, messages: Sequence[Message]) -> None:

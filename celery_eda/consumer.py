@@ -7,32 +7,47 @@ the acknowledgement. A copy that comes later finds the row and takes no effect.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from typing import Any, TypeVar
 
 from celery import Task
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import (
+    Ignore,
+    MaxRetriesExceededError,
+    Reject,
+    Retry,
+    TaskRevokedError,
+)
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_eda import checkpoints, context, handling
-from celery_eda.attempts import Attempts
+from celery_eda.attempts import TIME_LIMIT, Attempts
 from celery_eda.cursors import Cursor, Cursors, PlaceTaken, Turn
 from celery_eda.dead_letters import Reason
 from celery_eda.delivery import Delivery, foreign
-from celery_eda.errors import NoNextAttempt, OutOfSequence, WorkersLost
+from celery_eda.errors import NoNextAttempt, OutOfSequence, TimeLimit, Unwanted, WorkersLost
 from celery_eda.failures import Failures
 from celery_eda.handling import Ending
 from celery_eda.inbox import GotAhead, Handled, Inbox, Outcome
+from celery_eda.message import VERDICT, Identity
 from celery_eda.patience import Passing, Patience
+from celery_eda.retry import Policy
 from celery_eda.unit_of_work import UnitOfWork, UnitsOfWork
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+#: About these no policy is asked: the handler has decided, or it is not to blame.
+DECIDED = (
+    *(Ignore, Reject, MaxRetriesExceededError),
+    *(MemoryError, Passing, GotAhead, OutOfSequence, Unwanted),
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,8 @@ class Consumer:
 
     Attributes:
         max_deliveries: redeliveries without an outcome after which a message is a dead letter.
+        policy: what decides on further attempts of tasks without a policy of their own; None for
+            no further attempt.
     """
 
     engine: Engine
@@ -51,6 +68,7 @@ class Consumer:
     failures: Failures
     patience: Patience
     max_deliveries: int
+    policy: Policy | None = None
 
     def deliver(self, task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Let *task* take effect once, however often its message comes.
@@ -86,6 +104,9 @@ class Consumer:
             raise
         except GotAhead as error:
             raise Passing from error
+        except Unwanted as error:
+            self._refuse(delivery, str(error))
+            raise Ignore(f"it is {error}") from error
         except MemoryError as error:
             # Celery's main process raises it again and would never acknowledge.
             raise Reject(error, requeue=True) from error
@@ -102,13 +123,14 @@ class Consumer:
         except Exception as error:
             if self.patience.is_passing(error):
                 raise Passing from error
-            self.failures.bury(delivery, Reason.failed, error)
+            reason = Reason.exhausted if delivery.retries else Reason.failed
+            self.failures.bury(delivery, reason, error)
             raise
 
     def _handle_or_hand_on(
         self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Ending | Handled:
-        """Take effect, or leave it to the next attempt that the handler has asked for."""
+        """Take effect, or leave it to the next attempt, if handler or policy ask for one."""
         try:
             return self._handle(delivery, args, kwargs)
         except Retry as retry:
@@ -122,6 +144,26 @@ class Consumer:
                 ) from retry
             self.failures.hand_on(delivery, attempt.retry)
             raise
+        except DECIDED:
+            raise
+        except Exception as error:
+            if self.patience.is_passing(error) or not (due := self._next_try(delivery, error)):
+                raise
+            self.failures.try_again(delivery, due)
+            raise Retry(exc=error, when=due) from error
+
+    def _next_try(self, delivery: Delivery, error: Exception) -> datetime | None:
+        """When the policy wants the next attempt; None if it gives up, or fails itself."""
+        if not (policy := delivery.task.retry_policy or self.policy):
+            return None
+        try:
+            delay = policy(delivery.retries + 1, error)
+            if delay is None:
+                return None
+            return datetime.now(timezone.utc) + timedelta(seconds=max(0.0, float(delay)))
+        except Exception:
+            log.exception("the retry policy of %s[%s] fails, which gives up", *delivery.names)
+            return None
 
     def _handle(
         self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
@@ -135,7 +177,9 @@ class Consumer:
             if handled := self.inbox.admit(*message):
                 return handled
             if turn is Turn.past:
-                raise OutOfSequence("another message has taken its place")
+                return self._pass_over(delivery, cursor)
+            if verdict := delivery.task.request.get(VERDICT):
+                raise Unwanted(verdict)
             checkpoints.reach("inbox.admitted")
             ending = handling.run(delivery.task, args, kwargs)
             unit.flush()
@@ -147,6 +191,12 @@ class Consumer:
         checkpoints.reach("delivery.committed")
         unit.outgoing.hand_off()
         return ending
+
+    def _refuse(self, delivery: Delivery, verdict: str) -> None:
+        """Bury a message that is expired or revoked; as with Celery, no errback hears of it."""
+        delivery.task.request.errbacks = None
+        self.failures.bury(delivery, Reason(verdict), TaskRevokedError(verdict))
+        handling.tell_of_revocation(delivery.task, verdict)
 
     # ── order ───────────────────────────────────────────────────────────────────────────────
 
@@ -177,6 +227,16 @@ class Consumer:
         log.info("%s[%s] waits for its predecessor", *delivery.names)
         return Ending(ignored=Ignore("parked until its predecessor has taken effect"))
 
+    def _pass_over(self, delivery: Delivery, cursor: Cursor) -> Ending:
+        """What comes after its turn, and is no copy, has no effect; nor is it lost in silence.
+
+        Raises:
+            OutOfSequence: it was for this consumer.
+        """
+        if delivery.position and cursor.joined_after(delivery.position):
+            return Ending(ignored=Ignore("sent before this consumer joined"))
+        raise OutOfSequence("another message has taken its place")
+
     def _advance(self, unit: UnitOfWork, cursor: Cursor) -> None:
         """Let the next message of the key have its turn; if it is parked, send it again."""
         delivery, position = unit.delivery, unit.delivery.position
@@ -191,12 +251,29 @@ class Consumer:
         with self.engine.begin() as connection:
             if self.inbox.find(connection, delivery.consumer, delivery.identity):
                 return
+            cause = self.attempts.cause(connection, delivery.consumer, delivery.identity)
             lost = self.attempts.count(connection, delivery.consumer, delivery.identity)
         checkpoints.reach("delivery.started")
+        if lost > self.max_deliveries and cause == TIME_LIMIT:
+            limit = TimeLimit(f"{lost} deliveries had no outcome, the last within its time limit")
+            self.failures.bury(delivery, Reason.time_limit, limit)
+            raise limit
         if lost > self.max_deliveries:
             error = WorkersLost(f"{lost} deliveries of this message had no outcome")
             self.failures.bury(delivery, Reason.lost_worker, error)
             raise error
+
+    def note_time_limit(self, consumer: str, headers: Mapping[str, Any]) -> None:
+        """Note that the delivery in progress of a message ended with its hard time limit.
+
+        It only gives the dead letter, if it comes to that, its reason.
+        """
+        identity = Identity.of_headers(headers) or Identity.of_foreign(
+            headers["id"], headers.get("retries") or 0, headers.get("replaced_task_nesting") or 0
+        )
+        with suppress(SQLAlchemyError), self.engine.begin() as connection:
+            if not self.inbox.find(connection, consumer, identity):
+                self.attempts.note(connection, consumer, identity, TIME_LIMIT)
 
     def _forgive(self, delivery: Delivery) -> None:
         """Forget the redeliveries counted so far: no worker was lost with the next one."""

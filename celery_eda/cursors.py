@@ -50,6 +50,10 @@ class Cursor:
     parked: int = 0
     written: bool = False
 
+    def joined_after(self, position: Position) -> bool:
+        """Whether the message at *position* was sent before the consumer joined."""
+        return position.epoch == self.epoch and position.number <= self.base
+
     def turn(self, position: Position) -> Turn:
         """Whether it is the turn of the message at *position*."""
         if position.epoch == self.epoch:
@@ -64,11 +68,9 @@ class Cursor:
 
     def _has_ended(self, previous: tuple[int, int] | None) -> bool:
         """Whether nothing of the cursor's epoch is missing that the next one comes after."""
-        if self.epoch == 0:
-            return True
-        if self.held is not None:
-            return False
-        return self.parked == 0 if previous is None else (self.epoch, self.last) >= previous
+        if previous is not None:
+            return self.held is None and (self.epoch, self.last) >= previous
+        return self.epoch == 0 or (self.held is None and self.parked == 0)
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,19 @@ class Cursors:
             self._require_copy(connection, consumer, position, message)
         return True
 
+    def join(
+        self, connection: Connection, consumer: str, lane: Lane, epoch: int, last: int
+    ) -> bool:
+        """Begin after message *last* of *epoch*: what is before is not for this consumer.
+
+        To be done once its queue is bound and before it consumes; *last* is to be read from the
+        producer's sequences after the binding, or messages in between would be missed.
+
+        Returns:
+            False if the consumer has a cursor there already, which stays.
+        """
+        return self._insert(connection, consumer, lane, Cursor(epoch, last, base=last))
+
     def sweep(self, connection: Connection, seconds: float, limit: int) -> list[Message]:
         """Parked messages whose turn has come *seconds* ago and that have not been seen since.
 
@@ -200,6 +215,7 @@ class Cursors:
 
     def _locked(self, connection: Connection, consumer: str, lane: Lane) -> Cursor:
         """The cursor, with its row locked; the row is made if there is none."""
+        self.dialect.stop_writers(connection)
         cursor = self._read(connection, consumer, lane, lock=True)
         if not cursor.written:
             self._insert(connection, consumer, lane, Cursor())

@@ -32,11 +32,18 @@ class Reason(str, Enum):
     """Why a message became a dead letter."""
 
     failed = "failed"
+    exhausted = "retries exhausted"
     rejected = "rejected"
     lost_worker = "lost worker"
     malformed = "malformed"
     unsendable = "unsendable"
     out_of_sequence = "out of sequence"
+    undecodable = "undecodable"
+    unknown_task = "unknown task"
+    too_large = "too large"
+    expired = "expired"
+    revoked = "revoked"
+    time_limit = "time limit"
 
 
 class State(str, Enum):

@@ -34,6 +34,12 @@ class Delivery:
         return name
 
     @property
+    def retries(self) -> int:
+        """How many attempts at the message were made before this one."""
+        retries: int = self.task.request.retries or 0
+        return retries
+
+    @property
     def redelivered(self) -> bool:
         """Whether an earlier delivery of the message had no end: its worker was lost."""
         return bool((self.task.request.delivery_info or {}).get("redelivered"))

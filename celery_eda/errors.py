@@ -18,6 +18,11 @@ EDAError
 ├── OutOfSequence               why a message whose turn has passed is a dead letter
 ├── NoDelivery                  asked for the delivery's session outside a reliable task
 ├── NoNextAttempt               a handler raised Retry by itself
+├── Malformed                   why a message is not handled; also ValueError
+│   ├── TooLarge
+│   └── Undecodable
+├── TimeLimit                   why a message that overruns its hard limit is a dead letter
+├── Unwanted                    a message is expired or revoked
 └── WorkersLost                 why a message that ends its workers is a dead letter
 """
 
@@ -96,6 +101,26 @@ class NoDelivery(EDAError):
 
 class NoNextAttempt(EDAError):
     """A handler raised ``Retry`` although it had not published another attempt."""
+
+
+class Malformed(EDAError, ValueError):
+    """A part of a message is not what it has to be; its words quote nothing of the message."""
+
+
+class TooLarge(Malformed):
+    """A message, or a part of it, is larger than the settings allow."""
+
+
+class Undecodable(Malformed):
+    """The body of a message cannot be restored, decoded, or may not be."""
+
+
+class TimeLimit(EDAError):
+    """A message overran its hard time limit each time that it was delivered."""
+
+
+class Unwanted(EDAError):
+    """A message is not to be handled any more: it is ``expired`` or ``revoked``."""
 
 
 class WorkersLost(EDAError):

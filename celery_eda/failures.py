@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
 from celery import Task
 from celery.exceptions import Ignore, Reject
@@ -51,6 +52,16 @@ class Failures:
             unit.commit()
         unit.outgoing.hand_off()
 
+    def try_again(self, delivery: Delivery, due: datetime) -> None:
+        """Record a failed attempt; the same message, as it came, is the next one.
+
+        Raises:
+            Ignore: another copy of the same attempt has recorded its end.
+        """
+        message = self.rebuild(delivery.task, delivery.identity)
+        headers = {**message.headers, "retries": delivery.retries + 1}
+        self.hand_on(delivery, message.revised(headers=headers, due=due))
+
     def bury(self, delivery: Delivery, reason: Reason, error: Exception) -> None:
         """Record a failure for good together with the dead letter and the errbacks.
 
@@ -80,7 +91,7 @@ class Failures:
                 self.rebuild(task, delivery.identity),
                 reason,
                 error=error,
-                attempts=(task.request.retries or 0) + 1,
+                attempts=delivery.retries + 1,
                 consumer=delivery.consumer,
                 first_at=self.inbox.first_at(unit.connection, delivery.consumer, delivery.identity),
             )

@@ -7,6 +7,7 @@ together with the handler's work, and Celery finds nothing left to do.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from celery.exceptions import Ignore
 from celery.states import FAILURE, SUCCESS
 
 from celery_eda import results
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,16 @@ def publish_next(task: Task, result: Any) -> None:
         following = signature(chain[-1], app=task.app)
         following.apply_async((result,), chain=chain[:-1], **options)
     request.callbacks = request.chain = None
+
+
+def tell_of_revocation(task: Task, reason: str) -> None:
+    """Tell the result backend, as Celery would, that *task* is expired or revoked."""
+    request = task.request
+    store = not request.ignore_result or task.store_errors_even_if_ignored
+    try:
+        task.backend.mark_as_revoked(request.id, reason, request=request, store_result=store)
+    except Exception:
+        log.exception("nobody could be told that %s[%s] is %s", task.name, request.id, reason)
 
 
 def publish_errbacks(task: Task, error: Exception) -> None:

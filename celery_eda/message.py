@@ -19,8 +19,19 @@ REVISION_HEADER = "eda_revision"
 ORDER_HEADER = "eda_order"
 #: Under this name Celery's request carries a :class:`Wire`; it never leaves the worker.
 WIRE = "eda_wire"
+#: Under this name it says that the message is ``expired`` or ``revoked``.
+VERDICT = "eda_verdict"
 #: What Celery would copy from a message's headers to its next attempt, and must not.
-HEADERS = (ID_HEADER, REVISION_HEADER, ORDER_HEADER, WIRE)
+HEADERS = (ID_HEADER, REVISION_HEADER, ORDER_HEADER, WIRE, VERDICT)
+
+#: Properties that travel with a message when it is sent again. Its ``expiration`` would let the
+#: broker drop it unseen.
+PROPERTIES = frozenset(
+    (
+        *("app_id", "correlation_id", "delivery_mode", "message_id", "priority", "reply_to"),
+        *("timestamp", "type", "user_id"),
+    )
+)
 
 # Namespace of the ids derived for messages that carry none of ours.
 _FOREIGN = UUID("6f1c1f5e-3b0c-5e0a-9a52-6b1f6f0f8e11")

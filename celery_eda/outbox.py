@@ -6,6 +6,7 @@ has confirmed that very message.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,6 +18,11 @@ from sqlalchemy import Connection, Row, Table
 from celery_eda import redaction
 from celery_eda.dialects.base import Dialect
 from celery_eda.message import Identity, Message
+
+log = logging.getLogger(__name__)
+
+#: Seconds that a row rests which cannot be read.
+UNREADABLE_REST = 3600.0
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,22 @@ class Outbox:
     def claim(
         self, connection: Connection, owner: str, limit: int, ids: Sequence[int] = ()
     ) -> list[Pending]:
-        """Take rows that are due; nobody else gets them until they are settled or we die."""
+        """Take rows that are due; nobody else gets them until they are settled or we die.
+
+        A row that cannot be read is put aside with the reason, so that it holds up no others.
+        """
         rows = self.dialect.claim(connection, self.table, owner, limit, ids)
-        return [Pending(row.id, from_row(row), row.attempts) for row in rows]
+        pending = (self._read(connection, owner, row) for row in rows)
+        return [each for each in pending if each]
+
+    def _read(self, connection: Connection, owner: str, row: Row[Any]) -> Pending | None:
+        try:
+            return Pending(row.id, from_row(row), row.attempts)
+        except Exception as error:
+            why = f"This row cannot be read: {error!r}"
+            log.error("outbox row %s of %s rests: %s", row.id, row.task, why)
+            self.postpone(connection, owner, row.id, UNREADABLE_REST, why)
+            return None
 
     def clear(self, connection: Connection, owner: str, ids: Sequence[int]) -> int:
         """Delete what the broker confirmed; returns how many rows were still the owner's.
@@ -105,8 +124,8 @@ def from_row(row: Row[Any]) -> Message:
         body=bytes(row.body),
         content_type=row.content_type,
         content_encoding=row.content_encoding,
-        headers=json.loads(row.headers),
-        properties=json.loads(row.properties),
+        headers=json.loads(row.headers, object_hook=_typed),
+        properties=json.loads(row.properties, object_hook=_typed),
         exchange=row.exchange,
         routing_key=row.routing_key,
         queue=row.queue,
@@ -114,6 +133,14 @@ def from_row(row: Row[Any]) -> Message:
             (name, arguments) for name, arguments in json.loads(row.preparation or "[]")
         ),
     )
+
+
+def _typed(value: dict[str, Any]) -> Any:
+    """A date or the like that kombu has written, or a user's dictionary that only looks so."""
+    try:
+        return json.object_hook(value)
+    except Exception:
+        return value
 
 
 def _seconds_until(due: datetime | None) -> float | None:

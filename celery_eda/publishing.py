@@ -24,7 +24,7 @@ from celery_eda import context, ordering, results
 from celery_eda.errors import OutsideTransaction
 from celery_eda.message import HEADERS, Identity, Lane, Message
 from celery_eda.recording import RecordingPool, RecordingProducer
-from celery_eda.transports.redis_taking import SafeConnection
+from celery_eda.transports import SafeConnection, undelivered
 
 #: Longest delay that the outbox keeps; databases end in the year 9999.
 LONGEST_DELAY = timedelta(days=36500)
@@ -86,6 +86,14 @@ class CapturingAMQP(AMQP):
     Connection = SafeConnection
 
     @property
+    def queues_cls(self) -> Any:
+        """Celery's collection of queues; the queues in it have the limit that the settings say."""
+        base, eda = super().queues_cls, self.app.eda
+        if not (limit := eda.settings.delivery_limit):
+            return base
+        return undelivered.limiting(base, limit, eda.service)
+
+    @property
     def producer_pool(self) -> Any:
         """Inside a transaction a pool that needs no broker, else Celery's own."""
         return RecordingPool() if context.current_transaction() else super().producer_pool
@@ -122,6 +130,9 @@ class CapturingAMQP(AMQP):
         # A retry inherits the headers of the message it repeats: those of ours are always anew.
         headers = _without_ours(recorded.pop("headers"))
         identity = self._identify(headers)
+        if self.app.eda.is_reliable(task):
+            # The broker would drop it unseen; the worker that gets it makes a dead letter of it.
+            recorded["properties"].pop("expiration", None)
         declared = [each for each in recorder.declare if isinstance(each, Queue)]
         unknown = [each for each in declared if self.queues.get(each.name) != each]
         message = Message(

@@ -12,7 +12,7 @@ from typing import Any
 from celery import Task
 from kombu import Producer, Queue
 
-from celery_eda.message import WIRE, Identity, Message, Wire
+from celery_eda.message import PROPERTIES, WIRE, Identity, Message, Wire
 
 
 class _Unconnected:
@@ -120,13 +120,3 @@ def message_in_progress(task: Task, identity: Identity) -> Message:
         exchange=info.get("exchange") or "",
         routing_key=info.get("routing_key") or "",
     )
-
-
-#: Properties that travel with a message when it is sent again. Its ``expiration`` would let the
-#: broker drop it unseen.
-PROPERTIES = frozenset(
-    (
-        *("app_id", "correlation_id", "delivery_mode", "message_id", "priority", "reply_to"),
-        *("timestamp", "type", "user_id"),
-    )
-)

@@ -116,9 +116,10 @@ class Redaction(logging.Filter):
         if not _tells_of_an_error(record):
             return True
         secrets = secrets_in_hand()
-        record.msg, record.args = redact(_message(record), secrets), ()
+        record.msg, record.args = storable(redact(_message(record), secrets)), ()
         if record.exc_info:
-            record.exc_text = redact(_formatter.formatException(record.exc_info), secrets)
+            traceback = _formatter.formatException(record.exc_info)
+            record.exc_text = storable(redact(traceback, secrets))
         return True
 
 
@@ -132,7 +133,7 @@ def _tells_of_an_error(record: logging.LogRecord) -> bool:
 
 
 def storable(text: str) -> str:
-    """*text* without what a database refuses: lone surrogates, and NUL on PostgreSQL."""
+    """*text* without what a database or a log refuses: lone surrogates, and NUL on PostgreSQL."""
     return text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
 
 

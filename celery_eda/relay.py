@@ -8,7 +8,8 @@ leaves the outbox when the broker has confirmed that very message, whoever sent 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -53,6 +54,8 @@ class Relay:
     Args:
         prepare: makes the calls on the result backend that a message needs first.
         make_transport: connects to the broker; called in the thread that sends.
+        housekeep: what there is to do beside sending, in small steps; a step is taken whenever
+            the next value is asked for.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Relay:
         make_transport: Callable[[], Transport],
         prepare: Callable[[Message], None],
         settings: Settings,
+        housekeep: Callable[[], Iterator[object]] = lambda: iter(()),
     ) -> None:
         self.engine = engine
         self.outbox = outbox
@@ -70,12 +74,15 @@ class Relay:
         self.make_transport = make_transport
         self.prepare = prepare
         self.settings = settings
+        self.housekeep = housekeep
         self.owner = uuid4().hex
         self.stopping = threading.Event()
         self._transport: Transport | None = None
+        self._rest_of_housekeeping = housekeep()
+        self._housekeeping_due = time.monotonic() + settings.housekeeping_interval
 
     def run(self) -> None:
-        """Send until :meth:`stop`. Outages are waited for, never raised."""
+        """Send until :meth:`stop`. Outages are waited for, and nothing is raised."""
         idle = failures = 0
         while not self.stopping.is_set():
             done = self._round_or_none()
@@ -87,6 +94,8 @@ class Relay:
                 idle = 0 if done.claimed else idle + 1
                 # From 2 ms after the last message up to the longest pause of an empty outbox.
                 pause = min(self.settings.relay_poll, 0.001 * 2.0 ** min(idle, 62)) if idle else 0
+            if done is not None and done.claimed < self.settings.relay_batch:
+                self._take_a_step_of_housekeeping()
             self.stopping.wait(pause)
         self.close()
 
@@ -127,6 +136,7 @@ class Relay:
         with self.engine.connect() as connection:
             pending = self.outbox.claim(connection, self.owner, self.settings.relay_batch, ids)
             if not pending:
+                connection.commit()
                 return Round()
             checkpoints.reach("relay.claimed")
             unprepared = self._unprepared(pending)
@@ -214,9 +224,27 @@ class Relay:
         )
         self.outbox.postpone(connection, self.owner, pending.id, delay, why)
 
+    def _take_a_step_of_housekeeping(self) -> None:
+        """If it is time for it; what goes wrong there does not stop the sending.
+
+        Only when no full batch was there to be sent: what waits for the broker goes first.
+        """
+        if time.monotonic() < self._housekeeping_due:
+            return
+        try:
+            if next(self._rest_of_housekeeping, None) is not None:
+                return
+        except Exception as error:
+            log.warning("the housekeeping fails, and is done again later: %r", error)
+        self._rest_of_housekeeping = self.housekeep()
+        self._housekeeping_due = time.monotonic() + self.settings.housekeeping_interval
+
     def _round_or_none(self) -> Round | None:
         try:
             return self.send()
         except SQLAlchemyError as error:
             log.warning("the relay cannot reach the outbox, trying again: %s", error)
-            return None
+        except Exception:  # beside a worker nobody would start it again
+            log.exception("the relay has failed, trying again")
+            self.close()
+        return None

@@ -1,9 +1,77 @@
-"""How long to wait before trying again."""
+"""How long to wait before trying again, and when to give up.
+
+Whether a failed attempt is followed by another one is a policy's decision: any callable that takes
+the number of attempts made and the exception, and returns seconds, or None to give up.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from celery_eda.errors import ConfigurationError
+
+#: Called with the number of attempts made so far and what the last one raised; returns the seconds
+#: to wait before the next one, None to give up.
+Policy = Callable[[int, Exception], float | None]
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Which failures are tried again, how often and when.
+
+    Attempts are counted across workers; those that ``self.retry()`` asked for count too.
+
+    Attributes:
+        attempts: in all, the first one included.
+        first: seconds before the second attempt; about twice as many before each further one.
+        longest: seconds that are never exceeded.
+        on: exceptions that are worth another attempt, with their subclasses.
+        never: those that are not, although they are subclasses of one in ``on``.
+
+    Raises:
+        ConfigurationError: the numbers make no sense.
+    """
+
+    attempts: int = 5
+    first: float = 1.0
+    longest: float = 300.0
+    on: tuple[type[Exception], ...] = (Exception,)
+    never: tuple[type[Exception], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise ConfigurationError(
+                f"A RetryPolicy has at least 1 attempt, not {self.attempts}: the first one counts."
+            )
+        if not 0 <= self.first <= self.longest:
+            raise ConfigurationError(
+                f"The first delay of a RetryPolicy ({self.first} s) must be from 0 s on and no "
+                f"longer than the longest ({self.longest} s). Change one of them."
+            )
+
+    def __call__(self, attempts: int, error: Exception) -> float | None:
+        """Seconds until the next attempt after *attempts* of them; None to give up."""
+        if attempts >= self.attempts or isinstance(error, self.never):
+            return None
+        if not isinstance(error, self.on):
+            return None
+        return backoff(attempts - 1, self.first, self.longest)
+
+
+def checked(policy: Policy) -> Policy:
+    """*policy*, which can be called.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    if not callable(policy) or isinstance(policy, type):
+        raise ConfigurationError(
+            f"A retry policy is called with a number of attempts and an exception; {policy!r} "
+            "cannot be. Give a RetryPolicy(…) or a function."
+        )
+    return policy
 
 
 def backoff(attempts: int, first: float, longest: float) -> float:

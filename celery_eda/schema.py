@@ -1,38 +1,28 @@
-"""The tables in the database: made, checked, and printed for those who make them by hand.
+"""The check that the tables in the database are what this version needs.
 
-Upgrading twice, or from two machines at once, is harmless. A service may run on tables that a
-newer version has upgraded already, since revisions only add.
+A service may run on tables that a newer version has upgraded already, since revisions only add.
 """
 
 from __future__ import annotations
 
-import io
-from typing import Any
+from pkgutil import iter_modules
 
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, inspect, select
 from sqlalchemy.engine.reflection import Inspector
 
-from celery_eda.dialects import dialect_of
 from celery_eda.errors import SchemaOutdated
+from celery_eda.migrations import versions
 from celery_eda.tables import Tables
 
 REMEDY = "Run `celery -A <app> eda db upgrade`, or have a DBA run what `eda db sql` prints."
 
 
-def upgrade(engine: Engine, tables: Tables) -> None:
-    """Create *tables* or bring them up to date, in a transaction where the database has them.
+def revisions() -> list[str]:
+    """All revisions of the tables, the oldest first.
 
-    Another upgrade of the same tables is waited for.
-
-    Raises:
-        SchemaOutdated: the other upgrade did not end in time.
+    By the names of their files: to read them takes Alembic, which no worker has any use for.
     """
-    dialect = dialect_of(engine.url)
-    with engine.begin() as connection, dialect.exclusive(connection, str(tables.version)):
-        command.upgrade(_config(tables, connection=connection), "head")
+    return sorted(name[1:].partition("_")[0] for _, name, _ in iter_modules(versions.__path__))
 
 
 def check(engine: Engine, tables: Tables) -> None:
@@ -43,33 +33,19 @@ def check(engine: Engine, tables: Tables) -> None:
     Raises:
         SchemaOutdated: they are missing or too old.
     """
-    revisions = ScriptDirectory.from_config(_config(tables))
+    known = revisions()
     with engine.connect() as connection:
         inspector = inspect(connection)
         version = _version(connection, inspector, tables)
-        if version == revisions.get_current_head():
+        if version == known[-1]:
             return
-        if version in {script.revision for script in revisions.walk_revisions()}:
+        if version in known:
             raise SchemaOutdated(
                 f"The tables {tables.prefix}* are of version {version}, and version "
-                f"{revisions.get_current_head()} is needed. {REMEDY}"
+                f"{known[-1]} is needed. {REMEDY}"
             )
         if missing := _missing(inspector, tables):
             raise SchemaOutdated(f"{engine.url!r} lacks {', '.join(missing)}. {REMEDY}")
-
-
-def sql(engine: Engine, tables: Tables) -> str:
-    """The DDL that makes *tables*, as text; the database is not asked."""
-    output = io.StringIO()
-    command.upgrade(_config(tables, url=engine.url, output=output), "head", sql=True)
-    return output.getvalue()
-
-
-def _config(tables: Tables, *, output: io.StringIO | None = None, **attributes: Any) -> Config:
-    config = Config(output_buffer=output, attributes={"tables": tables, **attributes})
-    config.set_main_option("script_location", "celery_eda:migrations")
-    config.set_main_option("path_separator", "os")
-    return config
 
 
 def _version(connection: Connection, inspector: Inspector, tables: Tables) -> str | None:

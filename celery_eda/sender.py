@@ -91,4 +91,8 @@ class Sender:
         except SQLAlchemyError as error:
             log.warning("what was just committed is left to the relay: %s", error)
             return False
+        except Exception:  # this thread is the only one
+            log.exception("what was just committed is left to the relay")
+            relay.close()
+            return False
         return True

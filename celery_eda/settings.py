@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
 
 from celery.app import defaults
@@ -20,9 +20,21 @@ T = TypeVar("T")
 PREFIX = "eda_"
 
 
-def option(default: T, doc: str, *, choices: tuple[Any, ...] = (), least: float = 0) -> T:
-    """A dataclass field that is also a Celery option."""
-    value: T = field(default=default, metadata={"doc": doc, "choices": choices, "least": least})
+HOUR = 3600.0
+DAY = 24 * HOUR
+
+
+def option(
+    default: T,
+    doc: str,
+    *,
+    choices: tuple[Any, ...] = (),
+    least: float = 0,
+    optional: bool = False,
+) -> T:
+    """A dataclass field that is also a Celery option; if *optional*, None is a value too."""
+    metadata = {"doc": doc, "choices": choices, "least": least, "optional": optional}
+    value: T = field(default=default, metadata=metadata)
     return value
 
 
@@ -91,15 +103,69 @@ class Settings:
     )
     repair_queue: str = option(
         "eda.repair",
-        "Queue of the tasks that `@eda.repairs` makes; a worker has to take from it: `-Q …`.",
+        "Queue of the tasks that `@eda.repairs` makes; workers without `-Q` take from it.",
     )
     max_repairs: int = option(
         3, "Repairs of one message by repairers, after which it is left to a person."
+    )
+    retry_policy: str | Callable[[int, Exception], float | None] | None = option(  # noqa: RUF009  # it makes a field
+        None,
+        "What decides whether and when a failed message is tried again, for tasks without a "
+        "`policy` of their own: a callable, or `module:name` of one. None never does, as Celery.",
     )
     outage_patience: float = option(
         30.0,
         "Seconds that a worker keeps trying a message against a database that is away or busy, "
         "before it hands the message back to the broker.",
+    )
+    delivery_limit: int = option(
+        0,
+        "Deliveries after which RabbitMQ itself gives a message of a quorum queue up, and a worker "
+        "makes a dead letter of it; 0 for never. More than `eda_max_deliveries`. An outage of the "
+        "database counts here too. Queues that exist without it have to be deleted first.",
+    )
+    max_message_bytes: int = option(
+        16 * 2**20,
+        "Bytes of a message's body, and of its headers, above which it becomes a dead letter "
+        "instead of being handled.",
+        least=1024,
+    )
+    max_decompressed_bytes: int = option(
+        64 * 2**20,
+        "Bytes that a compressed body may have when decompressed; more of them are not even made.",
+        least=1024,
+    )
+    max_nesting: int = option(
+        200, "Lists and mappings within each other, in a body or in headers.", least=8
+    )
+
+    inbox_retention: float | None = option(
+        14 * DAY,
+        "Seconds for which the inbox remembers a message that was handled; None for ever.",
+        optional=True,
+    )
+    dead_letter_retention: float | None = option(
+        90 * DAY,
+        "Seconds for which a dead letter is kept after it was dealt with; None for ever. Open "
+        "ones are kept in any case.",
+        optional=True,
+    )
+    audit_retention: float | None = option(
+        365 * DAY,
+        "Seconds for which it is kept what was done to dead letters; None for ever.",
+        optional=True,
+    )
+    redelivery_horizon: float = option(
+        DAY,
+        "The longest time, in seconds, for which a broker may keep a copy of a message before it "
+        "brings it (again): its visibility timeout, and the longest time without any worker.",
+        least=HOUR,
+    )
+    housekeeping_interval: float = option(
+        60.0,
+        "Seconds between two rounds of a relay's housekeeping: it deletes what is older than the "
+        "settings say, and sends parked messages again that were left lying.",
+        least=0.1,
     )
 
     def __post_init__(self) -> None:
@@ -111,6 +177,56 @@ class Settings:
                 f"eda_publish_timeout ({self.publish_timeout} s): a relay that still waits for "
                 "confirms would lose its claim, and every slow batch would be sent twice. "
                 "Raise eda_claim_timeout."
+            )
+        if 0 < self.delivery_limit <= self.max_deliveries:
+            raise UnsafeSetting(
+                f"eda_delivery_limit ({self.delivery_limit}) must be more than eda_max_deliveries "
+                f"({self.max_deliveries}): the broker would give up before the worker does, which "
+                "knows why. Raise eda_delivery_limit, or set it to 0."
+            )
+        self.check_retention()
+
+    @property
+    def longest_return(self) -> float:
+        """Seconds after which no copy of a message that was handled can come any more."""
+        return self.max_attempts * self.retry_delay_max + self.redelivery_horizon
+
+    def check_retention(self) -> None:
+        """Refuse to forget what may still be needed.
+
+        The inbox must remember an attempt for as long as a copy of it may come: a relay sends one
+        for as long as the broker refuses it (``eda_max_attempts`` times at most
+        ``eda_retry_delay_max``), and the broker brings it within ``eda_redelivery_horizon``::
+
+            inbox retention ≥ max attempts × longest retry delay + redelivery horizon
+
+        That is for messages that have left. While one is here (in the outbox, however long its
+        retry policy lets it wait there; parked; or as a dead letter, which may be redriven) its
+        inbox rows are kept whatever their age, so no term stands for these. An open dead letter
+        is kept in any case, and one that was dealt with for its retention after that, which the
+        audit knows::
+
+            audit retention ≥ dead letter retention
+
+        Raises:
+            UnsafeSetting: one of the two does not hold.
+        """
+        inbox, dead, audit = (
+            math.inf if seconds is None else seconds
+            for seconds in (self.inbox_retention, self.dead_letter_retention, self.audit_retention)
+        )
+        if inbox < self.longest_return:
+            raise UnsafeSetting(
+                f"eda_inbox_retention ({inbox} s) must be at least {self.longest_return} s, which "
+                "is eda_max_attempts × eda_retry_delay_max + eda_redelivery_horizon: a copy that "
+                "comes after its inbox row was deleted would take effect once more. Raise "
+                "eda_inbox_retention."
+            )
+        if audit < dead:
+            raise UnsafeSetting(
+                f"eda_audit_retention ({audit} s) must be at least eda_dead_letter_retention "
+                f"({dead} s): nobody could tell what became of a dead letter, or when. Raise "
+                "eda_audit_retention."
             )
 
     @classmethod
@@ -127,7 +243,9 @@ class Settings:
         for raw, name in _eda_keys(conf):
             if name not in defaults:
                 raise UnknownSetting(_did_you_mean(raw, name, set(defaults)))
-        return cls(**{name: _typed(name, values[name], defaults[name]) for name in defaults})
+        settings = cls(**{each.name: _typed(each, values[each.name]) for each in fields(cls)})
+        _check_visibility(conf, settings.redelivery_horizon)
+        return settings
 
 
 def register() -> None:
@@ -174,8 +292,11 @@ def _did_you_mean(raw: str, name: str, known: set[str]) -> str:
     )
 
 
-def _typed(name: str, value: Any, default: Any) -> Any:
-    """*value* as the type of *default*; text is converted, since environments hold only text."""
+def _typed(setting: Field[Any], value: Any) -> Any:
+    """*value* as the type of the default; text is converted, since environments hold only text."""
+    name, default = setting.name, setting.default
+    if value is None and setting.metadata["optional"]:
+        return None
     if isinstance(value, str) and isinstance(default, bool | int | float):
         try:
             return defaults.Option(type=type(default).__name__).to_python(value)
@@ -200,4 +321,15 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if type(value) in (int, float) and not metadata["least"] <= value < math.inf:
         raise ConfigurationError(
             f"{PREFIX}{name} must be a number from {metadata['least']} on, not {value!r}."
+        )
+
+
+def _check_visibility(conf: Any, horizon: float) -> None:
+    """Refuse a horizon before which the broker does not even miss a killed worker's messages."""
+    visibility = (conf.get("broker_transport_options") or {}).get("visibility_timeout", 0)
+    if horizon < visibility:
+        raise UnsafeSetting(
+            f"eda_redelivery_horizon ({horizon} s) must be at least the visibility_timeout of "
+            f"broker_transport_options ({visibility} s), after which a killed worker's messages "
+            "come back. Raise eda_redelivery_horizon."
         )

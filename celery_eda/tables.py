@@ -157,12 +157,14 @@ class Tables:
             schema=schema,
             **_OPTIONS,
         )
+        Index(f"ix_{prefix}inbox_at", inbox.c.at)
         attempts = Table(
             f"{prefix}attempts",
             metadata,
             *_attempt_columns(),
             Column("deliveries", Integer, nullable=False),
             Column("at", Moment, nullable=False),
+            Column("cause", String(16)),
             PrimaryKeyConstraint("consumer", "message_id", "revision"),
             schema=schema,
             **_OPTIONS,
@@ -189,6 +191,8 @@ class Tables:
             **_OPTIONS,
         )
         Index(f"ix_{prefix}dead_letters_state", dead_letters.c.state, dead_letters.c.id)
+        Index(f"ix_{prefix}dead_letters_message", dead_letters.c.message_id)
+        Index(f"ix_{prefix}dead_letters_at", dead_letters.c.at)
         sequences = Table(
             f"{prefix}sequences",
             metadata,
@@ -229,6 +233,7 @@ class Tables:
             schema=schema,
             **_OPTIONS,
         )
+        Index(f"ix_{prefix}parked_message", parked.c.message_id)
         audit = Table(
             f"{prefix}audit",
             metadata,
@@ -247,6 +252,8 @@ class Tables:
             **_OPTIONS,
         )
         Index(f"ix_{prefix}audit_message", audit.c.message_id, audit.c.id)
+        Index(f"ix_{prefix}audit_letter", audit.c.dead_letter, audit.c.at)
+        Index(f"ix_{prefix}audit_at", audit.c.at)
         version = Table(
             f"{prefix}version",
             metadata,

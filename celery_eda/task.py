@@ -6,20 +6,24 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import partial
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from billiard.process import current_process
-from celery import Celery, Task
+from celery import Celery, Task, signals
 from celery.exceptions import Reject
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.request import Request
+from kombu.asynchronous import get_event_loop
 from sqlalchemy.orm import Session
 
 from celery_eda import checkpoints, context
 from celery_eda.errors import ConfigurationError, UnsafeSetting
-from celery_eda.message import WIRE, Wire
+from celery_eda.message import VERDICT, WIRE, Wire
 from celery_eda.ordering import Key, key_function
+from celery_eda.retry import Policy, checked
 
 log = get_logger(__name__)
 
@@ -35,6 +39,38 @@ class ReliableRequest(Request):
         super().__init__(message, *arguments, **options)
         # Whoever parks or buries the message writes down what came, not what became of it.
         self._request_dict[WIRE] = Wire.of(message)
+        # What a message says of itself is no verdict.
+        self._request_dict[VERDICT] = None
+
+    def maybe_expire(self) -> bool:
+        """Whether it has expired.
+
+        Celery would also note its id as revoked, and a redrive with more time would be in vain.
+        """
+        return bool(self.expires) and self.expires < datetime.now(
+            timezone.utc if self.expires.tzinfo else None
+        )
+
+    def revoked(self) -> bool:
+        """Never: Celery would acknowledge what nobody has seen.
+
+        An expired or revoked message goes on to the pool, marked as such, and is buried there.
+        """
+        if self._request_dict[VERDICT] is None:
+            super().revoked()
+        return False
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        """Say that it is *reason*; one whose process was ended for that comes back to be buried."""
+        self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
+        fate = {"terminated": terminated, "signum": signum, "expired": expired}
+        signals.task_revoked.send(sender=self.task, request=self._context, **fate)
+        if not terminated:
+            self._request_dict[VERDICT] = reason
+            return
+        state.task_ready(self)
+        self._already_revoked = True
+        self.reject(requeue=True)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Give a message whose handler overran its hard limit back to the broker.
@@ -48,6 +84,10 @@ class ReliableRequest(Request):
         state.task_ready(self)
         log.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
         self.reject(requeue=True)
+        note = partial(self._app.eda.consumer.note_time_limit, self.task.name, self._request_dict)
+        # The process is still there, and may hold the only write lock of its database.
+        call_soon = getattr(get_event_loop(), "call_soon", None)
+        call_soon(note) if call_soon else note()
 
     def _success_was_stored(self) -> bool:
         """Never: Celery would acknowledge the message of a lost worker that told its result.
@@ -72,6 +112,9 @@ class ReliableTask(Task):
     Request = "celery_eda.task:ReliableRequest"
     #: What gives the ordering key of a call, from its arguments; None if calls have no order.
     ordering_key: Callable[..., Any] | None = None
+    #: What decides whether and when a failed attempt is followed by another one; None to leave it
+    #: to the setting ``eda_retry_policy``.
+    retry_policy: Policy | None = None
     #: What becomes of a key whose message failed for good: ``block`` it until that is repaired or
     #: skipped, or ``skip`` the message.
     when_dead: Literal["block", "skip"] = "block"
@@ -145,6 +188,9 @@ class TaskDecorator:
     take effect in the order in which their transactions committed. When one fails for good those
     behind it wait, unless ``when_dead="skip"`` is given too.
 
+    With a *policy*, a failed attempt is undone and tried again for as long as it says; see
+    :class:`celery_eda.RetryPolicy`. With none, the setting ``eda_retry_policy`` decides.
+
     A function whose first parameter (after ``self``, if bound) is called ``session`` gets the
     session of the message in progress there; callers leave it out.
     """
@@ -158,12 +204,30 @@ class TaskDecorator:
     def __call__(self, function: Callable[P, R], /) -> TypedTask[P, R]: ...
     @overload
     def __call__(
-        self, /, *, bind: Literal[True], key: Key | None = None, **options: Any
+        self,
+        /,
+        *,
+        bind: Literal[True],
+        key: Key | None = None,
+        policy: Policy | None = None,
+        **options: Any,
     ) -> DecoratingBound: ...
     @overload
-    def __call__(self, /, *, key: Key | None = None, **options: Any) -> Decorating: ...
-    def __call__(self, function: Any = None, /, *, key: Key | None = None, **options: Any) -> Any:
+    def __call__(
+        self, /, *, key: Key | None = None, policy: Policy | None = None, **options: Any
+    ) -> Decorating: ...
+    def __call__(
+        self,
+        function: Any = None,
+        /,
+        *,
+        key: Key | None = None,
+        policy: Policy | None = None,
+        **options: Any,
+    ) -> Any:
         _refuse_unsafe(options)
+        if policy is not None:
+            options["retry_policy"] = staticmethod(checked(policy))
         options["base"] = reliable_class(options.get("base", Task))
         # It belongs to the one app whose database keeps it, not to every app of the process.
         options.setdefault("shared", False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, create_engine, make_url
 
-from celery_eda import schema
+from celery_eda import upgrading
 from celery_eda.dialects import Dialect, dialect_of
 from celery_eda.tables import Tables
 
@@ -81,7 +81,7 @@ def database(
     if vendor not in upgraded_databases:
         file = f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'service.db'}"
         new = connect(vendor, server.database("shared") if server else file)
-        schema.upgrade(new.engine, new.tables)
+        upgrading.upgrade(new.engine, new.tables)
         upgraded_databases[vendor] = new
     database = upgraded_databases[vendor]
     with database.engine.begin() as connection:

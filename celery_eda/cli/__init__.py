@@ -1,89 +1,23 @@
-"""``celery -A … eda``: the commands."""
+"""``celery -A … eda``: the commands. One file per group."""
 
 from __future__ import annotations
 
-import json
-import signal
-from dataclasses import asdict
-
 import click
-from celery.bin.base import CeleryCommand, handle_preload_options
+from celery.bin.base import handle_preload_options
 
-from celery_eda import schema
 from celery_eda.cli.dead_letters import dead_letters
+from celery_eda.cli.housekeeping import housekeeping
 from celery_eda.cli.order import order
-from celery_eda.cli.service import service_of
-from celery_eda.errors import SchemaOutdated
+from celery_eda.cli.relay import relay
+from celery_eda.cli.tables import db
 
 
 @click.group(name="eda")
 @click.pass_context
 @handle_preload_options  # type: ignore[untyped-decorator]  # Celery is untyped
 def eda(context: click.Context) -> None:
-    """Transactional outbox, idempotent inbox, relay."""
+    """Transactional outbox, idempotent inbox, relay, dead letters."""
 
 
-@eda.command(cls=CeleryCommand)
-@click.option("--once", is_flag=True, help="Send what is due now, then end.")
-@click.option("--json", "as_json", is_flag=True, help="With --once: print figures as JSON.")
-@click.pass_context
-def relay(context: click.Context, once: bool, as_json: bool) -> None:
-    """Send committed messages to the broker. Run as many as you like."""
-    service = service_of(context)
-    context.obj.app.log.setup()
-    try:
-        service.check()
-    except SchemaOutdated as error:
-        raise click.ClickException(str(error)) from error
-    runner = service.relay()
-    if not once:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: runner.stop())
-        click.echo("Relay is running. Ctrl-C ends it after the batch in progress.")
-        runner.run()
-        return
-    done = runner.drain()
-    click.echo(
-        json.dumps(asdict(done))
-        if as_json
-        else f"{done.confirmed} sent, {done.refused} refused, {done.unknown} still waiting"
-    )
-    if done.refused or done.unknown:
-        raise SystemExit(1)
-
-
-eda.add_command(dead_letters)
-eda.add_command(order)
-
-
-@eda.group()
-def db() -> None:
-    """The tables."""
-
-
-@db.command(cls=CeleryCommand)
-@click.pass_context
-def upgrade(context: click.Context) -> None:
-    """Create the tables, or bring them up to date."""
-    service = service_of(context)
-    schema.upgrade(service.engine, service.tables)
-    click.echo("The tables are up to date.")
-
-
-@db.command(cls=CeleryCommand)
-@click.pass_context
-def check(context: click.Context) -> None:
-    """Exit with 1 if the tables are missing or out of date."""
-    try:
-        service_of(context).check()
-    except SchemaOutdated as error:
-        raise click.ClickException(str(error)) from error
-    click.echo("The tables are up to date.")
-
-
-@db.command(cls=CeleryCommand)
-@click.pass_context
-def sql(context: click.Context) -> None:
-    """Print the DDL, for a DBA to run."""
-    service = service_of(context)
-    click.echo(schema.sql(service.engine, service.tables))
+for command in (relay, db, dead_letters, order, housekeeping):
+    eda.add_command(command)

@@ -24,6 +24,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    tuple_,
     update,
 )
 from sqlalchemy.exc import DBAPIError, TimeoutError
@@ -74,6 +75,12 @@ class Dialect:
         Where the lock belongs to the transaction it also outlasts the block until the commit.
         """
         raise NotImplementedError
+
+    def stop_writers(self, connection: Connection) -> None:
+        """See to it that nobody changes what is read from here on and locked, until the commit.
+
+        Here the locks of the rows do; a database that has none stops all who write.
+        """
 
     # ── the database's clock ────────────────────────────────────────────────────────────────
 
@@ -227,6 +234,39 @@ class Dialect:
             False if the key was taken. The transaction is still usable then.
         """
         raise NotImplementedError
+
+    # ── housekeeping ────────────────────────────────────────────────────────────────────────
+
+    def purge(
+        self, connection: Connection, table: Table, old: ColumnElement[bool], limit: int
+    ) -> int:
+        """Delete up to *limit* rows that are *old*, the oldest first.
+
+        Rows that somebody else has locked, to delete them too, are passed over.
+
+        Returns:
+            How many were deleted.
+        """
+        rows = connection.execute(self._oldest(table, old, limit)).all()
+        if not rows:
+            return 0
+        keys = [tuple(row) for row in rows]
+        return self._delete(connection, table, keys)
+
+    def _oldest(self, table: Table, old: ColumnElement[bool], limit: int) -> Select[Any]:
+        """The keys of the *limit* oldest rows."""
+        return (
+            select(*table.primary_key)
+            .where(old)
+            .order_by(table.c.at)
+            .limit(limit)
+            .with_for_update(skip_locked=True, of=table)
+        )
+
+    def _delete(self, connection: Connection, table: Table, keys: Sequence[tuple[Any, ...]]) -> int:
+        """Delete the rows with these *keys*; returns how many there were."""
+        named = tuple_(*table.primary_key).in_(keys)
+        return connection.execute(delete(table).where(named)).rowcount
 
     # ── errors ──────────────────────────────────────────────────────────────────────────────
 

@@ -16,6 +16,9 @@ from sqlalchemy import (
     Row,
     Select,
     Table,
+    and_,
+    bindparam,
+    delete,
     event,
     func,
     literal_column,
@@ -134,6 +137,21 @@ class MySQL(Dialect):
                 raise
             return False
         return True
+
+    def _oldest(self, table: Table, old: ColumnElement[bool], limit: int) -> Select[Any]:
+        query = super()._oldest(table, old, limit)
+        indexes = [index for index in table.indexes if list(index.columns) == [table.c.at]]
+        return query.with_hint(table, f"FORCE INDEX (`{indexes[0].name}`)") if indexes else query
+
+    def _delete(self, connection: Connection, table: Table, keys: Sequence[tuple[Any, ...]]) -> int:
+        # One key after the other: given a list of them, the server passes all rows of the table.
+        columns = list(table.primary_key)
+        named = and_(*(column == bindparam(f"its_{column.name}") for column in columns))
+        rows = [
+            {f"its_{column.name}": value for column, value in zip(columns, key, strict=True)}
+            for key in keys
+        ]
+        return connection.execute(delete(table).where(named), rows).rowcount
 
     def is_outage(self, error: BaseException) -> bool:
         return super().is_outage(error) or (

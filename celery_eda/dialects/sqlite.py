@@ -69,16 +69,18 @@ class SQLite(Dialect):
         def begin_with_first_write(
             connection: Connection, cursor: Any, statement: str, *_: Any
         ) -> None:
-            driver: Any = connection.connection.driver_connection
-            if not driver.in_transaction and not statement.lstrip().upper().startswith(
-                _BEGINS_NOTHING
-            ):
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            if not statement.lstrip().upper().startswith(_BEGINS_NOTHING):
+                self.stop_writers(connection)
 
     @contextmanager
     def exclusive(self, connection: Connection, name: str) -> Iterator[None]:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         yield
+
+    def stop_writers(self, connection: Connection) -> None:
+        driver: Any = connection.connection.driver_connection
+        if not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     def now(self) -> ColumnElement[Any]:
         return func.strftime(_FORMAT, "now", type_=Moment)

@@ -1,1 +1,1 @@
-"""The history of the tables, as Alembic revisions; :mod:`celery_eda.schema` runs them."""
+"""The history of the tables, as Alembic revisions; :mod:`celery_eda.upgrading` runs them."""

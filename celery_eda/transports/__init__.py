@@ -1,9 +1,13 @@
-"""One file per broker; each writes only what differs in sending a batch and hearing of its fate."""
+"""One file per broker; each writes only what differs in sending a batch and hearing of its fate.
+
+Nothing of a broker is imported before an app that uses it connects.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from kombu import Connection
 from kombu.utils.imports import symbol_by_name
 
 from celery_eda.transports.base import Transport
@@ -15,6 +19,23 @@ ALIASES = {
     "redis": "celery_eda.transports.redis:Redis",
 }
 OTHERS = "celery_eda.transports.plain:Plain"
+#: What workers take their messages with, instead of kombu's transport of that name.
+TAKING = {
+    "kombu.transport.redis:Transport": "celery_eda.transports.redis_taking:Transport",
+    "kombu.transport.pyamqp:Transport": "celery_eda.transports.rabbitmq_taking:Transport",
+    "kombu.transport.pyamqp:SSLTransport": "celery_eda.transports.rabbitmq_taking:SSLTransport",
+}
+
+
+class SafeConnection(Connection):
+    """Kombu's connection; to some brokers, one that loses nothing when its worker dies, and that
+    no message can break.
+    """
+
+    def get_transport_cls(self) -> Any:
+        transport = super().get_transport_cls()
+        own = TAKING.get(f"{transport.__module__}:{transport.__qualname__}")
+        return symbol_by_name(own) if own else transport
 
 
 def transport_of(app: Any, *, timeout: float, vendor: str | None = None) -> Transport:

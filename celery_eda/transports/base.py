@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from kombu.common import Broadcast
 from kombu.messaging import Producer
 
 from celery_eda.message import Message
+
+#: In place of its headers, those of a message whose own could not be read: why, and its octets.
+UNREADABLE = "eda_unreadable"
 
 
 class Verdict(Enum):
@@ -75,6 +78,19 @@ class TransportFactory(Protocol):
     """Makes the transport of an app; *timeout* is in seconds and covers one batch."""
 
     def __call__(self, app: Any, *, timeout: float) -> Transport: ...
+
+
+@runtime_checkable
+class KeepsMalformed(Protocol):
+    """A channel that sets aside what it has taken and could not read as a message."""
+
+    def malformed(self, limit: int) -> list[bytes]:
+        """The oldest of them, *limit* at the most."""
+        ...
+
+    def forget_malformed(self, payload: bytes) -> None:
+        """Drop one of them: it has been written down elsewhere. Repeating it is harmless."""
+        ...
 
 
 def publish_with(producer: Producer, message: Message) -> None:

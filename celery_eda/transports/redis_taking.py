@@ -13,20 +13,21 @@ from queue import Empty
 from time import monotonic, time
 from typing import Any
 
-from kombu import Connection
 from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 from redis.exceptions import ConnectionError
 
-#: Where a payload goes that has no delivery tag, so that nobody could acknowledge it.
+#: Where a payload goes that is no message, or one that could not be acknowledged or restored.
 MALFORMED = "celery_eda.malformed"
 
 #: Longest wait for a message of a lower priority, or of another queue, in seconds.
 GLANCE = 0.1
 
 # KEYS: unacknowledged messages, their index by time, the list for what is malformed, and the
-# lists to take from in the order of preference. ARGV: the worker's time, as kombu notes it.
+# lists to take from in the order of preference. ARGV: the worker's time, as kombu notes it, and the
+# queue of each list. What is noted goes back there if its worker dies, wherever a forged exchange
+# would have it go.
 TAKE = """
 for position = 4, #KEYS do
   while true do
@@ -36,17 +37,45 @@ for position = 4, #KEYS do
     local properties = ok and type(message) == 'table' and message.properties
     local info = type(properties) == 'table' and properties.delivery_info
     local tag = info and properties.delivery_tag
-    if type(tag) == 'string' and type(info) == 'table' then
-      local exchange, key = cjson.encode(info.exchange), cjson.encode(info.routing_key)
-      redis.call('HSET', KEYS[1], tag, '[' .. payload .. ',' .. exchange .. ',' .. key .. ']')
+    local headers = ok and type(message) == 'table' and message.headers
+    if type(tag) == 'string' and type(headers) == 'table' and headers[1] == nil then
+      local queue = cjson.encode(ARGV[position - 2])
+      redis.call('HSET', KEYS[1], tag, '[' .. payload .. ',"",' .. queue .. ']')
       redis.call('ZADD', KEYS[2], ARGV[1], tag)
-      return {position - 4, payload}
+      return {position - 4, payload, tag}
     end
     redis.call('LPUSH', KEYS[3], payload)
   end
 end
 return false
 """
+
+
+# KEYS: unacknowledged messages, their index by time, the list for what is malformed. ARGV: the
+# delivery tag of what could not be read, which is kept as it was taken.
+SET_ASIDE = """
+local noted = redis.call('HGET', KEYS[1], ARGV[1])
+if noted then
+  redis.call('LPUSH', KEYS[3], ARGV[2] ~= '' and ARGV[2] or noted)
+  redis.call('HDEL', KEYS[1], ARGV[1])
+  redis.call('ZREM', KEYS[2], ARGV[1])
+end
+return false
+"""
+
+
+class Unreadable(Exception):
+    """What was taken is JSON, but kombu cannot make a message of it."""
+
+
+class Message(redis.Channel.Message):
+    """Kombu's message, which says so when it cannot be made."""
+
+    def __init__(self, payload: Any, channel: Any = None, **options: Any) -> None:
+        try:
+            super().__init__(payload, channel=channel, **options)
+        except Exception as error:
+            raise Unreadable from error
 
 
 class QoS(redis.QoS):
@@ -72,6 +101,13 @@ class QoS(redis.QoS):
         if self.channel.connection.client is not None:
             super().restore_unacked(client)
 
+    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
+        try:
+            super().restore_by_tag(tag, client, leftmost)
+        except (ValueError, TypeError, RecursionError):
+            # Its worker died before it could set aside what it could not read.
+            self.channel.set_aside(tag)
+
     def _require_channel(self) -> None:
         # Kombu stumbles over what a closed channel has lost, and Celery ends its worker for that;
         # a lost connection it only notes, and the message comes back.
@@ -87,6 +123,7 @@ class Channel(redis.Channel):
     """
 
     QoS = QoS
+    Message = Message
     #: Seconds that one worker keeps the others from restoring. One that is cut off meanwhile keeps
     #: itself from it too, with kombu's own 300 s for longer than anybody would wait. Two that
     #: restore at once do no harm: each message is restored in a transaction.
@@ -136,33 +173,44 @@ class Channel(redis.Channel):
         lists = [self._q_for_pri(queue, pri) for pri in self.priority_steps for queue in queues]
         keys = [self.unacked_key, self.unacked_index_key, MALFORMED, *lists]
         prefixed = [self.global_keyprefix + key for key in keys]
-        return ["EVAL", TAKE, len(keys), *prefixed, time()]
+        return ["EVAL", TAKE, len(keys), *prefixed, time(), *self._asked]
 
     def _wait(self, queues: list[str]) -> list[Any]:
         self._queue_cycle.rotate(queues[0])
         end = self.global_keyprefix + self._q_for_pri(queues[0], self.priority_steps[0])
         return ["BLMOVE", end, end, "RIGHT", "RIGHT", GLANCE]
 
-    def _deliver_taken(self, position: int, payload: bytes) -> None:
+    def _deliver_taken(self, position: int, payload: bytes, tag: bytes) -> None:
         queue = self._asked[position]
         self._queue_cycle.rotate(queue)
-        message = loads(bytes_to_str(payload))
-        self.taken = message["properties"]["delivery_tag"]
+        self.taken = bytes_to_str(tag)
         try:
+            message = loads(bytes_to_str(payload))
             self.connection._deliver(message, queue)
+        except (ValueError, RecursionError, Unreadable):
+            self.set_aside(tag, payload)
         finally:
             self.taken = None
+
+    def set_aside(self, tag: str | bytes, payload: bytes = b"") -> None:
+        """Move what was noted under *tag* to the malformed ones, as *payload* if that is known."""
+        keys = [self.unacked_key, self.unacked_index_key, MALFORMED]
+        prefixed = [self.global_keyprefix + key for key in keys]
+        with self.conn_or_acquire() as client:
+            client.eval(SET_ASIDE, len(keys), *prefixed, tag, payload)
+
+    def malformed(self, limit: int) -> list[bytes]:
+        with self.conn_or_acquire() as client:
+            name = self.global_keyprefix + MALFORMED
+            oldest: list[bytes] = client.lrange(name, -limit, -1)
+        return oldest[::-1]
+
+    def forget_malformed(self, payload: bytes) -> None:
+        with self.conn_or_acquire() as client:
+            client.lrem(self.global_keyprefix + MALFORMED, -1, payload)
 
 
 class Transport(redis.Transport):
     """Kombu's transport, with that channel."""
 
     Channel = Channel
-
-
-class SafeConnection(Connection):
-    """Kombu's connection; to Redis, one that loses nothing when its worker dies."""
-
-    def get_transport_cls(self) -> Any:
-        transport = super().get_transport_cls()
-        return Transport if transport is redis.Transport else transport

@@ -76,6 +76,12 @@ HARD_TO_KEEP: dict[str, dict[str, Any]] = {
     "typed headers": {
         "headers": {"at": datetime(2026, 5, 17, 8, 30, tzinfo=timezone.utc), "id": UUID(int=7)}
     },
+    "a dictionary like kombu's for a type": {
+        "headers": {"of ours": {"__type__": "cup", "__value__": 1}}
+    },
+    "a dictionary like kombu's for a date": {
+        "headers": {"of ours": {"__type__": "datetime", "__value__": "tomorrow"}}
+    },
     "100 KB of headers": {"headers": {"long": "x" * 100_000}},
     "properties": {"properties": {"priority": 9, "expiration": "5000", "reply_to": "ü"}},
     "the highest id and revision": {"identity": Identity(UUID(int=2**128 - 1), 2**31 - 1)},
@@ -144,10 +150,10 @@ def test_a_producer_whose_clock_is_wrong_sets_the_right_delay(
             return datetime.now(tz) + error
 
     monkeypatch.setattr(outbox_module, "datetime", WrongClock)
-    written(database, outbox, message(due=in_seconds(0.5) + error))
+    written(database, outbox, message(due=in_seconds(2) + error))
 
     early = claimable(database, outbox)
-    time.sleep(0.7)  # until it is due, by the database's clock
+    time.sleep(2.2)  # until it is due, by the database's clock
 
     assert (len(early), len(claimable(database, outbox))) == (0, 1)
 
@@ -213,7 +219,7 @@ def test_a_claim_does_not_stop_producers(database: Database, outbox: Outbox) -> 
         started = time.monotonic()
         written(database, outbox, message(due=in_seconds(-1)), message())
 
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
 
 
 # ── settle ──────────────────────────────────────────────────────────────────────────────────────
@@ -243,10 +249,10 @@ def test_a_refused_row_counts_its_attempts_and_rests(database: Database, outbox:
         with database.engine.connect() as connection:
             (pending,) = outbox.claim(connection, "me", 1)
             attempts.append(pending.attempts)
-            outbox.postpone(connection, "me", id, 0.5, "queue is full 🍫")
+            outbox.postpone(connection, "me", id, 2, "queue is full 🍫")
             connection.commit()
         assert claimable(database, outbox) == []
-        time.sleep(0.7)  # until its rest is over, by the database's clock
+        time.sleep(2.2)  # until its rest is over, by the database's clock
 
     (row,) = rows(database, outbox)
     assert (attempts, row.attempts, row.last_error) == ([0, 1], 2, "queue is full 🍫")
@@ -285,12 +291,12 @@ def test_the_server_ends_the_claim_of_a_frozen_relay_and_its_late_clear_changes_
     database: Database, outbox: Outbox
 ) -> None:
     ids = written(database, outbox, message(), message())
-    short = database.again(claim_timeout=1)
+    short = database.again(claim_timeout=3)
 
     with short.engine.connect() as frozen:
         outbox.claim(frozen, "frozen", 10)
         assert claimable(database, outbox) == []
-        time.sleep(2)  # it is frozen for longer than eda_claim_timeout
+        time.sleep(4)  # it is frozen for longer than eda_claim_timeout
 
         assert claimable(database, outbox) == ids
         with pytest.raises(DBAPIError) as refusal:
@@ -306,13 +312,13 @@ def test_a_lease_that_ended_by_the_clock_is_taken_over_and_its_owner_s_late_word
     database: Database, outbox: Outbox
 ) -> None:
     ids = written(database, outbox, message(), message())
-    short = database.again(claim_timeout=1)
+    short = database.again(claim_timeout=3)
     leasing = Outbox(short.tables.outbox, short.dialect)
 
     with short.engine.connect() as frozen, database.engine.connect() as other:
         leasing.claim(frozen, "frozen", 10)
         assert claimable(database, outbox) == []
-        time.sleep(1.2)  # the lease is over
+        time.sleep(3.2)  # the lease is over
 
         taken = [each.id for each in outbox.claim(other, "other", 10)]
         cleared = leasing.clear(frozen, "frozen", ids)
@@ -335,7 +341,7 @@ def test_a_claim_holds_no_lock_while_messages_are_sent(database: Database, outbo
         started = time.monotonic()
         written(database, outbox, message())
 
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
 
 
 # ── cost ────────────────────────────────────────────────────────────────────────────────────────

@@ -91,6 +91,25 @@ def test_a_queue_that_never_confirms_does_not_hold_up_the_others(
     assert waiting(database) == [("mute", 0)]
 
 
+def test_a_row_that_cannot_be_read_says_why_and_does_not_hold_up_the_others(
+    database: Database, outbox: Outbox, make_relay: MakeRelay
+) -> None:
+    relay, sent = make_relay({}, relay_batch=1)
+    store(database, outbox, "broken", "good")
+    table = database.tables.outbox
+    with database.engine.begin() as connection:
+        broken = table.c.routing_key == "broken"
+        connection.execute(table.update().where(broken).values(headers="{"))
+
+    relay.send()
+    relay.send()
+
+    assert sent == ["good"]
+    assert waiting(database) == [("broken", 1)]
+    with database.engine.connect() as connection:
+        assert "cannot be read" in (connection.scalar(select(table.c.last_error)) or "")
+
+
 def test_in_an_outage_messages_are_given_back_at_once_and_nothing_is_charged(
     database: Database, outbox: Outbox, make_relay: MakeRelay
 ) -> None:

@@ -16,7 +16,7 @@ from kombu.transport.native_delayed_delivery import (
 )
 from sqlalchemy import delete, select
 
-from celery_eda import EDA, results, schema
+from celery_eda import EDA, results, upgrading
 from celery_eda.message import Message
 from celery_eda.outbox import from_row
 from celery_eda.transports import transport_of
@@ -163,7 +163,7 @@ class OutboxShop(Shop):
     def __init__(self, app: Celery) -> None:
         self.eda = EDA(app)
         super().__init__(app)
-        schema.upgrade(self.eda.engine, self.eda.tables)
+        upgrading.upgrade(self.eda.engine, self.eda.tables)
         self.transport = transport_of(app, timeout=10)
 
     def declare_tasks(self, task: Callable[..., Any]) -> None:

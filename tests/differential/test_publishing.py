@@ -118,16 +118,26 @@ def street(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[St
         yield street
 
 
+def _started(request: pytest.FixtureRequest, name: str) -> Any:
+    """A server, running: an earlier test may have killed it."""
+    server = request.getfixturevalue(name)
+    server.start()
+    return server
+
+
 @contextmanager
 def rabbitmq_street(request: pytest.FixtureRequest, folder: Path) -> Iterator[Street]:
-    server = request.getfixturevalue("rabbitmq")
-    url = server.vhost("differential")
+    server = _started(request, "rabbitmq")
+    # A name for each street: apps of one URL share kombu's pool, and the connections in it end with
+    # their virtual host.
+    host = f"differential-{request.param}"
+    url = server.vhost(host)
     if quorum := "quorum" in request.param:
-        database = request.getfixturevalue("mariadb").database("differential")
+        database = _started(request, "mariadb").database("differential")
         results = f"db+sqlite:///{folder}/results"
     else:
-        database = request.getfixturevalue("postgresql").database("differential")
-        results = request.getfixturevalue("redis_server").database(0)
+        database = _started(request, "postgresql").database("differential")
+        results = _started(request, "redis_server").database(0)
     with AMQPTap().listening() as tap:
         shops = [
             kind(configured(url, results, database, quorum=quorum)) for kind in (Shop, OutboxShop)
@@ -140,12 +150,12 @@ def rabbitmq_street(request: pytest.FixtureRequest, folder: Path) -> Iterator[St
             return without_identity(found, amqp_without_identity)
 
         yield Street(*shops, letters)
-    server.drop("differential")
+    server.drop(host)
 
 
 @contextmanager
 def redis_street(request: pytest.FixtureRequest, folder: Path) -> Iterator[Street]:
-    server = request.getfixturevalue("redis_server")
+    server = _started(request, "redis_server")
     url, results = server.database(1), server.database(2)
     shops = [
         kind(configured(url, results, f"sqlite:///{folder}/shop.db", quorum=False))

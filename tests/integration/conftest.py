@@ -18,7 +18,7 @@ from celery import Celery
 from pytest_celery import CeleryTestBroker, CeleryTestSetup, RabbitMQTestBroker
 from sqlalchemy import select
 
-from celery_eda import EDA, schema
+from celery_eda import EDA, upgrading
 from tests.integration import shop
 from tests.integration.nodes import (
     LocalRabbitMQ,
@@ -114,7 +114,7 @@ def celery_setup_app(
             "unacked_restore_throttle": 1,
         }
     eda = EDA(celery_setup_app)
-    schema.upgrade(eda.engine, eda.tables)
+    upgrading.upgrade(eda.engine, eda.tables)
     shop.metadata.create_all(eda.engine)
     yield celery_setup_app
     eda.engine.dispose()

@@ -12,18 +12,21 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, NullPool, create_engine, func, select
+from sqlalchemy import Engine, create_engine, func, select
 
-from celery_eda import schema
+from celery_eda import upgrading
 from celery_eda.dialects import dialect_of
 from celery_eda.tables import Tables
+from tests.road.nursery import Born
 from tests.road.tables import effects, metadata, orders
 from tests.servers.base import Server
 from tests.servers.proxy import Proxy
 
-PATIENCE = 45.0
+#: Seconds until a test gives up; on a busy machine a worker may take twenty to start.
+PATIENCE = 150.0
 #: Broker and database of each road; a fixture of that name gives the URL.
 ROADS = {
     "rabbitmq-postgresql": ("rabbitmq_url", "postgresql_url"),
@@ -64,9 +67,16 @@ class Process:
         self.start()
 
     def start(self) -> None:
+        arguments = ["-m", *self.arguments]
+        if "gevent" in arguments:  # which has to come before all that it patches
+            self.popen: Born | subprocess.Popen[bytes] = self._spawned(arguments)
+        else:
+            self.popen = Born(arguments, self.environment, self.log)
+
+    def _spawned(self, arguments: list[str]) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", *self.arguments],
+            return subprocess.Popen(
+                [sys.executable, *arguments],
                 env=self.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -112,10 +122,12 @@ class Road:
         self.broker = broker
         self.database = database
         self.processes: list[Process] = []
-        self.engine: Engine = create_engine(database, poolclass=NullPool)
+        self._errors = 0
+        # One connection, to ask again and again; tried before it is used, since servers are killed.
+        self.engine: Engine = create_engine(database, pool_size=1, pool_pre_ping=True)
         self.tables = Tables.on()
         dialect_of(self.engine.url, claim_timeout=60).prepare(self.engine, 60)
-        schema.upgrade(self.engine, self.tables)
+        upgrading.upgrade(self.engine, self.tables)
         metadata.create_all(self.engine)
         self.environment = {
             **os.environ,
@@ -154,17 +166,13 @@ class Road:
             environment,
         )
 
-    def run(self, code: str, **environment: str) -> None:
+    def run(self, code: str, patience: float = PATIENCE, **environment: str) -> None:
         """Run *code* in a process of the system, to its end."""
-        done = subprocess.run(
-            [sys.executable, "-c", "from tests.road.system import *\n" + code],
-            env={**self.environment, **environment},
-            timeout=PATIENCE,
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        self._errors += 1
+        errors = self.folder / f"errors-{self._errors}"
+        program = "from tests.road.system import *\n" + code
+        done = Born(["-c", program], {**self.environment, **environment}, errors)
+        assert done.wait(patience) == 0, errors.read_text()
 
     def fault(self, step: str, action: str = "kill") -> str:
         """The first process that reaches *step* dies or stops there."""
@@ -186,6 +194,7 @@ class Road:
     def end(self) -> None:
         for process in self.processes:
             process.kill()
+        self.engine.dispose()
 
     def logs(self) -> str:
         return "\n".join(
@@ -216,6 +225,10 @@ class Road:
         why = self._all(select(self.tables.outbox.c.last_error).order_by("id"))
         return why[0] if why else None
 
+    def parked(self) -> int:
+        """Messages that wait for their predecessor."""
+        return int(self._all(select(func.count()).select_from(self.tables.parked))[0])
+
     def dead(self) -> list[tuple[str, str]]:
         """Task and reason of each dead letter."""
         columns = self.tables.dead_letters.c
@@ -223,13 +236,19 @@ class Road:
             rows = connection.execute(select(columns.task, columns.reason)).all()
         return [(row.task, row.reason) for row in rows]
 
+    def ends(self, message_id: str) -> list[str]:
+        """How each attempt at a message ended, in the order of the revisions."""
+        columns = self.tables.inbox.c
+        attempts = select(columns.outcome).where(columns.message_id == UUID(message_id))
+        return self._all(attempts.order_by(columns.revision))
+
     def until(self, condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> None:
         """Wait until *condition* is true; fail with every process's log otherwise."""
         deadline = time.monotonic() + patience
         while not condition():
             if time.monotonic() > deadline:
                 pytest.fail(f"not in {patience} s: {what}\n{self.logs()}")
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     def settle(self, seconds: float = 1.0) -> None:
         """Let whatever is still on the wire arrive: a second effect would show up now."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from celery import bootsteps
 from celery.exceptions import Ignore, Retry
 from celery.worker.request import Request
 from kombu import Connection
 from sqlalchemy import Connection as DatabaseConnection
 
 from celery_eda import handling, publishing, results
+from celery_eda.attempts import Attempts
 from celery_eda.inbox import Inbox
-from celery_eda.message import Identity
+from celery_eda.intake import Intake
+from celery_eda.message import Identity, Position
 from celery_eda.outbox import Outbox
 from celery_eda.task import ReliableRequest, ReliableTask
 from celery_eda.transports import frames, rabbitmq
@@ -133,6 +136,36 @@ def failure_is_told_once() -> None:
     )
 
 
+def no_order() -> None:
+    Position.of_headers = lambda _: None  # type: ignore[method-assign,assign,return-value]
+
+
+def celery_looks_first() -> None:
+    """No message is inspected: Celery gets each as it comes."""
+    Intake.__init__ = bootsteps.StartStopStep.__init__  # type: ignore[method-assign]
+    Intake.start = Intake.stop = lambda *_: None  # type: ignore[method-assign,assign]
+
+
+def acknowledged_before_the_dead_letter() -> None:
+    keep = Intake._keep
+
+    def acknowledge_and_keep(self: Intake, message: Any, refusal: Any) -> None:
+        message.ack()
+        message.ack_log_error = lambda *_: None
+        keep(self, message, refusal)
+
+    Intake._keep = acknowledge_and_keep  # type: ignore[method-assign]
+
+
+def celery_drops_what_is_revoked() -> None:
+    ReliableRequest.revoked = Request.revoked
+    ReliableRequest._announce_revoked = Request._announce_revoked
+
+
+def redeliveries_are_not_counted() -> None:
+    Attempts.count = lambda *_: 0  # type: ignore[method-assign,assign,return-value]
+
+
 MUTATIONS: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
@@ -151,5 +184,10 @@ MUTATIONS: dict[str, Callable[[], None]] = {
         dead_worker_keeps_its_claim_on_a_chord,
         result_stands_for_the_whole_message,
         failure_is_told_once,
+        no_order,
+        celery_looks_first,
+        acknowledged_before_the_dead_letter,
+        celery_drops_what_is_revoked,
+        redeliveries_are_not_counted,
     )
 }

@@ -15,13 +15,15 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from typing import Any
 
 from celery import Celery
 from celery.exceptions import Reject, SoftTimeLimitExceeded
 from sqlalchemy import create_engine, func, insert, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from celery_eda import EDA, checkpoints
+from celery_eda import EDA, RetryPolicy, checkpoints
+from celery_eda.refusals import Refusals
 from tests.road import mutations
 from tests.road.tables import accounts, effects
 
@@ -67,6 +69,13 @@ def record(name: str, number: int) -> None:
 @eda.task(name="road.charge")
 def charge(session: Session, number: int) -> int:
     session.execute(insert(effects).values(name="charge", number=number))
+    return number
+
+
+@eda.task(name="road.trade", key="account")
+def trade(session: Session, account: int, number: int) -> int:
+    """The trades of an account take effect in their order."""
+    session.execute(insert(effects).values(name=f"account {account}", number=number))
     return number
 
 
@@ -122,6 +131,20 @@ def flaky(self, session: Session, number: int) -> int:  # type: ignore[no-untype
     charge.delay(number)
     if self.request.retries < 2:
         raise self.retry(countdown=0.2)
+    return number
+
+
+@eda.task(
+    name="road.unsteady",
+    bind=True,
+    policy=RetryPolicy(attempts=4, first=0.2, longest=0.2, on=(ConnectionError,)),
+)
+def unsteady(self, session: Session, number: int, failures: int) -> int:  # type: ignore[no-untyped-def]
+    """Fails so often after it wrote, then works; its policy has it tried again."""
+    session.execute(insert(effects).values(name="unsteady", number=number))
+    charge.delay(number)
+    if self.request.retries < failures:
+        raise ConnectionError(f"not yet {self.request.retries}")
     return number
 
 
@@ -240,7 +263,22 @@ def wait_for(name: str, seconds: float) -> None:
 def _arm_faults() -> None:
     for fault in filter(None, os.environ.get("ROAD_FAULTS", "").split(",")):
         step, action, path = fault.split(":")
+        if step == "refusal.kept":
+            _strike_before_the_ack(action, path)
+            continue
         checkpoints.arm(step, lambda action=action, path=path: _strike(action, path))  # type: ignore[misc]
+
+
+def _strike_before_the_ack(action: str, path: str) -> None:
+    """Strike when a dead letter of the inspection is committed, before its message goes."""
+    keep = Refusals.keep
+
+    def keep_and_strike(*arguments: Any) -> bool:
+        fresh = keep(*arguments)
+        _strike(action, path)
+        return fresh
+
+    Refusals.keep = keep_and_strike  # type: ignore[method-assign]
 
 
 def _strike(action: str, path: str) -> None:

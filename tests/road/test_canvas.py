@@ -6,8 +6,6 @@ What it comes to is compared with a plain Celery app that runs the same canvas u
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ import pytest
 from sqlalchemy import select
 
 from tests.road.conftest import ROADS, Road, expect_hits
+from tests.road.nursery import Born
 from tests.road.tables import effects
 from tests.servers.redis import Redis
 
@@ -76,15 +75,10 @@ def effects_of(road: Road) -> Counter[tuple[str, int]]:
     return Counter((row.name, row.number) for row in rows)
 
 
-def requester(road: Road, names: list[str]) -> subprocess.Popen[str]:
-    """A process that publishes canvas and waits for the results."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.road.canvas", *names],
-        env=road.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def requester(road: Road, names: list[str]) -> Born:
+    """A process that publishes canvas, waits for the results, and prints them."""
+    results, errors = road.folder / "results", road.folder / "errors"
+    return Born(["-m", "tests.road.canvas", *names], road.environment, results, errors)
 
 
 def supervise(road: Road, condition: Callable[[], Any], what: str) -> None:
@@ -99,12 +93,11 @@ def supervise(road: Road, condition: Callable[[], Any], what: str) -> None:
     road.until(revive_and_see, what, patience=120)
 
 
-def results_of(road: Road, waiting: subprocess.Popen[str]) -> dict[str, Any]:
+def results_of(road: Road, waiting: Born) -> dict[str, Any]:
     """What the requester printed in the end."""
     supervise(road, lambda: waiting.poll() is not None, "all results")
-    printed, errors = waiting.communicate()
-    assert waiting.returncode == 0, errors + road.logs()
-    results: dict[str, Any] = json.loads(printed)
+    assert waiting.returncode == 0, (road.folder / "errors").read_text() + road.logs()
+    results: dict[str, Any] = json.loads((road.folder / "results").read_text())
     return results
 
 
@@ -224,7 +217,7 @@ def effects_without(
         road.until((road.folder / "kill0").exists, f"a worker at {step}")
     road.settle(8.0)  # a pool notices a lost child within six seconds
     waiting.kill()
-    waiting.communicate()
+    waiting.wait()
     return effects_of(road)
 
 

@@ -127,9 +127,10 @@ def test_a_worker_whose_commit_is_cut_off_takes_effect_once(
     road: Road, database_wire: Proxy, lost: str
 ) -> None:
     road.place(1, 1)
-    road.relay()
+    relay = road.relay()
     road.worker(fault=road.fault("delivery.handled", "freeze"))
     road.until(road.struck("delivery.handled").exists, "a handler about to commit")
+    relay.kill()  # so that what the wire swallows is the worker's
 
     cut_off(road, database_wire, lost, "delivery.handled", lambda: road.effects()[1] == 1)
 
@@ -142,11 +143,11 @@ def cut_off(road: Road, wire: Proxy, lost: str, step: str, committed: Callable[[
     if lost == "the request":
         wire.black_hole()
         wake(road, step)
-        road.pause(1, "the request is swallowed")
     else:
         wire.one_way("up")
         wake(road, step)
         road.until(committed, "the commit")
+    road.until(lambda: wire.lossy, f"{lost} swallowed")
     wire.heal()
 
 

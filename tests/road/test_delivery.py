@@ -128,6 +128,29 @@ def test_what_cannot_be_handled_is_kept_and_its_neighbours_go_on(road: Road, pla
     assert worker.alive
 
 
+def test_a_policy_counts_the_attempts_of_a_message_across_workers_and_copies(
+    road: Road, plain: Celery
+) -> None:
+    hopeless = captured(road, "unsteady.delay(7, 99)")
+    patient = captured(road, "unsteady.delay(8, 3)")
+    with queue(road) as wire:
+        for message in (hopeless, patient) * 3:
+            put(wire, message)
+    road.worker()
+    road.worker("-n", "another@%h")
+    road.relay()
+
+    assert plain.AsyncResult(patient.headers["id"]).get(timeout=45) == 8
+    road.until(road.dead, "the dead letter")
+    road.settle(3.0)
+
+    assert road.dead() == [("road.unsteady", "retries exhausted")]
+    assert road.effects("unsteady") == road.effects() == Counter([8])
+    assert road.ends(hopeless.headers["eda_id"]) == ["retried", "retried", "retried", "dead"]
+    assert road.ends(patient.headers["eda_id"]) == ["retried", "retried", "retried", "done"]
+    assert plain.AsyncResult(hopeless.headers["id"]).state == "FAILURE"
+
+
 def test_a_delayed_message_waits_in_the_outbox_and_nowhere_else(road: Road, plain: Celery) -> None:
     worker = road.worker()
     road.relay()

@@ -108,9 +108,10 @@ def test_an_outage_in_the_middle_costs_a_copy_only_of_what_was_under_way(
 def overtake(road: Road, seconds: float) -> None:
     """Hold the transaction with the lowest outbox id open until 1000 others have left."""
     with ThreadPoolExecutor() as threads:
-        late = threads.submit(road.run, HOLD, ROAD_CLAIM_TIMEOUT="600")
+        # It lives as long as all that comes below.
+        late = threads.submit(road.run, HOLD, patience=600, ROAD_CLAIM_TIMEOUT="600")
         road.until((road.folder / "held").exists, "the lowest id taken")
-        road.run(OTHERS)
+        road.run(OTHERS, patience=300)
         road.relay()
         road.until(lambda: road.waiting() == 0, "the others sent")
         road.pause(seconds, "the transaction stays open that long")

@@ -112,7 +112,7 @@ def test_a_handler_that_always_overruns_its_hard_limit_becomes_a_dead_letter(roa
 
     road.until(road.dead, "a dead letter")
 
-    assert road.dead() == [("road.slow", "lost worker")]
+    assert road.dead() == [("road.slow", "time limit")]
     assert road.effects("slow") == Counter()
     expect_an_able_worker(road, worker)
 

@@ -57,6 +57,11 @@ class Proxy:
         """Swallow what either side sends, and that it left; connections stay, new ones too."""
         self._call(self._pass)
 
+    @property
+    def lossy(self) -> bool:
+        """Whether a connection that is still there has lost bytes."""
+        return any(link.lossy for link in tuple(self._links))
+
     def one_way(self, direction: Direction) -> None:
         """Let bytes through in this direction, and swallow the others."""
         self._call(self._pass, direction)

@@ -24,7 +24,7 @@ from tests.transports.letters import (
 )
 
 PATIENCE = 2.0  # seconds that a publish may take where the broker does not answer
-SLACK = 1.0
+SLACK = 8.0  # of a busy machine; who hangs does so for ever
 
 
 @pytest.fixture
@@ -397,4 +397,4 @@ class TestWires:
         silence.join()
 
         assert set(verdicts(answers)) == {"confirmed", "unknown"}
-        assert took < PATIENCE + SLACK / 2
+        assert took < 1.8 * PATIENCE

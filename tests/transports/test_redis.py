@@ -27,7 +27,7 @@ from tests.transports.letters import (
 )
 
 PATIENCE = 2.0  # seconds that a publish may take where the server does not answer
-SLACK = 1.0
+SLACK = 8.0  # of a busy machine; who hangs does so for ever
 
 
 @pytest.fixture
@@ -327,4 +327,6 @@ class TestWires:
         answers = transport.publish([letter()])
 
         assert verdicts(answers) == ["unknown"]
-        assert time.monotonic() - start < 0.5 + SLACK
+        assert (
+            time.monotonic() - start < 0.5 + SLACK
+        )  # half of the 20 s of the transport would be 10

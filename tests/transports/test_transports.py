@@ -171,7 +171,7 @@ def test_a_broker_that_is_not_there_makes_everything_unknown_at_once(
 
     assert verdicts(answers) == ["unknown"] * 3
     assert "refused" in answers[0].why
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 8
 
 
 class Postbox:

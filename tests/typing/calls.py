@@ -10,7 +10,7 @@ from typing import Any
 from celery import Celery, Task
 from sqlalchemy.orm import Session
 
-from celery_eda import EDA
+from celery_eda import EDA, RetryPolicy
 
 eda = EDA(Celery("shop"))
 
@@ -27,6 +27,16 @@ def with_session(session: Session, number: int) -> int:
 
 @eda.task(name="shop.named", max_retries=3)
 def named(session: Session, number: int) -> int:
+    return number
+
+
+@eda.task(policy=RetryPolicy(attempts=3, on=(ConnectionError,)))
+def patient(number: int) -> int:
+    return number
+
+
+@eda.task(bind=True, policy=lambda attempts, error: 1.5 * attempts if attempts < 3 else None)
+def bound_and_patient(self: Task, number: int) -> int:
     return number
 
 
@@ -50,6 +60,9 @@ def untyped(number):  # type: ignore[no-untyped-def]
     return number
 
 
+eda.task(policy=3)  # type: ignore[call-overload]
+patient.delay(7)
+patient.delay("x")  # type: ignore[arg-type]
 plain.delay(7)
 plain.delay(7, note="x")
 plain.delay("x")  # type: ignore[arg-type]

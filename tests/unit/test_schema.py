@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Column, Integer, MetaData, Table, create_engine, inspect, text
 
-from celery_eda import schema
+from celery_eda import schema, upgrading
 from celery_eda.errors import SchemaOutdated
 from celery_eda.tables import Tables
 from tests.databases import Database
@@ -19,20 +21,20 @@ PROJECT = Path(__file__).parents[2]
 UPGRADE = """
 import sys
 from sqlalchemy import create_engine
-from celery_eda import schema
+from celery_eda import upgrading
 from celery_eda.tables import Tables
 
 engine, tables = create_engine(sys.argv[1]), Tables.on()
 print("ready", flush=True)
 sys.stdin.read()
-schema.upgrade(engine, tables)
+upgrading.upgrade(engine, tables)
 """
 
 
 @pytest.fixture
 def database(empty_database: Database) -> Database:
     """A database of our own, with tables that we may change."""
-    schema.upgrade(empty_database.engine, empty_database.tables)
+    upgrading.upgrade(empty_database.engine, empty_database.tables)
     return empty_database
 
 
@@ -44,7 +46,7 @@ def differences(database: Database, metadata: MetaData) -> list[object]:
 
 
 def test_upgraded_tables_pass_the_check(empty_database: Database) -> None:
-    schema.upgrade(empty_database.engine, empty_database.tables)
+    upgrading.upgrade(empty_database.engine, empty_database.tables)
 
     schema.check(empty_database.engine, empty_database.tables)
 
@@ -59,10 +61,24 @@ def test_missing_tables_are_refused_with_the_command_that_makes_them(
 def test_tables_of_an_older_version_are_refused(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alembic.script.ScriptDirectory.get_current_head", lambda _: "later")
+    monkeypatch.setattr(schema, "revisions", lambda: ["0001", "0002", "later"])
 
     with pytest.raises(SchemaOutdated, match="are of version 0002, and version later is needed"):
         schema.check(database.engine, database.tables)
+
+
+def test_the_revisions_are_known_by_the_names_of_their_files() -> None:
+    history = ScriptDirectory(str(PROJECT / "celery_eda" / "migrations")).walk_revisions()
+
+    assert schema.revisions() == [script.revision for script in history][::-1]
+
+
+def test_a_process_that_changes_no_table_does_without_alembic() -> None:
+    code = "import celery_eda.cli, celery_eda.worker, sys; print(*sys.modules)"
+    modules = subprocess.check_output([sys.executable, "-c", code], cwd=PROJECT, text=True).split()
+
+    assert "celery_eda.app" in modules
+    assert not {"alembic", "redis"} & set(modules)
 
 
 def test_tables_that_a_newer_version_has_upgraded_are_accepted(database: Database) -> None:
@@ -82,7 +98,7 @@ def test_a_missing_column_is_named(empty_database: Database) -> None:
 
 
 def test_upgrading_twice_changes_nothing(database: Database) -> None:
-    schema.upgrade(database.engine, database.tables)
+    upgrading.upgrade(database.engine, database.tables)
 
     assert differences(database, database.tables.metadata) == []
 
@@ -92,7 +108,7 @@ def test_an_upgrade_that_was_killed_half_way_can_be_run_again(database: Database
         database.tables.dead_letters.drop(connection)
         connection.execute(database.tables.version.delete())
 
-    schema.upgrade(database.engine, database.tables)
+    upgrading.upgrade(database.engine, database.tables)
 
     assert differences(database, database.tables.metadata) == []
 
@@ -141,7 +157,7 @@ def test_a_project_may_make_the_tables_in_its_own_migrations(empty_database: Dat
 def test_the_prefix_names_every_table_and_index(empty_database: Database) -> None:
     tables = Tables.on(prefix="shop_")
 
-    schema.upgrade(empty_database.engine, tables)
+    upgrading.upgrade(empty_database.engine, tables)
 
     inspector = inspect(empty_database.engine)
     assert set(inspector.get_table_names()) == {
@@ -155,7 +171,7 @@ def test_the_prefix_names_every_table_and_index(empty_database: Database) -> Non
 def test_two_services_share_a_database_under_two_prefixes(database: Database) -> None:
     other = Tables.on(prefix="other_")
 
-    schema.upgrade(database.engine, other)
+    upgrading.upgrade(database.engine, other)
 
     schema.check(database.engine, other)
     schema.check(database.engine, database.tables)
@@ -166,7 +182,7 @@ def test_the_tables_may_live_in_a_schema_of_their_own(postgresql_url: str) -> No
     with engine.begin() as connection:
         connection.execute(text("CREATE SCHEMA messages"))
 
-    schema.upgrade(engine, tables)
+    upgrading.upgrade(engine, tables)
 
     schema.check(engine, tables)
     assert inspect(engine).get_table_names() == []
@@ -174,7 +190,7 @@ def test_the_tables_may_live_in_a_schema_of_their_own(postgresql_url: str) -> No
 
 
 def test_the_printed_ddl_makes_tables_that_pass_the_check(empty_database: Database) -> None:
-    ddl = schema.sql(empty_database.engine, empty_database.tables)
+    ddl = upgrading.sql(empty_database.engine, empty_database.tables)
 
     with empty_database.engine.connect() as connection:
         for statement in ddl.split(";\n"):
@@ -191,14 +207,19 @@ def test_the_printed_ddl_makes_tables_that_pass_the_check(empty_database: Databa
     ["postgresql+psycopg://nowhere/shop", "mysql+pymysql://nowhere/shop", "sqlite:///nowhere.db"],
 )
 def test_the_ddl_is_printed_without_a_database(url: str) -> None:
-    ddl = schema.sql(create_engine(url), Tables.on())
+    ddl = upgrading.sql(create_engine(url), Tables.on())
 
     assert ddl.count("CREATE TABLE") == 9
 
 
 def test_the_wheel_holds_the_revisions_and_the_types(tmp_path: Path) -> None:
+    # From a copy: what an earlier build has left beside the project would be packed again.
+    copy = tmp_path / "project"
+    shutil.copytree(PROJECT / "celery_eda", copy / "celery_eda")
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(PROJECT / name, copy)
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, PROJECT],
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, copy],
         check=True,
         capture_output=True,
     )

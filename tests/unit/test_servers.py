@@ -121,7 +121,7 @@ def test_a_frozen_server_does_not_answer_until_it_is_thawed(
     began = time.monotonic()
     with pytest.raises(vendor.unanswered):
         server.login()
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 20
     server.thaw()
     server.login()
 
@@ -422,7 +422,7 @@ def test_delay_holds_bytes_in_both_directions(proxy: Proxy, client: socket.socke
 
     began = time.monotonic()
     assert answer(client, b"hello") == b"hello"
-    assert 0.2 <= time.monotonic() - began < 5
+    assert 0.2 <= time.monotonic() - began < 20
 
 
 def test_through_names_the_proxy_and_keeps_the_rest_of_a_url(proxy: Proxy) -> None:

@@ -164,3 +164,75 @@ def test_a_claim_that_ends_before_the_confirms_come_is_refused_with_the_remedy(
 ) -> None:
     with pytest.raises(UnsafeSetting, match=r"sent twice\. Raise eda_claim_timeout\."):
         of(eda_claim_timeout=claim_timeout, eda_publish_timeout=20)
+
+
+# ── retention ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        {},
+        {"eda_inbox_retention": None},
+        {"eda_inbox_retention": 20 * 300 + 24 * 3600},
+        {"eda_inbox_retention": 3600 + 3600, "eda_redelivery_horizon": 3600,
+         "eda_max_attempts": 12, "eda_retry_delay_max": 300},
+        {"eda_dead_letter_retention": 0},
+        {"eda_dead_letter_retention": None, "eda_audit_retention": None},
+        {"eda_dead_letter_retention": 7200, "eda_audit_retention": 7200},
+        {"broker_transport_options": {"visibility_timeout": 86400}},
+        {"broker_transport_options": None},
+    ],
+)  # fmt: skip
+def test_what_is_remembered_for_long_enough_is_accepted(conf: dict[str, Any]) -> None:
+    of(**conf)
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        {"eda_inbox_retention": 0},
+        {"eda_inbox_retention": 20 * 300 + 24 * 3600 - 1},
+        {"eda_redelivery_horizon": 14 * 24 * 3600},
+        {"eda_max_attempts": 5000},
+        {"eda_retry_delay_max": 24 * 3600},
+    ],
+)
+def test_an_inbox_that_forgets_before_the_last_copy_has_come_is_refused(
+    conf: dict[str, Any],
+) -> None:
+    with pytest.raises(UnsafeSetting, match=r"once more\. Raise eda_inbox_retention\."):
+        of(**conf)
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        {"eda_audit_retention": 0},
+        {"eda_audit_retention": 90 * 24 * 3600 - 1},
+        {"eda_dead_letter_retention": None},
+    ],
+)
+def test_an_audit_that_forgets_before_its_dead_letter_goes_is_refused(conf: dict[str, Any]) -> None:
+    with pytest.raises(UnsafeSetting, match=r"Raise eda_audit_retention\."):
+        of(**conf)
+
+
+def test_a_horizon_below_the_visibility_timeout_is_refused() -> None:
+    with pytest.raises(UnsafeSetting, match=r"visibility_timeout.*Raise eda_redelivery_horizon\."):
+        of(broker_transport_options={"visibility_timeout": 24 * 3600 + 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eda_inbox_retention", -1),
+        ("eda_inbox_retention", "long"),
+        ("eda_redelivery_horizon", None),
+        ("eda_redelivery_horizon", 3599),
+        ("eda_housekeeping_interval", 0),
+    ],
+)
+def test_a_retention_of_the_wrong_type_or_size_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{key} must be "):
+        of(**{key: value})

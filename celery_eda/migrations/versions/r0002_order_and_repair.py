@@ -44,6 +44,8 @@ def upgrade(prefix: str, schema: str | None) -> None:
     ):
         if column.name not in there:
             op.add_column(f"{prefix}dead_letters", column, schema=schema)
+    if "cause" not in _columns(f"{prefix}attempts", schema):
+        op.add_column(f"{prefix}attempts", sa.Column("cause", sa.String(16)), schema=schema)
     op.create_table(
         f"{prefix}sequences",
         sa.Column("stream", EXACT_NAME, nullable=False),
@@ -93,8 +95,17 @@ def upgrade(prefix: str, schema: str | None) -> None:
         sqlite_autoincrement=True,
         **options,
     )
-    _create_index(prefix, schema, "dead_letters", "state", ["state", "id"])
-    _create_index(prefix, schema, "audit", "message", ["message_id", "id"])
+    for table, name, columns in (
+        ("inbox", "at", ["at"]),
+        ("dead_letters", "state", ["state", "id"]),
+        ("dead_letters", "message", ["message_id"]),
+        ("dead_letters", "at", ["at"]),
+        ("parked", "message", ["message_id"]),
+        ("audit", "message", ["message_id", "id"]),
+        ("audit", "letter", ["dead_letter", "at"]),
+        ("audit", "at", ["at"]),
+    ):
+        _create_index(prefix, schema, table, name, columns)
 
 
 def _columns(table: str, schema: str | None) -> set[str]:

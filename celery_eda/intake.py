@@ -1,0 +1,230 @@
+"""The worker's door: each message is looked at before Celery does, and none stops it or vanishes.
+
+What Celery would drop, or fall over, is written down as a dead letter in the service's own
+database, and only then acknowledged. While the database is away such messages stay the broker's,
+unacknowledged, and are tried again; so they are no more than the worker prefetches.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from celery import bootsteps, signals
+from celery.exceptions import NotRegistered
+from celery.utils.objects import Bunch
+from celery.worker import state
+from kombu import Consumer, Queue
+from kombu.common import ignore_errors
+
+from celery_eda import compression
+from celery_eda.dead_letters import Reason
+from celery_eda.errors import Malformed
+from celery_eda.inspection import Limits, Refusal, inspect
+from celery_eda.refusals import Refused, given_up, refused, unread
+from celery_eda.retry import delays
+from celery_eda.transports import undelivered
+from celery_eda.transports.base import KeepsMalformed
+
+log = logging.getLogger(__name__)
+
+#: Characters of a name, or of words, in a line of the log.
+LONGEST_IN_LOG = 200
+#: Seconds between two tries to write down what was refused, while the database is away.
+WAIT = (0.5, 10.0)
+#: Seconds between two looks at what a channel has set aside, and how many are taken at once.
+LOOK = 1.0
+AT_ONCE = 20
+
+
+class Intake(bootsteps.StartStopStep):
+    """Stands between the broker and Celery's consumer."""
+
+    # Begins once there is a channel, and ends before that is closed; what it replaces it has
+    # replaced by then.
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, consumer: Any, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        settings = consumer.app.eda.settings
+        self.consumer = consumer
+        self.limits = Limits(settings.max_message_bytes, settings.max_nesting)
+        self.refusals = consumer.app.eda.refusals
+        self.is_away = consumer.app.eda.dialect.is_outage
+        self.waiting: deque[tuple[Any, Refused]] = deque()
+        self.delays = delays(*WAIT)
+        self.look: Any = None
+        self.given_up: Consumer | None = None
+        compression.bound(settings.max_decompressed_bytes)
+        self._create_task_handler = consumer.create_task_handler
+        consumer.create_task_handler = self.create_task_handler
+        consumer.on_decode_error = self.on_decode_error
+        consumer.on_invalid_task = self.on_invalid_task
+        consumer.on_unknown_message = self.on_unknown_message
+        consumer.on_unknown_task = self.on_unknown_task
+
+    def start(self, consumer: Any) -> None:
+        channel = consumer.task_consumer.channel
+        if isinstance(channel, KeepsMalformed):
+            self.look = consumer.timer.call_repeatedly(
+                LOOK, consumer.call_soon, (self.empty, channel)
+            )
+        eda = consumer.app.eda
+        if eda.settings.delivery_limit and consumer.connection.transport.driver_type == "amqp":
+            self.given_up = self._consume(undelivered.queue_of(eda.service))
+
+    def stop(self, consumer: Any) -> None:
+        """Forget what is not acknowledged yet: the broker brings it again."""
+        self.waiting.clear()
+        if self.look is not None:
+            self.look.cancel()
+        if self.given_up is not None:
+            ignore_errors(consumer, self.given_up.cancel)
+            self.given_up = None
+
+    def _consume(self, queue: Queue) -> Consumer:
+        """Take what comes to *queue*, on a channel of its own, beside the tasks."""
+        consumer = Consumer(
+            self.consumer.connection.channel(),
+            queues=[queue],
+            on_message=self.give_up,
+            on_decode_error=self.give_up,
+            prefetch_count=AT_ONCE,
+        )
+        consumer.consume()
+        return consumer
+
+    # ── what Celery calls ───────────────────────────────────────────────────────────────────
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+        """What Celery calls with each message, behind the look at it."""
+        handle = self._create_task_handler(*args, **kwargs)
+
+        def handle_if_sound(message: Any) -> None:
+            if refusal := inspect(message, self.limits):
+                self.refuse(message, refusal)
+                return
+            try:
+                handle(message)
+            except self.consumer.connection_errors:
+                raise
+            except Exception as error:
+                if _is_reserved(message):
+                    raise  # the pool has it
+                self.refuse(message, Refusal(Reason.malformed, error))
+
+        return handle_if_sound
+
+    def on_decode_error(self, message: Any, error: Exception) -> None:
+        self.refuse(message, Refusal.of(error))
+
+    def on_invalid_task(self, body: Any, message: Any, error: Exception) -> None:
+        self.refuse(message, Refusal(Reason.malformed, error))
+
+    def on_unknown_message(self, body: Any, message: Any) -> None:
+        self.refuse(message, Refusal(Reason.malformed, Malformed("no call of a task")))
+
+    def on_unknown_task(self, body: Any, message: Any, error: Exception) -> None:
+        unknown = NotRegistered("this worker has no task of that name")
+        self.refuse(message, Refusal(Reason.unknown_task, unknown))
+
+    # ── refusing ────────────────────────────────────────────────────────────────────────────
+
+    def refuse(self, message: Any, refusal: Refusal) -> None:
+        """Keep *message* as a dead letter, then acknowledge it; later, if that cannot be now."""
+        self._keep_soon(message, refused(message, refusal))
+
+    def give_up(self, message: Any, *_: Any) -> None:
+        """Keep *message*, which a queue of the broker gave up, as a dead letter."""
+        self._keep_soon(message, given_up(message))
+
+    def _keep_soon(self, message: Any, what: Refused) -> None:
+        self.waiting.append((message, what))
+        if len(self.waiting) == 1:
+            self.try_all()
+
+    def try_all(self) -> None:
+        """Keep what waits, each once; what fails waits on, unless the broker has taken it back."""
+        for _ in range(len(self.waiting)):
+            each = self.waiting.popleft()
+            try:
+                self._keep(*each)
+            except Exception as error:
+                log.error("a dead letter cannot be written yet: %s", printable(repr(error)))
+                self.waiting.append(each)
+                if self.is_away(error):
+                    break
+        if self.waiting:
+            # A timer may be a thread; what it calls soon runs where messages are received.
+            call = (self.consumer.call_soon, (self.try_all,))
+            self.consumer.timer.call_after(next(self.delays), *call)
+        else:
+            self.delays = delays(*WAIT)
+
+    def empty(self, channel: KeepsMalformed) -> None:
+        """Keep what *channel* has set aside."""
+        if self.waiting:
+            return
+        try:
+            for payload in channel.malformed(AT_ONCE):
+                what = unread(payload)
+                if self.refusals.keep(what):
+                    _tell(what)
+                channel.forget_malformed(payload)
+        except Exception as error:
+            log.warning("what is malformed stays set aside: %s", printable(repr(error)))
+
+    def _keep(self, message: Any, what: Refused) -> None:
+        fresh = self.refusals.keep(what)
+        if fresh:
+            _tell(what)
+        message.ack_log_error(log, self.consumer.connection_errors)
+        if fresh:
+            self._tell_others(message, what.refusal)
+
+    def _tell_others(self, message: Any, refusal: Refusal) -> None:
+        """Say what Celery would say of such a message, to whoever waits for it."""
+        if refusal.reason is not Reason.unknown_task:
+            signals.task_rejected.send(sender=self.consumer, message=message, exc=refusal.error)
+            return
+        try:
+            self._tell_of_unknown_task(message)
+        except Exception as error:
+            log.error("nobody could be told of an unknown task: %s", printable(repr(error)))
+
+    def _tell_of_unknown_task(self, message: Any) -> None:
+        task_id, name = message.headers["id"], message.headers["task"]
+        error = NotRegistered(name)
+        request = Bunch(
+            name=name,
+            chord=None,
+            root_id=message.headers.get("root_id"),
+            correlation_id=message.properties.get("correlation_id"),
+            reply_to=message.properties.get("reply_to"),
+            errbacks=None,
+        )
+        self.consumer.app.backend.mark_as_failure(task_id, error, request=request)
+        if self.consumer.event_dispatcher:
+            self.consumer.event_dispatcher.send("task-failed", uuid=task_id, exception=repr(error))
+        signals.task_unknown.send(
+            sender=self.consumer, message=message, exc=error, name=name, id=task_id
+        )
+
+
+def _is_reserved(message: Any) -> bool:
+    """Whether Celery has made a request of *message* and taken it on."""
+    request = state.requests.get(message.headers.get("id"))
+    return request is not None and request.message is message
+
+
+def _tell(what: Refused) -> None:
+    task, refusal = printable(what.letter.task), what.refusal
+    log.error("dead letter: %s %s: %s", task, refusal.reason.value, printable(str(refusal.error)))
+
+
+def printable(text: str) -> str:
+    """*text* on one bounded line: what could break the line, or paint it, is escaped."""
+    cut = text[:LONGEST_IN_LOG] + ("…" if len(text) > LONGEST_IN_LOG else "")
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in cut)

@@ -1,0 +1,221 @@
+"""Messages that no task gets to see: each is kept whole as a dead letter, once, and then may go.
+
+Whoever acknowledges such a message does so after its dead letter has been committed. If it comes
+again all the same, the inbox knows it by what it consists of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any
+from uuid import UUID, uuid5
+
+from kombu.utils import json
+from sqlalchemy import Engine
+
+from celery_eda.dead_letters import DeadLetters, Reason, text_of
+from celery_eda.errors import Malformed, WorkersLost
+from celery_eda.inbox import Inbox, Outcome
+from celery_eda.inspection import Refusal
+from celery_eda.message import PROPERTIES, Identity, Message
+from celery_eda.tables import NAME_LENGTH
+from celery_eda.transports import undelivered
+
+#: The consumer under which the inbox knows what was refused.
+CONSUMER = "celery_eda.inspection"
+#: A header or property under which others are kept: as JSON text that could not be read back
+#: otherwise, or because no message can be sent with them.
+UNREADABLE_JSON = "eda_json"
+OTHERS = "eda_others"
+
+_GIVEN_UP = {
+    undelivered.DELIVERY_LIMIT: Reason.lost_worker,
+    undelivered.EXPIRED: Reason.expired,
+}
+_CONTENTS = UUID("0d0f2a52-4f0e-5a3e-8c1d-6a2f1d7d1b7c")
+#: What differs from one delivery of a message to the next.
+_OF_DELIVERY = frozenset(("redelivered", "x-delivery-count", "x-acquired-count"))
+#: Properties that say how a message travelled, or are kept elsewhere.
+_OF_TRANSPORT = frozenset(
+    (
+        *("application_headers", "body_encoding", "content_encoding", "content_type"),
+        *("delivery_info", "delivery_tag"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A message that may go once it has been kept.
+
+    Attributes:
+        letter: as its dead letter keeps it.
+        consumer: under which the inbox knows it, as *identity*.
+    """
+
+    letter: Message
+    refusal: Refusal
+    consumer: str
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """Keeps what is refused."""
+
+    engine: Engine
+    inbox: Inbox
+    dead_letters: DeadLetters
+
+    def keep(self, refused: Refused) -> bool:
+        """Write the dead letter of *refused*, unless what became of it is recorded already.
+
+        Returns:
+            False if it is. Either way the message may be acknowledged.
+        """
+        letter, refusal, consumer = refused.letter, refused.refusal, refused.consumer
+        with self.engine.begin() as connection:
+            fresh = self.inbox.close(connection, consumer, refused.identity, Outcome.dead)
+            if fresh:
+                self.dead_letters.add(
+                    connection,
+                    letter,
+                    refusal.reason,
+                    error=refusal.error,
+                    attempts=1,
+                    consumer=None if consumer == CONSUMER else consumer,
+                )
+        return fresh
+
+
+def refused(message: Any, refusal: Refusal) -> Refused:
+    """*message*, kombu's, that no task gets to see.
+
+    It is known by its contents. Two that are alike in every byte, delivery tag included where a
+    publisher gives one, are one.
+    """
+    body, info = _bytes(message.body), message.delivery_info or {}
+    names = [_name(each) for each in (message.content_type, message.content_encoding)]
+    names += [_name(info.get(each)) for each in ("exchange", "routing_key")]
+    headers, properties = storable(message.headers), storable(message.properties)
+    others = {name: properties[name] for name in properties.keys() - PROPERTIES - _OF_TRANSPORT}
+    kept = {name: properties[name] for name in PROPERTIES & properties.keys()}
+    lasting = {name: headers[name] for name in headers.keys() - _OF_DELIVERY}
+    tag = info.get("delivery_tag") or properties.get("delivery_tag")
+    contents = _identity_of(body, *names, lasting, kept, others, tag if isinstance(tag, str) else 0)
+    content_type, content_encoding, exchange, routing_key = names
+    letter = Message(
+        identity=_own_identity(message.headers) or contents,
+        task=_name(headers.get("task")),
+        body=body,
+        content_type=content_type,
+        content_encoding=content_encoding,
+        headers=headers,
+        properties={**kept, OTHERS: others} if others else kept,
+        exchange=exchange,
+        routing_key=routing_key,
+    )
+    return Refused(letter, refusal, CONSUMER, contents)
+
+
+def given_up(message: Any) -> Refused:
+    """*message*, kombu's, that a queue of the broker gave up.
+
+    It is known as the consumer of its task knows it, who may have recorded its end before.
+    """
+    why, exchange, routing_key = undelivered.origin_of(message.headers)
+    error = WorkersLost(f"the broker gave it up: {why}")
+    kept = refused(message, Refusal(_GIVEN_UP.get(why, Reason.rejected), error))
+    letter = replace(kept.letter, exchange=_name(exchange), routing_key=_name(routing_key))
+    identity = _own_identity(message.headers) or _foreign_identity(message.headers)
+    if identity is None or not letter.task:
+        return replace(kept, letter=letter)
+    return Refused(replace(letter, identity=identity), kept.refusal, letter.task, identity)
+
+
+def unread(payload: bytes) -> Refused:
+    """What could not even be read as a message."""
+    identity = _identity_of(payload)
+    letter = Message(identity, "", payload, "application/data", "binary", {}, {}, "", "")
+    error = Malformed("not a message as kombu writes them")
+    return Refused(letter, Refusal(Reason.malformed, error), CONSUMER, identity)
+
+
+def storable(value: Any) -> dict[str, Any]:
+    """Headers or properties as they can be written as JSON and read back; nothing is left out."""
+    plain = _plain(value)
+    try:
+        text = json.dumps(plain)
+    except Exception:
+        return {UNREADABLE_JSON: repr(plain)}
+    try:
+        json.loads(text)
+    except Exception:
+        return {UNREADABLE_JSON: text}
+    return plain if isinstance(plain, dict) else {UNREADABLE_JSON: text}
+
+
+def _plain(value: Any) -> Any:
+    """A copy of *value* in which names are text and buffers are bytes, however deep it is."""
+    whole = [value]
+    todo: list[tuple[Any, Any]] = [(whole, 0)]
+    while todo:
+        container, place = todo.pop()
+        match container[place]:
+            case Mapping() as mapping:
+                copy: Any = {_text(name): each for name, each in mapping.items()}
+                todo.extend((copy, name) for name in copy)
+            case list() | tuple() as items:
+                copy = list(items)
+                todo.extend((copy, position) for position in range(len(copy)))
+            case bytearray() | memoryview() as buffer:
+                copy = bytes(buffer)
+            case item:
+                copy = item
+        container[place] = copy
+    return whole[0]
+
+
+def _text(name: Any) -> str:
+    return name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name)
+
+
+def _bytes(body: Any) -> bytes:
+    match body:
+        case None:
+            return b""
+        case str():
+            return body.encode(errors="surrogatepass")
+        case _:
+            return bytes(body)
+
+
+def _name(value: Any) -> str:
+    """*value* as it fits into a column; what is cut stays in the headers."""
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else repr(value)
+    return text_of(text[:NAME_LENGTH])[:NAME_LENGTH]
+
+
+def _own_identity(headers: Any) -> Identity | None:
+    try:
+        return Identity.of_headers(headers)
+    except (AttributeError, ValueError):
+        return None
+
+
+def _foreign_identity(headers: Any) -> Identity | None:
+    retries, nesting = (headers.get(name) or 0 for name in ("retries", "replaced_task_nesting"))
+    match headers.get("id"), retries, nesting:
+        case str(task_id), int(), int() if 0 <= retries < 2**31:
+            return Identity.of_foreign(task_id, retries, nesting)
+    return None
+
+
+def _identity_of(body: bytes, *parts: Any) -> Identity:
+    digest = sha256(sha256(body).digest())
+    digest.update(json.dumps(parts, default_kwargs={"sort_keys": True}).encode())
+    return Identity(uuid5(_CONTENTS, digest.hexdigest()))

@@ -1,0 +1,44 @@
+"""The thread that sends right after the commit goes on, whatever happens to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from celery_eda.relay import Round
+from celery_eda.sender import Sender
+from celery_eda.settings import Settings
+
+
+class Stumbling:
+    """Stands for a relay, with a mistake that shows once."""
+
+    settings = Settings()
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def send(self, ids: Sequence[int]) -> Round:
+        self.asked += ids
+        if len(self.asked) == 1:
+            raise AttributeError("a mistake of ours")
+        return Round(confirmed=len(ids))
+
+    def close(self) -> None:
+        """Nothing is connected."""
+
+
+def test_what_is_committed_after_a_mistake_is_sent_all_the_same() -> None:
+    relay: Any = Stumbling()
+    sender = Sender(lambda: relay)
+
+    sender.hand_off([1])
+    deadline = time.monotonic() + 30
+    while not relay.asked and time.monotonic() < deadline:
+        time.sleep(0.01)
+    sender.hand_off([2])
+    while len(relay.asked) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    assert relay.asked == [1, 2]
