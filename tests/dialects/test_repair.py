@@ -488,18 +488,18 @@ def test_of_a_skip_and_a_redrive_at_once_one_wins(desk: Desk) -> None:
 @pytest.mark.parametrize("database", LOCKING, indirect=True)
 def test_who_looked_before_another_redrove_sends_nothing(desk: Desk) -> None:
     id = desk.bury(message())
-    with desk.engine.connect() as connection:
-        connection = connection.execution_options(isolation_level="REPEATABLE READ")
-        assert desk.dead_letters.find(connection, id)
-        desk.do("redrive", id)
-        try:
-            end = desk.repair.redrive(connection, id, BOB)
-            connection.commit()
-        except DBAPIError as error:
-            assert desk.database.dialect.is_transient(error)
-        else:
-            assert not end.fresh
 
+    def redrive_late() -> End:
+        engine = desk.engine.execution_options(isolation_level="REPEATABLE READ")
+        with engine.begin() as connection:
+            assert desk.dead_letters.find(connection, id)
+            desk.do("redrive", id)
+            return desk.repair.redrive(connection, id, BOB)
+
+    (end,) = desk.at_once(redrive_late)
+
+    # PostgreSQL says so; MariaDB shows what has become of the letter.
+    assert isinstance(end, DBAPIError) or not end.fresh
     assert len(desk.sent()) == 1
 
 
