@@ -70,11 +70,11 @@ class EDA:
     app: Celery
 
     #: Of each task: the errors that a repairer takes on, its name, and its queue if it has one.
-    _registered: dict[str, list[tuple[Any, str, str | None]]]
+    _known_repairers: dict[str, list[tuple[Any, str, str | None]]]
 
     def __init__(self, app: Celery | None = None, *, engine: Engine | None = None) -> None:
         self._engine = engine
-        self._registered = {}
+        self._known_repairers = {}
         self.task = TaskDecorator(self)
         if app is not None:
             self.init_app(app)
@@ -173,7 +173,7 @@ class EDA:
         """
         repaired = task if isinstance(task, str) else task.name
         repairer = name or f"{repaired}.repair"
-        known = self._registered.setdefault(repaired, [])
+        known = self._known_repairers.setdefault(repaired, [])
         if repairer in (each for _, each, _ in known):
             raise ConfigurationError(
                 f"{repaired} has a repairer {repairer} already. Give this one a name of its own: "
@@ -197,12 +197,12 @@ class EDA:
     @property
     def repair_queues(self) -> set[str]:
         """The queues of all repair tasks."""
-        known = [each for those in self._registered.values() for each in those]
+        known = [each for repairers in self._known_repairers.values() for each in repairers]
         return {queue or self.settings.repair_queue for _, _, queue in known}
 
     def _seek_repair(self, task: Task, error: Exception, letter: int) -> None:
         """Publish the repair of a dead letter, if somebody repairs such errors of *task*."""
-        for on, name, queue in self._registered.get(task.name, ()):
+        for on, name, queue in self._known_repairers.get(task.name, ()):
             if isinstance(error, on):
                 where = queue or self.settings.repair_queue
                 self.app.tasks[name].apply_async((letter,), queue=where)

@@ -199,7 +199,9 @@ class DeadLetters:
             # Written, not only locked: SQLite knows no other lock on a row.
             same = update(table).where(table.c.id == id).values(state=table.c.state)
             connection.execute(same)
-        row = connection.execute(select_rows(table).where(table.c.id == id)).one_or_none()
+        query = select_rows(table).where(table.c.id == id)
+        # A locking read: at REPEATABLE READ MariaDB would show the row as it was before.
+        row = connection.execute(query.with_for_update() if lock else query).one_or_none()
         return None if row is None else _from_row(row)
 
     def select(

@@ -25,9 +25,12 @@ def service_of(context: click.Context) -> Any:
 
 def printable(text: object, *, lines: bool = False) -> str:
     """*text* with everything escaped that a terminal would obey; line ends stay if *lines* may."""
+    try:
+        text = str(text)
+    except RecursionError:
+        text = "(nested too deep to be shown)"
     return "".join(
-        each if each.isprintable() or (lines and each == "\n") else _escaped(each)
-        for each in str(text)
+        each if each.isprintable() or (lines and each == "\n") else _escaped(each) for each in text
     )
 
 

@@ -30,8 +30,8 @@ def mending(road: Road) -> None:
     road.app = "tests.road.mending"
 
 
-def worker(road: Road, **environment: str) -> Process:
-    return road.worker("-Q", "road,eda.repair", **environment)
+def worker(road: Road, name: str = "one", **environment: str) -> Process:
+    return road.worker("-Q", "road,eda.repair", "-n", f"{name}@%h", **environment)
 
 
 def dead_letters(road: Road, *arguments: object, **environment: str) -> Process:
@@ -79,8 +79,8 @@ TRADE = f"""
 
 
 def test_a_repairer_mends_one_account_while_the_others_go_on(road: Road) -> None:
-    for _ in range(2):
-        worker(road, ROAD_REPAIRER="mends")
+    for name in ("one", "other"):
+        worker(road, name, ROAD_REPAIRER="mends")
     road.relay()
     publish(road, TRADE)
 
@@ -97,8 +97,8 @@ def test_a_repairer_mends_one_account_while_the_others_go_on(road: Road) -> None
 
 
 def test_a_person_mends_one_account_while_the_others_go_on(road: Road) -> None:
-    for _ in range(2):
-        worker(road)
+    for name in ("one", "other"):
+        worker(road, name)
     road.relay()
     publish(road, TRADE)
     everything = list(range(1, TRADES + 1))
