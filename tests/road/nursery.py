@@ -133,12 +133,14 @@ def serve(path: str) -> Any:
     for each in MODULES:
         importlib.import_module(each)
     gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the tests, who then let go of us
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(path)
         door.listen()
         print("open")  # noqa: T201
         born: dict[int, socket.socket] = {}
-        bell, ringer = os.pipe2(os.O_NONBLOCK)
+        bell, ringer = os.pipe()
+        os.set_blocking(ringer, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(ringer, warn_on_full_buffer=False)
         while True:
@@ -184,6 +186,7 @@ def begin(
     """Become a process of its own; returns what it is to run."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
     for number, path in ((0, os.devnull), (1, output), (2, errors)):
