@@ -20,7 +20,8 @@ test: lint .venv/test .venv-oldest/test
 
 # Most tests wait for processes. The hash seed: pytest-celery keeps its parameters in sets, and the
 # test processes have to agree on their order.
-PARALLEL = -q -n 4
+# Each process takes a stretch of the tests, with its fixtures, and then from what others have left.
+PARALLEL = -q -n 4 --dist worksteal
 test soak: export PYTHONHASHSEED = 0
 
 CORE = tests/unit tests/road/test_whole_road.py

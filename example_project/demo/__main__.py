@@ -27,8 +27,8 @@ from example_project.demo.judge import Books, Verdict
 from example_project.demo.processes import Failed
 from example_project.demo.shop import RELAYS, WORKERS, Shop
 
-#: Seconds that the shop may take to serve everybody after the last order.
-PATIENCE = 30.0
+#: Seconds that the shop may take to serve everybody after the last order, on a slow machine.
+PATIENCE = 60.0
 #: Seconds in which a copy of a message that is still under way comes back.
 LAST_COPIES = settings.broker_transport_options["visibility_timeout"] + 2
 SECONDS_BETWEEN_LINES = 2.0

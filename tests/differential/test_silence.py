@@ -199,15 +199,15 @@ with eda.transaction():
     whole = chord([group(add.s(1, 1), add.s(2, 2)), add.s(3, 3)])(keep.s(1)) if CHORDS else None
     again = result_from_tuple(many.as_tuple(), app=app)
 Path(os.environ["ROAD_FOLDER"], "published").touch()
-wait_for("handled", 40)
+wait_for("handled", 400)
 
-assert many.get(timeout=40) == [0, 2, 4, 6, 8]
-assert again.get(timeout=40) == [0, 2, 4, 6, 8]
+assert many.get(timeout=150) == [0, 2, 4, 6, 8]
+assert again.get(timeout=150) == [0, 2, 4, 6, 8]
 assert many.completed_count() == 5
-assert one.get(timeout=40) == 3
-assert three.get(timeout=40) == 7
-assert three.parent.get(timeout=40) == 4
-assert whole is None or sorted(whole.get(timeout=40)) == [2, 4, 6]
+assert one.get(timeout=150) == 3
+assert three.get(timeout=150) == 7
+assert three.parent.get(timeout=150) == 4
+assert whole is None or sorted(whole.get(timeout=150)) == [2, 4, 6]
 """
 
 
@@ -232,7 +232,8 @@ def test_what_was_published_while_all_was_away_arrives_and_its_results_can_be_fe
         wire.black_hole()
         results_wire.refuse()
         with ThreadPoolExecutor() as threads:
-            fetched = threads.submit(road.run, FETCH.replace("CHORDS", str(backend == "redis")))
+            code = FETCH.replace("CHORDS", str(backend == "redis"))
+            fetched = threads.submit(road.run, code, patience=600)
             road.until((tmp_path / "published").exists, "the commit, with everything away")
             road.until(lambda: road.waiting() >= 7, "the messages in the outbox")
             wire.heal()

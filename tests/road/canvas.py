@@ -28,7 +28,7 @@ from celery_eda import checkpoints
 from tests.road.tables import effects
 
 PLAIN = os.environ.get("ROAD_PLAIN") == "1"
-PATIENCE = 60
+PATIENCE = 150
 if PLAIN:
     app = Celery("road", broker=os.environ["ROAD_BROKER"], backend=os.environ["ROAD_RESULTS"])
     app.conf.task_default_queue = "plain"

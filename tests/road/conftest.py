@@ -20,6 +20,7 @@ from sqlalchemy import Engine, create_engine, func, select
 from celery_eda import upgrading
 from celery_eda.dialects import dialect_of
 from celery_eda.tables import Tables
+from tests.road import nursery
 from tests.road.nursery import Born
 from tests.road.tables import effects, metadata, orders
 from tests.servers.base import Server
@@ -262,6 +263,13 @@ class Road:
     def _all(self, query: Any) -> list[Any]:
         with self.engine.connect() as connection:
             return list(connection.scalars(query))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nursery() -> Iterator[None]:
+    """Ended together with the tests."""
+    yield
+    nursery.close()
 
 
 @pytest.fixture

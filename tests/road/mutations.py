@@ -9,6 +9,7 @@ from celery import bootsteps
 from celery.exceptions import Ignore, Retry
 from celery.worker.request import Request
 from kombu import Connection
+from kombu.transport import redis
 from sqlalchemy import Connection as DatabaseConnection
 
 from celery_eda import handling, publishing, results
@@ -73,8 +74,12 @@ def not_mandatory() -> None:
 
 
 def kombu_takes_from_redis() -> None:
-    """What a worker has popped, and what it notes as unacknowledged, are two steps again."""
+    """What a worker has popped, and what it notes as unacknowledged, are two steps again.
+
+    Its wait for a message lasts, so that the test finds it waiting; it ends every second else.
+    """
     publishing.CapturingAMQP.Connection = Connection
+    redis.Transport.brpop_timeout = 60
 
 
 def early_acknowledgement() -> None:

@@ -67,7 +67,7 @@ class Born:
         """Start ``python`` with *arguments*: ``-m MODULE …`` or ``-c CODE``."""
         self.returncode: int | None = None
         self._line = socket.socket(socket.AF_UNIX)
-        self._line.connect(_nursery())
+        self._line.connect(_nursery()[0])
         request = [list(arguments), environment, str(output), str(errors or output)]
         self._line.sendall(json.dumps(request).encode() + b"\n")
         self.pid = int(self._heard())
@@ -110,9 +110,17 @@ class Born:
         return heard.decode()
 
 
+def close() -> None:
+    """End the nursery, if there is one."""
+    if _nursery.cache_info().currsize:
+        _, process = _nursery()
+        _nursery.cache_clear()
+        process.communicate()
+
+
 @cache
-def _nursery() -> str:
-    """The socket of a nursery, which ends with this process."""
+def _nursery() -> tuple[str, subprocess.Popen[bytes]]:
+    """A nursery and its socket; it ends when this process does, at the latest."""
     path = os.path.join(tempfile.mkdtemp(prefix="nursery-"), "socket")
     process = subprocess.Popen(
         [sys.executable, "-m", __name__, path],
@@ -122,7 +130,7 @@ def _nursery() -> str:
     )
     assert process.stdout
     assert process.stdout.readline() == b"open\n", "the nursery has not opened"
-    return path
+    return path, process
 
 
 # What follows runs in the nursery.
@@ -133,12 +141,14 @@ def serve(path: str) -> Any:
     for each in MODULES:
         importlib.import_module(each)
     gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the tests, who then let go of us
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(path)
         door.listen()
         print("open")  # noqa: T201
         born: dict[int, socket.socket] = {}
-        bell, ringer = os.pipe2(os.O_NONBLOCK)
+        bell, ringer = os.pipe()
+        os.set_blocking(ringer, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(ringer, warn_on_full_buffer=False)
         while True:
@@ -184,6 +194,7 @@ def begin(
     """Become a process of its own; returns what it is to run."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
     for number, path in ((0, os.devnull), (1, output), (2, errors)):

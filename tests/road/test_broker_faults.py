@@ -21,7 +21,7 @@ from tests.transports.letters import connection_to
 
 ORDERS = 180
 #: Time to recover on a busy machine: a restart, reconnecting, a redelivery.
-HEALING = 120.0
+HEALING = 240.0
 
 on_rabbitmq = pytest.mark.parametrize("road", ["rabbitmq-postgresql"], indirect=True)
 on_both = pytest.mark.parametrize("road", ["rabbitmq-postgresql", "redis-mariadb"], indirect=True)

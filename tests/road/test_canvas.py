@@ -90,7 +90,7 @@ def supervise(road: Road, condition: Callable[[], Any], what: str) -> None:
                 process.start()
         return condition()
 
-    road.until(revive_and_see, what, patience=120)
+    road.until(revive_and_see, what, patience=240)
 
 
 def results_of(road: Road, waiting: Born) -> dict[str, Any]:

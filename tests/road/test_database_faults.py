@@ -20,7 +20,7 @@ from tests.transports.letters import empty, ids
 
 ORDERS = 30
 COMMITTED = Counter(number for number in range(1, ORDERS + 1) if number % 3)
-HEALING = 120.0
+HEALING = 240.0
 
 on_postgresql = pytest.mark.parametrize("road", ["rabbitmq-postgresql"], indirect=True)
 on_servers = pytest.mark.parametrize(
@@ -305,14 +305,14 @@ def endure(road: Road, wire: Proxy, faults: Iterable[str]) -> None:
 
     for round_, name in enumerate(faults, start=1):
         before = len(road.committed())
-        producer = road.producer(1000 * round_, 1000 * round_ + 89)
+        producer = road.producer(1000 * round_, 1000 * round_ + 299)
         road.until(lambda before=before: len(road.committed()) > before + 3, name)  # type: ignore[misc]
         SILENT_FAULTS[name](wire)
         road.pause(2, "processes run into it")
         expect_hits(int(producer.alive), f"producer under way: {name}")
         wire.heal()
         producer.wait()
-        place_in_spite(road, 1000 * round_, 1000 * round_ + 89)
+        place_in_spite(road, 1000 * round_, 1000 * round_ + 299)
         expect_each_effect_once(road)
 
     producer = road.producer(6000, 6059)

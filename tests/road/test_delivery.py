@@ -15,7 +15,7 @@ from celery import Celery
 from kombu import Connection, Message
 from kombu.simple import SimpleQueue
 
-from tests.road.conftest import Road
+from tests.road.conftest import PATIENCE, Road
 
 pytestmark = pytest.mark.parametrize(
     "road", ["rabbitmq-postgresql", "redis-mariadb"], indirect=True
@@ -61,7 +61,7 @@ def captured(road: Road, code: str) -> Message:
     """The message that *code* publishes, as it comes out of the broker."""
     road.run(code + "\neda.relay().drain()")
     with queue(road) as waiting:
-        message = waiting.get(timeout=20)
+        message = waiting.get(timeout=PATIENCE)
         message.ack()
         return message
 
@@ -75,7 +75,7 @@ def test_copies_take_effect_once_and_give_the_recorded_result(road: Road, plain:
     road.worker()
     road.worker("-n", "another@%h")
 
-    assert result.get(timeout=45) == 3
+    assert result.get(timeout=PATIENCE) == 3
     result.forget()
     with queue(road) as wire:
         put(wire, message)
@@ -160,7 +160,7 @@ def test_a_delayed_message_waits_in_the_outbox_and_nowhere_else(road: Road, plai
     road.run("charge.apply_async((2,), countdown=12)")
 
     assert road.waiting() == 1
-    inspected = plain.control.inspect(timeout=3.0)
+    inspected = plain.control.inspect(timeout=10.0, limit=1)
     in_memory = [inspected.scheduled(), inspected.reserved()]
     with queue(road) as waiting, pytest.raises(waiting.Empty):
         waiting.get(timeout=0.5)

@@ -170,7 +170,6 @@ def kill_the_worker_that_a_message_is_handed_to(road: Road, mutation: str) -> No
     road.until(lambda: road.effects()[1] == 1, "a worker that waits for the next message")
     relay.signal(signal.SIGSTOP)
     road.place(2, 2)
-    # Sent at once: kombu's wait for a message ends, and begins anew, every second.
     worker.signal(signal.SIGSTOP)
     relay.signal(signal.SIGCONT)
     road.settle(1.0)

@@ -89,7 +89,7 @@ def test_relays_side_by_side_send_each_message_once(road: Road, relays: int) -> 
 
     for _ in range(relays):
         road.relay(**UNHURRIED)
-    road.until(lambda: road.waiting() == 0, "an empty outbox", 120)
+    road.until(lambda: road.waiting() == 0, "an empty outbox", 240)
 
     found = wire(road)
     expect_hits(len(found), f"messages sent by {relays} relays, {copies(found)} copies")
@@ -116,12 +116,12 @@ def test_an_outage_in_the_middle_costs_a_copy_only_of_what_was_under_way(
     road.run(FILL)
     for _ in range(relays):
         road.relay(**UNHURRIED)
-    road.until(lambda: road.waiting() < ROWS * 0.7, "a good part sent", 120)
+    road.until(lambda: road.waiting() < ROWS * 0.7, "a good part sent", 240)
 
     broker.kill()
     left = road.waiting()
     broker.start()
-    road.until(lambda: road.waiting() == 0, "an empty outbox", 120)
+    road.until(lambda: road.waiting() == 0, "an empty outbox", 240)
 
     found = wire(road)
     expect_hits(left, f"messages left when the broker died under {relays} relays")

@@ -38,7 +38,8 @@ def expect_refusal(road: Road, worker: Process, *words: str) -> None:
         *(("rabbitmq-postgresql", pool) for pool in ("prefork", "threads", "solo", "gevent")),
         ("redis-mariadb", "prefork"),
         pytest.param("redis-mariadb", "gevent", marks=pytest.mark.soak),
-        *(("redis-sqlite", pool) for pool in ("prefork", "threads")),
+        pytest.param("redis-sqlite", "prefork", marks=pytest.mark.soak),
+        ("redis-sqlite", "threads"),
     ],
     indirect=["road"],
 )

@@ -64,7 +64,7 @@ def test_a_handler_that_takes_its_process_down_takes_effect_once(
         ("redis-mariadb", "prefork", "kill always"),
         ("redis-sqlite", "prefork", "sys.exit always"),
         ("rabbitmq-postgresql", "threads", "sys.exit always"),
-        ("redis-mariadb", "threads", "sys.exit always"),
+        pytest.param("redis-mariadb", "threads", "sys.exit always", marks=pytest.mark.soak),
     ],
     indirect=["road"],
 )
