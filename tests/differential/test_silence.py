@@ -7,6 +7,7 @@ that the database gets.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -48,10 +49,13 @@ CANVAS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 _connects: list[Any] | None = None
+#: Threads that earlier tests have left, and that may connect again at any time.
+_others: set[int | None] = set()
 
 
 def _hear(name: str, arguments: tuple[Any, ...]) -> None:
-    if _connects is not None and name in ("socket.connect", "socket.getaddrinfo"):
+    connects = name in ("socket.connect", "socket.getaddrinfo")
+    if connects and _connects is not None and threading.get_ident() not in _others:
         _connects.append(arguments)
 
 
@@ -60,8 +64,9 @@ sys.addaudithook(_hear)  # for good: Python has no way to remove one
 
 @contextmanager
 def connects() -> Iterator[list[Any]]:
-    """Every connection that this process opens in the block, from Python."""
-    global _connects
+    """Every connection that the block opens, in this thread or in one that it starts."""
+    global _connects, _others
+    _others = {each.ident for each in threading.enumerate()} - {threading.get_ident()}
     _connects = []
     try:
         yield _connects
