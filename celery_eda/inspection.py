@@ -185,8 +185,9 @@ def _check_properties(message: Any) -> None:
         if value is not None and not (isinstance(value, str) and len(value) <= LONGEST_NAME):
             raise Malformed(f"property {name!r}: {_described(value)}")
     for name in ("exchange", "routing_key"):
-        if not isinstance((message.delivery_info or {}).get(name) or "", str):
-            raise Malformed(f"delivery info {name!r}: no text")
+        value = (message.delivery_info or {}).get(name) or ""
+        if not _is_long_name(value):
+            raise Malformed(f"delivery info {name!r}: {_described(value)}")
     if not isinstance(message.properties.get("priority") or 0, int):
         raise Malformed("property 'priority': no whole number")
 

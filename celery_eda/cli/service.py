@@ -17,7 +17,7 @@ def service_of(context: click.Context) -> Any:
             f"The app {app.main or ''!r} is not extended. Add `eda = EDA(app)` to its module."
         )
     try:
-        app.eda.settings  # noqa: B018  # reading them checks them
+        app.eda.url  # noqa: B018  # reading it checks the settings
     except ConfigurationError as error:
         raise click.ClickException(str(error)) from error
     return app.eda
