@@ -18,7 +18,7 @@ from sqlalchemy import Table, func, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from celery_eda import EDA, schema
+from celery_eda import EDA, upgrading
 from celery_eda.message import Identity
 from celery_eda.refusals import Refusals
 from tests.road.hostile import Letter
@@ -84,7 +84,7 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
     def keyed(session: Session, number: int) -> None:
         shop.handled.append(number)
 
-    schema.upgrade(shop.eda.engine, shop.eda.tables)
+    upgrading.upgrade(shop.eda.engine, shop.eda.tables)
     decoders = dict(compression._decoders)
     with start_worker(app, perform_ping_check=False, shutdown_timeout=30.0):
         yield shop
