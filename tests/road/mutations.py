@@ -151,17 +151,6 @@ def celery_looks_first() -> None:
     Intake.start = Intake.stop = lambda *_: None  # type: ignore[method-assign,assign]
 
 
-def acknowledged_before_the_dead_letter() -> None:
-    keep = Intake._keep
-
-    def acknowledge_and_keep(self: Intake, message: Any, refusal: Any) -> None:
-        message.ack()
-        message.ack_log_error = lambda *_: None
-        keep(self, message, refusal)
-
-    Intake._keep = acknowledge_and_keep  # type: ignore[method-assign]
-
-
 def celery_drops_what_is_revoked() -> None:
     ReliableRequest.revoked = Request.revoked
     ReliableRequest._announce_revoked = Request._announce_revoked
@@ -191,7 +180,6 @@ MUTATIONS: dict[str, Callable[[], None]] = {
         failure_is_told_once,
         no_order,
         celery_looks_first,
-        acknowledged_before_the_dead_letter,
         celery_drops_what_is_revoked,
         redeliveries_are_not_counted,
     )

@@ -272,21 +272,3 @@ def test_without_the_inspection_a_message_vanishes(road: Road, hand: Hand, lette
     road.until(lambda: not left(hand), "the message gone from the broker")
 
     assert dead(road) == []
-
-
-@on_rabbitmq
-def test_acknowledged_before_its_dead_letter_is_written_a_message_is_lost(
-    road: Road, hand: Hand
-) -> None:
-    ready_worker(
-        road, fault=road.fault("refusal.kept"), ROAD_MUTATION="acknowledged_before_the_dead_letter"
-    )
-    hand.put(Letter("lost", body=b"null"))
-    road.until(road.struck("refusal.kept").exists, "a killed worker")
-    ready_worker(
-        road,
-    )
-    hand.put(call(1))
-    road.until(lambda: road.effects()[1], "the next message")
-
-    assert dead(road) == []
