@@ -22,7 +22,7 @@ class Malformed(ValueError):
     """A trade that cannot be done as it is."""
 
 
-@eda.task(name="road.trade", key="account")
+@eda.task(name="road.deal", key="account")
 def trade(session: Session, account: int, number: Any) -> None:
     """Takes effect with its number, unless that is none."""
     written = number if isinstance(number, int) else 0

@@ -93,7 +93,7 @@ def test_a_repairer_mends_one_account_while_the_others_go_on(road: Road) -> None
     assert [in_order(road, each) for each in range(ACCOUNTS)] == [everything] * ACCOUNTS
     assert road.effects("mended") == Counter({1: 1})
     assert letters(road, State.open) == []
-    assert actions(road) == Counter({("road.trade.repair", "repair"): 1})
+    assert actions(road) == Counter({("road.deal.repair", "repair"): 1})
 
 
 def test_a_person_mends_one_account_while_the_others_go_on(road: Road) -> None:
