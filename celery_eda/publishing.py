@@ -127,8 +127,7 @@ class CapturingAMQP(AMQP):
 
     def _captured(self, task: str, lane: Lane | None, recorder: RecordingProducer) -> Message:
         recorded = recorder.recorded
-        # A retry inherits the headers of the message it repeats: those of ours are always anew.
-        headers = _without_ours(recorded.pop("headers"))
+        headers = recorded.pop("headers")
         identity = self._identify(headers)
         if headers.get("expires") and self.app.eda.is_reliable(task):
             # The broker would drop it unseen; the worker that gets it makes a dead letter of it.
@@ -138,7 +137,8 @@ class CapturingAMQP(AMQP):
         message = Message(
             identity=identity,
             task=task,
-            headers={**headers, **identity.headers},
+            # A retry inherits the headers of the message it repeats: those of ours are always anew.
+            headers={**_without_ours(headers), **identity.headers},
             due=self._due(headers.get("eta")),
             queue=self._queue_of(declared, recorded["exchange"]),
             preparation=(*results.take_preparation(), *map(results.declaration_of, unknown)),

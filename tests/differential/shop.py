@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 from celery import Celery, Task, group
-from celery.worker.request import Request
 from kombu import Exchange, Queue
 from kombu.common import Broadcast
 from kombu.transport.native_delayed_delivery import (
     declare_native_delayed_delivery_exchanges_and_queues,
 )
+from kombu.utils.imports import symbol_by_name
 from sqlalchemy import delete, select
 
 from celery_eda import EDA, results, upgrading
@@ -129,7 +129,8 @@ class Shop:
         with self.app.connection_for_read() as connection:
             message = self._received(connection.default_channel)
             settled = lambda *_, **__: message.ack()  # noqa: E731
-            Request(message, app=self.app, on_ack=settled, on_reject=settled).execute()
+            request = symbol_by_name(self.app.tasks[message.headers["task"]].Request)
+            request(message, app=self.app, on_ack=settled, on_reject=settled).execute()
 
     def _received(self, channel: Any) -> Any:
         for queue in self.queues:
