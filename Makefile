@@ -24,7 +24,8 @@ test: lint .venv/test .venv-oldest/test
 PARALLEL = -q -n 4 --dist worksteal
 test soak: export PYTHONHASHSEED = 0
 
-CORE = tests/unit tests/road/test_whole_road.py
+CORE = $(addprefix tests/unit/test_,$(addsuffix .py,joining attachment delivery order transaction \
+	settings message inspection)) tests/road/test_whole_road.py
 
 lint: .venv/test
 	.venv/bin/ruff check .

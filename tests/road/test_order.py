@@ -104,7 +104,7 @@ def trade_under_fire(
 
 @on_all
 def test_trades_take_effect_in_order_while_processes_are_killed(road: Road) -> None:
-    trade_under_fire(road, 600, 20, workers=2, every=1.5, patience=90)
+    trade_under_fire(road, 400, 20, workers=2, every=1.5, patience=150)
 
 
 @pytest.mark.soak

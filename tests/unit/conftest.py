@@ -148,7 +148,14 @@ def clear(service: Service) -> None:
         connection.execute(delete(Order))
 
 
-@pytest.fixture(scope="module", params=VENDORS)
+def some_of(*vendors: str) -> list[Any]:
+    """These in every run, the others in soak: ``tests/dialects`` holds what differs."""
+    return [
+        each if each in vendors else pytest.param(each, marks=pytest.mark.soak) for each in VENDORS
+    ]
+
+
+@pytest.fixture(scope="module", params=some_of("postgresql", "sqlite"))
 def shared_database(request: pytest.FixtureRequest) -> Iterator[Database]:
     """One database for the tests of a module."""
     with made(request.param, request) as database:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -15,6 +15,8 @@ from click.testing import CliRunner, Result
 from sqlalchemy import select, update
 
 from celery_eda.cli import eda
+from tests.databases import Database
+from tests.unit.conftest import made, some_of
 from tests.unit.test_delivery import Slot, slot
 
 __all__ = ["slot"]
@@ -30,6 +32,13 @@ def run(slot: Slot, *arguments: object, input: str | None = None) -> Result:
 
 def letters(slot: Slot, *arguments: object, input: str | None = None) -> Result:
     return run(slot, "dead-letters", *arguments, input=input)
+
+
+@pytest.fixture(scope="module", params=some_of("sqlite"))
+def shared_database(request: pytest.FixtureRequest) -> Iterator[Database]:
+    """One database for the tests of the commands, which say the same on each."""
+    with made(request.param, request) as database:
+        yield database
 
 
 @pytest.fixture
