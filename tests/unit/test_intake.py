@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -64,6 +65,16 @@ class Shop:
         before = len(self.handled)
         self.put(Letter("call", headers={"task": "shop.handle", "id": str(time.monotonic_ns())}))
         self.until(lambda: len(self.handled) > before)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A worker takes the root logger for itself, and only errors pass it afterwards."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
 
 
 @pytest.fixture
