@@ -151,6 +151,18 @@ def celery_looks_first() -> None:
     Intake.start = Intake.stop = lambda *_: None  # type: ignore[method-assign,assign]
 
 
+def acknowledged_before_it_is_kept() -> None:
+    """The broker forgets a refused message before its dead letter is written."""
+    keep = Intake._keep
+
+    def acknowledge_and_keep(self: Intake, message: Any, what: Any) -> None:
+        if not message.acknowledged:
+            message.ack()
+        keep(self, message, what)
+
+    Intake._keep = acknowledge_and_keep  # type: ignore[method-assign]
+
+
 def celery_drops_what_is_revoked() -> None:
     ReliableRequest.revoked = Request.revoked
     ReliableRequest._announce_revoked = Request._announce_revoked
@@ -180,6 +192,7 @@ MUTATIONS: dict[str, Callable[[], None]] = {
         failure_is_told_once,
         no_order,
         celery_looks_first,
+        acknowledged_before_it_is_kept,
         celery_drops_what_is_revoked,
         redeliveries_are_not_counted,
     )

@@ -239,6 +239,46 @@ def test_while_the_database_is_away_a_refused_message_stays_with_the_broker(
     assert {of(dead(road), f"refused {number}").reason for number in range(3)} == {"malformed"}
 
 
+def kill_the_worker_that_refuses_while_the_database_is_away(
+    road: Road, hand: Hand, database: Server, mutation: str
+) -> None:
+    worker = ready_worker(road, ROAD_MUTATION=mutation)
+    hand.put(call(1))
+    road.until(lambda: road.effects()[1], "a worker at work")
+    database.kill()
+    hand.put(Letter("refused", body=b"null"))
+    road.until(lambda: road.logged("cannot be written yet") >= 1, "a try in vain")
+    worker.kill()
+    database.start()
+    ready_worker(road, ROAD_MUTATION=mutation)
+    hand.put(call(2))
+    road.until(lambda: road.effects()[2], "the next worker at work")
+
+
+@both_brokers
+def test_a_message_refused_by_a_worker_that_dies_before_its_dead_letter_is_written_is_not_lost(
+    road: Road, hand: Hand, database: Server
+) -> None:
+    kill_the_worker_that_refuses_while_the_database_is_away(road, hand, database, "")
+
+    road.until(lambda: [row.reason for row in dead(road)] == ["malformed"], "the dead letter")
+    road.until(lambda: not left(hand), "the message gone from the broker")
+
+
+@both_brokers
+def test_acknowledged_before_its_dead_letter_is_written_a_refused_message_is_nowhere(
+    road: Road, hand: Hand, database: Server
+) -> None:
+    kill_the_worker_that_refuses_while_the_database_is_away(
+        road, hand, database, "acknowledged_before_it_is_kept"
+    )
+
+    road.until(lambda: not left(hand), "the message gone from the broker")
+    road.pause(4.0, "nothing tells that it will not come back")
+
+    assert dead(road) == []
+
+
 @both_brokers
 @pytest.mark.parametrize("body", [b"null", b'{"a": 1}', b""])
 def test_without_the_inspection_a_single_message_stops_the_worker(
