@@ -13,13 +13,13 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from celery import Task
+from celery import Celery, Task
 from sqlalchemy import Connection
 
 from celery_eda.arguments import Arguments
 from celery_eda.audit import Action, Author, Entry
 from celery_eda.dead_letters import Letter
-from celery_eda.errors import UnreadableBody
+from celery_eda.errors import ConfigurationError, UnreadableBody
 from celery_eda.repair import Repair
 
 
@@ -224,3 +224,48 @@ class Repairers:
         """Whether its task says that a failed message does not hold its key."""
         task = letter.consumer and self.find_task(letter.consumer)
         return getattr(task, "when_dead", "block") == "skip"
+
+
+@dataclass(frozen=True)
+class RepairTasks:
+    """The tasks of one app that repair others.
+
+    Attributes:
+        app, queue: the app, and the queue of those that have none of their own; both are asked
+            for when they are needed.
+        known: of each task that is repaired: the errors that a repairer takes on, its name, and
+            its own queue.
+    """
+
+    app: Callable[[], Celery]
+    queue: Callable[[], str]
+    known: dict[str, list[tuple[Any, str, str | None]]] = field(default_factory=dict)
+
+    def refuse_second(self, task: str, repairer: str) -> None:
+        """Refuse a *repairer* of *task* of a name that is taken.
+
+        Raises:
+            ConfigurationError: it has one of that name already.
+        """
+        if repairer in (name for _, name, _ in self.known.get(task, ())):
+            raise ConfigurationError(
+                f"{task} has a repairer {repairer} already. Give this one a name of its own: "
+                "`@eda.repairs(…, name=…)`."
+            )
+
+    def add(self, task: str, on: Any, repairer: str, queue: str | None) -> None:
+        """Let *repairer* mend *task* where it failed with an error of the kind *on*."""
+        self.known.setdefault(task, []).append((on, repairer, queue))
+
+    @property
+    def queues(self) -> set[str]:
+        """The queues of all of them."""
+        everything = (each for repairers in self.known.values() for each in repairers)
+        return {queue or self.queue() for _, _, queue in everything}
+
+    def seek(self, task: Task, error: Exception, letter: int) -> None:
+        """Publish the repair of a dead letter, if somebody repairs such errors of *task*."""
+        for on, name, queue in self.known.get(task.name, ()):
+            if isinstance(error, on):
+                self.app().tasks[name].apply_async((letter,), queue=queue or self.queue())
+                return

@@ -37,7 +37,7 @@ class Guard(bootsteps.Step):
         if why := eda.dialect.refused_pools.get(pool):
             raise UnsafeSetting(f"The pool {pool} cannot be used with this database: {why}.")
         eda.make_reliable(worker.app)
-        _take_repairs(worker.app.amqp.queues, eda.repair_queues)
+        _take_repairs(worker.app.amqp.queues, eda.repair_tasks.queues)
         if pool in GREEN_POOLS and (names := _asynchronous(worker.app.tasks.values())):
             raise UnsafeSetting(
                 f"The pool {pool} cannot run `async def` tasks ({', '.join(names)}): its greenlets "

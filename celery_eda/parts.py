@@ -1,0 +1,285 @@
+"""The parts of one service, each made when it is first needed, from the app's settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from functools import cached_property, partial
+
+from celery import Celery
+from kombu.utils.imports import symbol_by_name
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url
+
+from celery_eda import joining, results
+from celery_eda.attempts import Attempts
+from celery_eda.audit import Audit
+from celery_eda.consumer import Consumer
+from celery_eda.cursors import Cursors
+from celery_eda.dead_letters import DeadLetters
+from celery_eda.dialects import Dialect, dialect_of
+from celery_eda.errors import ConfigurationError, UnsafeSetting
+from celery_eda.failures import Failures
+from celery_eda.housekeeping import Housekeeping
+from celery_eda.inbox import Inbox
+from celery_eda.message import Message
+from celery_eda.order import Order
+from celery_eda.outbox import Outbox
+from celery_eda.patience import Patience
+from celery_eda.publishing import Publisher
+from celery_eda.recording import message_in_progress
+from celery_eda.refusals import Refusals
+from celery_eda.relay import Relay
+from celery_eda.repair import Repair
+from celery_eda.repairers import Repairers, RepairTasks
+from celery_eda.retry import Policy, checked
+from celery_eda.sender import Sender
+from celery_eda.sequences import Sequences
+from celery_eda.settings import Settings
+from celery_eda.tables import Tables
+from celery_eda.task import ReliableTask
+from celery_eda.transaction import Store
+from celery_eda.transports import transport_of
+from celery_eda.unit_of_work import UnitsOfWork
+
+
+class Parts:
+    """What one Celery app needs to be reliable on one database.
+
+    Attributes:
+        app: the Celery app.
+    """
+
+    app: Celery
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        self._engine = engine
+
+    # ── settings and database ───────────────────────────────────────────────────────────────
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The app's settings, checked.
+
+        Raises:
+            ConfigurationError: one of them is unknown, wrong or unsafe.
+        """
+        if self.app.conf.task_protocol != 2:
+            raise UnsafeSetting(
+                "task_protocol must be 2: older messages have no headers, so copies of a message "
+                "could not be told apart. Remove the setting."
+            )
+        return Settings.of(self.app.conf)
+
+    @cached_property
+    def tables(self) -> Tables:
+        """The tables of this service. Use ``Tables.on(metadata)`` to merge them into yours."""
+        return Tables.on(prefix=self.settings.table_prefix, schema=self.settings.schema)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine of the service's own database, for transactions of producers and handlers."""
+        if self._engine is not None:
+            return _forkable(self._engine)
+        return self._prepared_engine(self.settings.transaction_timeout)
+
+    @cached_property
+    def relay_engine(self) -> Engine:
+        """The engine of the relays, whose claims end sooner than a handler's transaction."""
+        return self._prepared_engine(self.settings.claim_timeout)
+
+    @cached_property
+    def url(self) -> URL:
+        """Where the service's own database is.
+
+        Raises:
+            ConfigurationError: nobody has said so.
+        """
+        if self._engine:
+            return self._engine.url
+        if not self.settings.database_url:
+            raise ConfigurationError(
+                "eda_database_url is not set: the outbox and the inbox live in the service's own "
+                "database. Set it to a SQLAlchemy URL, e.g. sqlite:///shop.db."
+            )
+        return make_url(self.settings.database_url)
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        """What differs from database to database."""
+        return dialect_of(self.url, claim_timeout=self.settings.claim_timeout)
+
+    @cached_property
+    def outbox(self) -> Outbox:
+        """Messages committed and not sent yet."""
+        return Outbox(self.tables.outbox, self.dialect)
+
+    @cached_property
+    def dead_letters(self) -> DeadLetters:
+        """Messages that could not be sent or handled."""
+        return DeadLetters(self.tables.dead_letters, self.dialect)
+
+    @cached_property
+    def audit(self) -> Audit:
+        """What was done to dead letters."""
+        return Audit(self.tables.audit, self.dialect)
+
+    @cached_property
+    def repair(self) -> Repair:
+        """Redrives, edits, skips and discards dead letters."""
+        return Repair(self.dead_letters, self.audit, self.cursors, self.store)
+
+    @cached_property
+    def repairers(self) -> Repairers:
+        """Lets functions decide about dead letters."""
+        return Repairers(self.repair, self.app.tasks.get, self.settings.max_repairs)
+
+    @cached_property
+    def repair_tasks(self) -> RepairTasks:
+        """The tasks that repair others."""
+        return RepairTasks(lambda: self.app, lambda: self.settings.repair_queue)
+
+    @cached_property
+    def sender(self) -> Sender:
+        """Sends what this process commits, right after the commit."""
+        return Sender(self.relay)
+
+    @cached_property
+    def service(self) -> str:
+        """The name under which other services know the order of this one's messages.
+
+        Raises:
+            ConfigurationError: it has none.
+        """
+        if not (name := self.settings.service or self.app.main):
+            raise ConfigurationError(
+                "Messages with an ordering key need the name of the service that publishes them. "
+                "Set eda_service, or give the Celery app a name."
+            )
+        return name
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The numbers given to messages with an ordering key."""
+        return Sequences(self.tables.sequences, self.dialect)
+
+    @cached_property
+    def cursors(self) -> Cursors:
+        """The numbers awaited of each ordering key, and the messages parked."""
+        return Cursors(self.tables.cursors, self.tables.parked, self.dialect)
+
+    @cached_property
+    def housekeeping(self) -> Housekeeping:
+        """What deletes what is old; relays do it beside their sending."""
+        return Housekeeping(
+            *(self.relay_engine, self.dialect, self.tables),
+            *(self.outbox, self.cursors, self.settings),
+        )
+
+    @cached_property
+    def store(self) -> Store:
+        """Where captured messages go."""
+        return Store(self._add, self._hand_off, self.store_apart)
+
+    @cached_property
+    def publisher(self) -> Publisher:
+        """Decides where a message goes."""
+        return Publisher(self.settings.outside, self.is_reliable, self.store_apart)
+
+    @cached_property
+    def retry_policy(self) -> Policy | None:
+        """What decides on further attempts of tasks without a policy of their own.
+
+        Raises:
+            ConfigurationError: ``eda_retry_policy`` is no policy.
+        """
+        if (given := self.settings.retry_policy) is None:
+            return None
+        try:
+            return checked(symbol_by_name(given))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigurationError(
+                f"eda_retry_policy names {given!r}, which cannot be imported: {error}. "
+                "Set it to `module:name` of a RetryPolicy or a function."
+            ) from error
+
+    @cached_property
+    def consumer(self) -> Consumer:
+        """Makes deliveries take effect once."""
+        inbox = Inbox(self.tables.inbox, self.dialect)
+        attempts = Attempts(self.tables.attempts, self.dialect)
+        units = UnitsOfWork(self.engine, self.dialect, attempts, self.store, joining.join)
+        order = Order(self.cursors, message_in_progress)
+        patience = Patience(self.dialect, self.settings.outage_patience)
+        return Consumer(
+            engine=self.engine,
+            inbox=inbox,
+            attempts=attempts,
+            units=units,
+            order=order,
+            failures=Failures(
+                *(inbox, self.dead_letters, units, order, patience),
+                rebuild=message_in_progress,
+                seek_repair=self.repair_tasks.seek,
+            ),
+            patience=patience,
+            max_deliveries=self.settings.max_deliveries,
+            policy=self.retry_policy,
+        )
+
+    @cached_property
+    def refusals(self) -> Refusals:
+        """Keeps the messages that no task gets to see."""
+        return Refusals(self.engine, Inbox(self.tables.inbox, self.dialect), self.dead_letters)
+
+    def is_reliable(self, task: str) -> bool:
+        """Whether the task of this name is handled exactly once."""
+        return isinstance(self.app.tasks.get(task), ReliableTask) or self.is_named(task)
+
+    def is_named(self, task: str) -> bool:
+        """Whether ``eda_tasks`` names the task."""
+        return any(fnmatchcase(task, pattern) for pattern in self.settings.tasks)
+
+    # ── sending ─────────────────────────────────────────────────────────────────────────────
+
+    def relay(self) -> Relay:
+        """A relay of its own, with its own connections. For one thread."""
+        return Relay(
+            self.relay_engine,
+            self.outbox,
+            self.dead_letters,
+            partial(transport_of, self.app, timeout=self.settings.publish_timeout),
+            partial(results.prepare, self.app),
+            self.settings,
+            self.housekeeping.batches,
+        )
+
+    def store_apart(self, messages: Sequence[Message]) -> None:
+        """Write *messages* to the outbox in a short transaction of their own."""
+        with self.engine.begin() as connection:
+            ids = self._add(connection, messages)
+        self._hand_off(ids)
+
+    def _add(self, connection: Connection, messages: Sequence[Message]) -> list[int]:
+        """Write *messages* to the outbox, each at its place among those of its key."""
+        return self.outbox.add(connection, self.sequences.number(connection, messages))
+
+    def _hand_off(self, ids: list[int]) -> None:
+        if self.settings.send_after_commit:
+            self.sender.hand_off(ids)
+
+    def _prepared_engine(self, patience: float) -> Engine:
+        """An engine with the time-outs of the road.
+
+        Each worker slot and each relay holds one connection, so that these bound the number.
+        """
+        options = self.dialect.engine_options(patience)
+        engine = create_engine(self.url, max_overflow=-1, **options)
+        self.dialect.prepare(engine, patience)
+        return _forkable(engine)
+
+
+def _forkable(engine: Engine) -> Engine:
+    """*engine*, from now on with connections of its own in every child that is forked."""
+    os.register_at_fork(after_in_child=partial(engine.dispose, close=False))
+    return engine
