@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, Literal
+from uuid import UUID
 
-from celery import Celery
+from celery import Celery, Signature, Task
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from celery_eda import attachment, context, joining, publishing, redaction, results, schema
-from celery_eda.errors import NoDelivery
+from celery_eda.errors import NoDelivery, UnknownRequest
 from celery_eda.parts import Parts
+from celery_eda.reply import Replies, Reply
+from celery_eda.replying import REPLY_TASK
 from celery_eda.settings import register
 from celery_eda.task import TaskDecorator, finishing, made_reliable
 
 register()
+log = redaction.logger(__name__)
 
 #: Celery's own tasks that run, or publish, tasks of the user's.
 CANVAS_TASKS = frozenset(
@@ -58,6 +62,7 @@ class EDA(Parts):
         app.steps["worker"].update(("celery_eda.worker:Guard", "celery_eda.worker:EmbeddedRelay"))
         app.steps["consumer"].add("celery_eda.intake:Intake")
         app.on_after_finalize.connect(self.make_reliable)
+        self.task(name=REPLY_TASK)(self._take_reply)
 
     # ── publishing ──────────────────────────────────────────────────────────────────────────
 
@@ -101,6 +106,90 @@ class EDA(Parts):
         if progress.session is None:
             progress.session = Session(progress.connection, join_transaction_mode="rollback_only")
         return progress.session
+
+    # ── asking ──────────────────────────────────────────────────────────────────────────────
+
+    def request(
+        self,
+        call: str | Task | Signature,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        address: Literal["correlation", "temporary", "durable"] | None = None,
+        **options: Any,
+    ) -> Reply[Any]:
+        """Ask a task of any service for a reply; ``quote.request(sku)`` is short for it.
+
+        The request leaves when the transaction commits in which it is made, outside of any at
+        once. The reply leaves when the responder's work commits. A responder that fails for good
+        replies with its error; one that is never reached does not reply.
+
+        Args:
+            call: a task, its name, or a signature of it.
+            args: what it is called with; in front of those of a signature.
+            kwargs: the same by name.
+            address: how the reply comes: ``correlation``, over one queue of this process;
+                ``temporary``, over a queue of its own; ``durable``, into this service's database,
+                where :meth:`reply` finds it after a restart too, if a worker of this service
+                takes from its queue ``eda.replies.<service>``. By default
+                ``eda_reply_address``.
+            options: those of ``apply_async``. With ``expires`` a request that is not begun in
+                time is not handled any more.
+
+        Raises:
+            RequestError: nobody could reply, or an option would be unsafe.
+            OutsideTransaction: ``eda_outside`` forbids it here.
+        """
+        return self.requesting.ask(call, args, kwargs, address=address, **options)
+
+    def scatter(
+        self,
+        calls: Iterable[Signature],
+        *,
+        need: int | None = None,
+        address: Literal["correlation", "temporary", "durable"] | None = None,
+        **options: Any,
+    ) -> Replies[Any]:
+        """Ask many: ``eda.scatter([north.s(sku), south.s(sku)], need=1).get(timeout=2)``.
+
+        Args:
+            calls: signatures of single tasks, which are sent together.
+            need: how many replies are enough: 1 for the first, None for all.
+            address: as for :meth:`request`.
+            options: likewise.
+
+        Raises:
+            RequestError: as :meth:`request`, or *need* cannot be met.
+        """
+        return self.requesting.scatter(calls, need=need, address=address, **options)
+
+    def reply(self, correlation_id: str) -> Reply[Any]:
+        """The reply to a durable request of this service, made by any process, at any time.
+
+        Its ``get`` and ``done`` raise :class:`celery_eda.errors.UnknownRequest` if there is none.
+        """
+        return self.requesting.find(correlation_id)
+
+    def register_error(self, kind: type[Exception], name: str | None = None) -> type[Exception]:
+        """Let errors of this class travel with replies; also as a decorator.
+
+        An error is made anew by calling the class with its ``args``. Both services have to
+        register it, under the same *name*, by default ``module.Class``. Others come as
+        :class:`celery_eda.errors.RemoteError`.
+        """
+        self.remote_errors.register(kind, name)
+        return kind
+
+    def _take_reply(self, correlation_id: str, outcome: Any) -> None:
+        """Record the reply to a durable request, in the transaction of its message."""
+        try:
+            self.reading.outcome_in([correlation_id, outcome])
+            fresh = self.requests.record(self.session.connection(), UUID(correlation_id), outcome)
+        except (UnknownRequest, ValueError) as error:
+            log.warning("a durable reply is dropped: %s", error)
+            return
+        if not fresh:
+            log.warning("a durable reply is dropped, there is one already: %s", correlation_id)
 
     # ── repairing ───────────────────────────────────────────────────────────────────────────
 

@@ -37,6 +37,7 @@ from celery_eda.inbox import GotAhead, Handled, Inbox, Outcome
 from celery_eda.message import VERDICT, Identity
 from celery_eda.order import Order
 from celery_eda.patience import Passing, Patience
+from celery_eda.replying import Replies
 from celery_eda.retry import Policy
 from celery_eda.unit_of_work import UnitsOfWork
 
@@ -67,6 +68,7 @@ class Consumer:
     units: UnitsOfWork
     order: Order
     failures: Failures
+    replies: Replies
     patience: Patience
     max_deliveries: int
     policy: Policy | None = None
@@ -176,6 +178,7 @@ class Consumer:
                 return Ending(ignored=self.order.park(unit))
             message = (unit.connection, delivery.consumer, delivery.identity)
             if handled := self.inbox.admit(*message):
+                self.replies.repeat(unit, handled)
                 return handled
             if turn is Turn.past:
                 return Ending(ignored=self.order.pass_over(delivery, cursor))
@@ -184,6 +187,7 @@ class Consumer:
             checkpoints.reach("inbox.admitted")
             ending = handling.run(delivery.task, args, kwargs)
             unit.flush()
+            self.replies.answer(unit, ending)
             checkpoints.reach("delivery.handled")
             outcome = Outcome.skipped if ending.ignored else Outcome.done
             self.inbox.record(*message, outcome, ending.recorded)

@@ -35,6 +35,10 @@ class Capturing:
         """Keep *message* until the transaction commits."""
         raise NotImplementedError
 
+    def holds(self, identity: Identity) -> bool:
+        """Whether a message captured here is still waiting for the commit."""
+        return False
+
 
 def running_task() -> asyncio.Task[Any] | None:
     """The asyncio task that runs here; None outside any event loop."""
@@ -105,6 +109,12 @@ def current_transaction() -> Capturing | None:
     return here[-1].transaction
 
 
+def holds(identity: Identity, transaction: Capturing | None) -> bool:
+    """Whether a message waits for the commit of *transaction*, or of one that is open here."""
+    here = [scope.transaction for scope in _scopes.get() if scope.covers()]
+    return any(each.holds(identity) for each in (transaction, *here) if each)
+
+
 @dataclass(eq=False)
 class InProgress:
     """The message that this worker handles right now.
@@ -115,6 +125,8 @@ class InProgress:
         retries: how often it was retried before.
         transaction: that its effects are committed in.
         position: its place among the messages of its key, None if it has none.
+        reply_to: where its reply goes, None if nobody asks for one.
+        reply_handed_on: whether what takes its place will answer.
         retry: its next attempt, once that has been published.
         session: a session on that connection, once the handler asked for one.
         finished: whether the transaction is over; what Celery publishes after that (a chord's
@@ -126,6 +138,8 @@ class InProgress:
     retries: int
     transaction: RootTransaction
     position: Position | None = None
+    reply_to: str | None = None
+    reply_handed_on: bool = False
     retry: Message | None = None
     session: Session | None = None
     finished: bool = False
@@ -136,3 +150,25 @@ class InProgress:
 
 
 in_progress: ContextVar[InProgress | None] = ContextVar("celery_eda_in_progress", default=None)
+
+
+# The identities of what is published right here, where that has to have the same ones each time.
+_identities: ContextVar[Iterator[Identity] | None] = ContextVar(
+    "celery_eda_identities", default=None
+)
+
+
+@contextmanager
+def identified(identities: Iterator[Identity]) -> Iterator[None]:
+    """Give these *identities*, one after the other, to what is published inside the block."""
+    token = _identities.set(identities)
+    try:
+        yield
+    finally:
+        _identities.reset(token)
+
+
+def next_identity() -> Identity | None:
+    """The identity of what is published right now, if it is given one."""
+    identities = _identities.get()
+    return next(identities) if identities else None

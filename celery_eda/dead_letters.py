@@ -175,7 +175,7 @@ class DeadLetters:
                 if isinstance(error, BaseException)
                 else None,
                 error=text_of(error, secrets),
-                traceback=_traceback(error, secrets),
+                traceback=traceback_of(error, secrets),
                 attempts=attempts,
                 at=self.dialect.now(),
                 state=State.open.value,
@@ -243,7 +243,7 @@ def text_of(error: BaseException | str, secrets: Sequence[str] = ()) -> str:
     return redaction.storable(redaction.redact(text, secrets)[:LONGEST_ERROR])
 
 
-def _traceback(error: BaseException | str, secrets: Sequence[str]) -> str | None:
+def traceback_of(error: BaseException | str, secrets: Sequence[str] = ()) -> str | None:
     """Where *error* came from: lines of code, without the values of local variables."""
     if isinstance(error, str):
         return None

@@ -6,16 +6,24 @@ from dataclasses import dataclass
 
 from celery import Task
 
+from celery_eda import addresses
+from celery_eda.addresses import REPLY_HEADER
 from celery_eda.message import HEADERS, Identity, Position
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """One copy of a message, brought to one task; *position* is None if it has no order."""
+    """One copy of a message, brought to one task.
+
+    Attributes:
+        position: its place in its key's order, None if it has none.
+        reply_to: where its reply goes, None if nobody asks for one.
+    """
 
     task: Task
     identity: Identity
     position: Position | None = None
+    reply_to: str | None = None
 
     @classmethod
     def of(cls, task: Task) -> Delivery:
@@ -24,9 +32,9 @@ class Delivery:
         Raises:
             ValueError: its headers are malformed.
         """
-        headers = {key: task.request.get(key) for key in HEADERS}
+        headers = {key: task.request.get(key) for key in (*HEADERS, REPLY_HEADER)}
         identity = Identity.of_headers(headers) or foreign(task)
-        return cls(task, identity, Position.of_headers(headers))
+        return cls(task, identity, Position.of_headers(headers), addresses.of_headers(headers))
 
     @property
     def consumer(self) -> str:

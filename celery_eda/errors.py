@@ -16,6 +16,11 @@ EDAError
 │   └── NotItsTurn              others of its key would be lost, or overtaken
 ├── InvalidKey                  no ordering key; also ValueError
 ├── OutOfSequence               why a message whose turn has passed is a dead letter
+├── RequestError
+│   ├── RequestTimeout          no reply came in time; also TimeoutError
+│   ├── UnsentRequest           waiting for the reply to what is not committed yet
+│   ├── UnknownRequest          nobody here asked for such a reply
+│   └── RemoteError             what the responder failed with, if its type is not known here
 ├── NoDelivery                  asked for the delivery's session outside a reliable task
 ├── NoNextAttempt               a handler raised Retry by itself
 ├── Malformed                   why a message is not handled; also ValueError
@@ -93,6 +98,41 @@ class InvalidKey(EDAError, ValueError):
 
 class OutOfSequence(EDAError):
     """A message came although another has taken its place, and it is no copy."""
+
+
+class RequestError(EDAError):
+    """A request has no result."""
+
+
+class RequestTimeout(RequestError, TimeoutError):
+    """No reply came in time. One that comes later is dropped, unless the request is durable."""
+
+
+class UnsentRequest(RequestError):
+    """The reply was waited for inside the transaction that still holds the request."""
+
+
+class UnknownRequest(RequestError):
+    """There is no durable request with this correlation id in this database."""
+
+
+class RemoteError(RequestError):
+    """What the responder failed with.
+
+    Attributes:
+        type: name of the error's class there.
+        message: its text, bounded and without what looked like a secret.
+        traceback: lines of the responder's code, if it told.
+    """
+
+    def __init__(self, type: str, message: str, traceback: str | None = None) -> None:
+        super().__init__(type, message, traceback)
+        self.type = type
+        self.message = message
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"{self.type}: {self.message}"
 
 
 class NoDelivery(EDAError):

@@ -17,6 +17,7 @@ from celery_eda.inbox import Inbox, Outcome
 from celery_eda.message import Identity, Message
 from celery_eda.order import Order
 from celery_eda.patience import PASSING_DELAY, Passing, Patience
+from celery_eda.replying import Replies
 from celery_eda.transaction import Transaction
 from celery_eda.unit_of_work import UnitOfWork, UnitsOfWork
 
@@ -36,6 +37,7 @@ class Failures:
     dead_letters: DeadLetters
     units: UnitsOfWork
     order: Order
+    replies: Replies
     patience: Patience
     rebuild: Callable[[Task, Identity], Message]
     seek_repair: Callable[[Task, Exception, int], None]
@@ -96,6 +98,7 @@ class Failures:
                 first_at=self.inbox.first_at(unit.connection, delivery.consumer, delivery.identity),
             )
             self._publish_errbacks(unit, error)
+            self.replies.fail(delivery, error)
             self._seek_repair(unit, error, letter)
             self.order.block_or_skip(unit)
             unit.commit()

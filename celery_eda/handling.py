@@ -18,6 +18,7 @@ from celery.exceptions import Ignore
 from celery.states import FAILURE, SUCCESS
 
 from celery_eda import results
+from celery_eda.addresses import REPLY_HEADER
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +56,13 @@ def run(task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> Ending:
 
 
 def recorded(task: Task, result: Any) -> bytes | None:
-    """A result, or an error, as a later copy will need it for the result backend or a chord."""
+    """A result, or an error, as a later copy will need it: for the result backend, a chord, or
+    whoever waits for a reply.
+    """
     backend, request = task.backend, task.request
     ignored = request.ignore_result or isinstance(backend, DisabledBackend)
-    if result is None or (ignored and not request.chord):
+    wanted = not ignored or request.chord or request.get(REPLY_HEADER)
+    if result is None or not wanted:
         return None
     state = FAILURE if isinstance(result, Exception) else SUCCESS
     payload = backend.encode({"state": state, "result": backend.encode_result(result, state)})
@@ -67,17 +71,24 @@ def recorded(task: Task, result: Any) -> bytes | None:
 
 def recall(task: Task, recorded: bytes | None) -> Any:
     """The result or error of an earlier copy; what should follow it has been published already."""
-    backend, request = task.backend, task.request
+    request = task.request
     request.callbacks = request.errbacks = None
     results.repeat_chord_part(task)
-    if recorded is None:
+    outcome = decoded(task, recorded)
+    if not isinstance(outcome, Exception):
         request.chain = None
+    return outcome
+
+
+def decoded(task: Task, recorded: bytes | None) -> Any:
+    """What :func:`recorded` has kept: a result, or an exception that the task failed with."""
+    backend = task.backend
+    if recorded is None:
         return None
     is_text = backend.content_encoding != "binary"
     outcome = backend.decode(recorded.decode() if is_text else recorded)
     if outcome["state"] == FAILURE:
         return backend.exception_to_python(outcome["result"])
-    request.chain = None
     return outcome["result"]
 
 

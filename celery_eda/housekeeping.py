@@ -71,6 +71,7 @@ class Housekeeping:
             ("dead_letters", tables.dead_letters, settings.dead_letter_retention, self._closed),
             ("inbox", tables.inbox, settings.inbox_retention, self._forgettable),
             ("attempts", tables.attempts, settings.inbox_retention, self._old_attempts),
+            ("requests", tables.requests, settings.request_retention, self._old_requests),
             ("audit", tables.audit, settings.audit_retention, self._orphaned),
         ):
             if seconds is not None:
@@ -122,6 +123,9 @@ class Housekeeping:
     def _old_attempts(self, before: datetime) -> ColumnElement[bool]:
         """Counts of redeliveries that were never followed by an outcome."""
         return self.tables.attempts.c.at < before
+
+    def _old_requests(self, before: datetime) -> ColumnElement[bool]:
+        return self.tables.requests.c.at < before
 
     def _orphaned(self, before: datetime) -> ColumnElement[bool]:
         """Audit of dead letters that are gone."""

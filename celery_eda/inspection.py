@@ -19,6 +19,7 @@ from celery.utils.time import maybe_iso8601
 from kombu.exceptions import ContentDisallowed, DecodeError
 from kombu.serialization import SKIP_DECODE
 
+from celery_eda import addresses
 from celery_eda.dead_letters import Reason
 from celery_eda.errors import Malformed, TooLarge, Undecodable
 from celery_eda.message import Identity, Position
@@ -175,8 +176,10 @@ def _check_headers(headers: Any) -> None:
     try:
         Identity.of_headers(headers)
         Position.of_headers(headers)
+        addresses.of_headers(headers)
     except ValueError as error:
-        raise Malformed("headers: no identity, or no place, as this package writes it") from error
+        words = "headers: no identity, place or address as this package writes it"
+        raise Malformed(words) from error
 
 
 def _check_properties(message: Any) -> None:

@@ -11,7 +11,7 @@ from celery import Celery
 from kombu.utils.imports import symbol_by_name
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 
-from celery_eda import joining, results
+from celery_eda import addresses, compression, joining, results
 from celery_eda.attempts import Attempts
 from celery_eda.audit import Audit
 from celery_eda.consumer import Consumer
@@ -22,16 +22,23 @@ from celery_eda.errors import ConfigurationError, UnsafeSetting
 from celery_eda.failures import Failures
 from celery_eda.housekeeping import Housekeeping
 from celery_eda.inbox import Inbox
+from celery_eda.inspection import Limits
+from celery_eda.mailbox import Mailbox
 from celery_eda.message import Message
 from celery_eda.order import Order
 from celery_eda.outbox import Outbox
 from celery_eda.patience import Patience
 from celery_eda.publishing import Publisher
+from celery_eda.reading import Reading
 from celery_eda.recording import message_in_progress
 from celery_eda.refusals import Refusals
 from celery_eda.relay import Relay
+from celery_eda.remote_errors import RemoteErrors
 from celery_eda.repair import Repair
 from celery_eda.repairers import Repairers, RepairTasks
+from celery_eda.replying import Replies
+from celery_eda.requesting import Requesting
+from celery_eda.requests import Requests
 from celery_eda.retry import Policy, checked
 from celery_eda.sender import Sender
 from celery_eda.sequences import Sequences
@@ -39,7 +46,7 @@ from celery_eda.settings import Settings
 from celery_eda.tables import Tables
 from celery_eda.task import ReliableTask
 from celery_eda.transaction import Store
-from celery_eda.transports import transport_of
+from celery_eda.transports import reply_queues_of, transport_of
 from celery_eda.unit_of_work import UnitsOfWork
 
 
@@ -218,13 +225,55 @@ class Parts:
             units=units,
             order=order,
             failures=Failures(
-                *(inbox, self.dead_letters, units, order, patience),
+                *(inbox, self.dead_letters, units, order, self.replies, patience),
                 rebuild=message_in_progress,
                 seek_repair=self.repair_tasks.seek,
             ),
+            replies=self.replies,
             patience=patience,
             max_deliveries=self.settings.max_deliveries,
             policy=self.retry_policy,
+        )
+
+    @cached_property
+    def remote_errors(self) -> RemoteErrors:
+        """The types of errors that travel with replies."""
+        return RemoteErrors()
+
+    @cached_property
+    def replies(self) -> Replies:
+        """Answers requests."""
+        return Replies(self.app, self.remote_errors)
+
+    @cached_property
+    def requests(self) -> Requests:
+        """The durable requests of this service."""
+        name = self.settings.service or self.app.main
+        address = addresses.of_service(name) if name else None
+        serializer = self.app.conf.result_serializer
+        return Requests(self.tables.requests, self.dialect, address, serializer)
+
+    @cached_property
+    def reading(self) -> Reading:
+        """How replies are read."""
+        settings, conf = self.settings, self.app.conf
+        compression.bound(settings.max_decompressed_bytes)
+        limits = Limits(settings.max_message_bytes, settings.max_nesting)
+        accept = conf.result_accept_content or conf.accept_content
+        return Reading.of(limits, accept, self.remote_errors)
+
+    @cached_property
+    def mailbox(self) -> Mailbox:
+        """Where the replies to this process come in."""
+        expires = self.settings.reply_expires
+        return Mailbox(reply_queues_of(self.app, expires=expires), self.reading)
+
+    @cached_property
+    def requesting(self) -> Requesting:
+        """Asks for replies."""
+        return Requesting(
+            *(self.app, self.engine, self.requests, self.reading, lambda: self.mailbox),
+            *(self.publisher, lambda: self.service, self.settings),
         )
 
     @cached_property
@@ -262,7 +311,9 @@ class Parts:
 
     def _add(self, connection: Connection, messages: Sequence[Message]) -> list[int]:
         """Write *messages* to the outbox, each at its place among those of its key."""
-        return self.outbox.add(connection, self.sequences.number(connection, messages))
+        ids = self.outbox.add(connection, self.sequences.number(connection, messages))
+        self.requests.note(connection, messages)
+        return ids
 
     def _hand_off(self, ids: list[int]) -> None:
         if self.settings.send_after_commit:

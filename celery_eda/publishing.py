@@ -20,7 +20,7 @@ from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import Queue
 from kombu.utils.imports import symbol_by_name
 
-from celery_eda import context, ordering, results
+from celery_eda import context, ordering, replying, results
 from celery_eda.errors import OutsideTransaction
 from celery_eda.message import HEADERS, Identity, Lane, Message
 from celery_eda.recording import RecordingPool, RecordingProducer
@@ -61,23 +61,34 @@ class Publisher:
         Raises:
             OutsideTransaction: the settings forbid it.
         """
-        if context.current_transaction() is not None or not self._stores_outside(task):
+        stores = self.outside == "store" or (self.outside is None and self.is_reliable(task))
+        if stores or self.outside == "raise":
+            with self.stored(task, self.store):
+                yield
+        else:
+            yield
+
+    @contextmanager
+    def stored(self, what: str, store: Callable[[Sequence[Message]], None]) -> Iterator[None]:
+        """Inside any transaction: nothing. Outside: let *store* have what the block publishes.
+
+        Raises:
+            OutsideTransaction: the settings forbid it.
+        """
+        if context.current_transaction() is not None:
             yield
             return
+        if self.outside == "raise":
+            raise OutsideTransaction(
+                f"{what} was published outside any transaction and eda_outside is 'raise'. "
+                "Publish it inside `with eda.transaction():`, attach the sessionmaker in use, "
+                "or choose eda_outside = 'store' or 'send'."
+            )
         collected = Collected()
         with context.scope_of(collected):
             yield
         if collected.messages:
-            self.store(collected.messages)
-
-    def _stores_outside(self, task: str) -> bool:
-        if self.outside == "raise":
-            raise OutsideTransaction(
-                f"{task} was published outside any transaction and eda_outside is 'raise'. "
-                "Publish it inside `with eda.transaction():`, attach the sessionmaker in use, "
-                "or choose eda_outside = 'store' or 'send'."
-            )
-        return self.outside == "store" or (self.outside is None and self.is_reliable(task))
+            store(collected.messages)
 
 
 class CapturingAMQP(AMQP):
@@ -109,6 +120,7 @@ class CapturingAMQP(AMQP):
             if transaction is None:
                 _forget_identity(options)
                 return send(producer, name, message, **options)
+            self._hand_on_reply(message)
             recorder = RecordingProducer()
             # The task-sent event is about a sending that has not happened.
             send(recorder, name, message._replace(sent_event=None), **options)
@@ -117,6 +129,14 @@ class CapturingAMQP(AMQP):
             return None
 
         return send_task_message
+
+    def _hand_on_reply(self, message: Any) -> None:
+        """If *message* takes the place of the one in progress, it answers the request instead."""
+        progress = context.in_progress.get()
+        if progress is None or progress.finished or progress.reply_to is None:
+            return
+        if replying.hand_on(progress.reply_to, progress.task_id, message):
+            progress.reply_handed_on = True
 
     def _lane(self, task: str, key: Any, body: Any) -> Lane | None:
         """The lane of a message: its key is said by the caller, else by the task."""
@@ -163,7 +183,7 @@ class CapturingAMQP(AMQP):
 
     def _identify(self, headers: dict[str, Any]) -> Identity:
         """The identity of a message that is being published right now."""
-        if identity := results.next_chord_identity():
+        if identity := context.next_identity():
             return identity
         progress = context.in_progress.get()
         task = self.app.current_worker_task

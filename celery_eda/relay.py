@@ -7,16 +7,17 @@ leaves the outbox when the broker has confirmed that very message, whoever sent 
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from uuid import uuid4
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_eda import checkpoints, redaction
+from celery_eda import addresses, checkpoints, redaction
 from celery_eda.dead_letters import DeadLetters, Reason
 from celery_eda.message import Message
 from celery_eda.outbox import Outbox, Pending
@@ -34,18 +35,22 @@ OUTAGE_DELAY = (0.1, 5.0)
 class Round:
     """What became of the messages of one round.
 
-    ``refused`` ones rest for a while: the broker did not take them, or the result backend that
-    one of them needs first was away. ``unknown`` ones stay in the outbox as they were: the broker
-    was away.
+    ``dropped`` ones are replies for whom nobody waits any more. ``refused`` ones rest for a while:
+    the broker did not take them, or what has to precede one of them could not be done. ``unknown``
+    ones stay in the outbox as they were: the broker was away.
     """
 
     confirmed: int = 0
+    dropped: int = 0
     refused: int = 0
     unknown: int = 0
 
+    def __add__(self, other: Round) -> Round:
+        return Round(*map(operator.add, astuple(self), astuple(other)))
+
     @property
     def claimed(self) -> int:
-        return self.confirmed + self.refused + self.unknown
+        return self.confirmed + self.dropped + self.refused + self.unknown
 
 
 class Relay:
@@ -107,11 +112,7 @@ class Relay:
         """
         total = Round()
         while (done := self.send()).claimed:
-            total = Round(
-                total.confirmed + done.confirmed,
-                total.refused + done.refused,
-                total.unknown + done.unknown,
-            )
+            total += done
             if done.unknown and not done.confirmed:
                 break
         self.close()
@@ -158,7 +159,7 @@ class Relay:
             try:
                 self.prepare(each.message)
             except Exception as error:
-                log.warning("the result backend is away: %r", error)
+                log.warning("what has to precede a message cannot be done: %r", error)
                 return [each.id for each in demanding[position:]]
         return []
 
@@ -179,14 +180,26 @@ class Relay:
             for verdict in Verdict
         }
         confirmed, refused, unknown = by_verdict.values()
-        self.outbox.clear(connection, self.owner, [each.id for each, _ in confirmed])
+        unwanted = [each for each, answer in refused if _is_unwanted(each, answer)]
+        gone = [*(each for each, _ in confirmed), *unwanted]
+        self.outbox.clear(connection, self.owner, [each.id for each in gone])
+        if unwanted:
+            log.warning("%d replies are dropped: who asked for them is gone", len(unwanted))
         for each, answer in refused:
-            self._refuse(connection, each, answer.why)
+            if each not in unwanted:
+                self._refuse(connection, each, answer.why)
         for row_id in unprepared:
-            self._rest(connection, row_id, OUTAGE_DELAY[1], "The result backend is away.")
+            self._rest(
+                connection, row_id, OUTAGE_DELAY[1], "What has to precede it cannot be done."
+            )
         if unknown:
             self._leave(connection, unknown, broker_answers=bool(confirmed))
-        return Round(len(confirmed), len(refused) + len(unprepared), len(unknown))
+        return Round(
+            confirmed=len(confirmed),
+            dropped=len(unwanted),
+            refused=len(refused) - len(unwanted) + len(unprepared),
+            unknown=len(unknown),
+        )
 
     def _leave(
         self,
@@ -248,3 +261,8 @@ class Relay:
             log.exception("the relay has failed, trying again")
             self.close()
         return None
+
+
+def _is_unwanted(pending: Pending, answer: Answer) -> bool:
+    """Whether it is a reply to a process that is gone, and its queue with it."""
+    return answer.unroutable and addresses.is_volatile(pending.message.routing_key)

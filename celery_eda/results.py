@@ -7,8 +7,7 @@ a later look-up is done when somebody looks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
 from itertools import count
@@ -23,15 +22,13 @@ from celery.exceptions import Reject
 from celery.result import AsyncResult, GroupResult, result_from_tuple
 from kombu import Exchange, Queue
 
-from celery_eda import context
+from celery_eda import context, transports
 from celery_eda.message import Identity, Message
 
 #: What has to precede a message: names and arguments, as :func:`prepare` knows them.
 Preparation = tuple[tuple[str, Any], ...]
 
 _preparation: ContextVar[Preparation] = ContextVar("celery_eda_preparation", default=())
-# The identities of what the chord that is being completed right here publishes.
-_chord: ContextVar[Iterator[Identity] | None] = ContextVar("celery_eda_chord", default=None)
 
 
 def defer(app: Celery) -> None:
@@ -71,14 +68,10 @@ def prepare(app: Celery, message: Message) -> None:
         elif name == "apply_chord":
             result: GroupResult = result_from_tuple(argument, app=app)
             app.backend.apply_chord((result.id, result.results), None)
+        elif name == "reply_queue":
+            transports.declare_reply_queue(app, *argument)
         else:
             _declare(app, argument)
-
-
-def next_chord_identity() -> Identity | None:
-    """The identity of what is published right now to complete a chord; None if nothing is."""
-    identities = _chord.get()
-    return next(identities) if identities else None
 
 
 def repeat_chord_part(task: Task) -> None:
@@ -113,14 +106,14 @@ def _defer_chords(backend: Backend) -> None:
         if context.current_transaction() is None:
             set_chord_size(group_id, size)
         else:
-            _defer("set_chord_size", [group_id, size])
+            precede("set_chord_size", [group_id, size])
 
     def maybe_apply_chord(header: Any, body: Any, **options: Any) -> None:
         if context.current_transaction() is None or publishes_only:
             apply_chord(header, body, **options)
         else:
             result = backend.app.GroupResult(header[0], list(header[1]))
-            _defer("apply_chord", result.as_tuple())
+            precede("apply_chord", result.as_tuple())
 
     backend.set_chord_size = maybe_set_chord_size
     backend.apply_chord = maybe_apply_chord
@@ -134,7 +127,7 @@ def _defer_replies(backend: Backend) -> None:
             return on_task_call(producer, task_id)
         # A result that comes before its queue is there would be lost without a word.
         if isinstance(backend, RPCBackend) and not task_join_will_block():
-            _defer(*declaration_of(backend.binding))
+            precede(*declaration_of(backend.binding))
         return None
 
     backend.on_task_call = maybe_on_task_call
@@ -171,7 +164,8 @@ def _identify_chords(backend: Backend) -> None:
     complete = backend.on_chord_part_return
 
     def complete_as_itself(request: Any, *args: Any, **kwargs: Any) -> Any:
-        with _identities_of(request):
+        key = f"{request.group} {_last_id(request.chord)}"
+        with context.identified(Identity.of_foreign(key, 0, position) for position in count()):
             return complete(request, *args, **kwargs)
 
     backend.on_chord_part_return = complete_as_itself
@@ -200,16 +194,6 @@ def _insisting(tell: Callable[..., Any]) -> Callable[..., Any]:
     return insist
 
 
-@contextmanager
-def _identities_of(request: Any) -> Iterator[None]:
-    key = f"{request.group} {_last_id(request.chord)}"
-    token = _chord.set(Identity.of_foreign(key, 0, position) for position in count())
-    try:
-        yield
-    finally:
-        _chord.reset(token)
-
-
 def _last_id(body: Any) -> Any:
     """The id of what the signature *body* of a chord ends in, made anew whenever it is applied."""
     match body:
@@ -226,5 +210,6 @@ def _declare(app: Celery, description: dict[str, Any]) -> None:
         queue.bind(channel).declare()
 
 
-def _defer(name: str, argument: Any) -> None:
+def precede(name: str, argument: Any) -> None:
+    """Let what is captured next be preceded by this; see :func:`prepare`."""
     _preparation.set((*_preparation.get(), (name, argument)))

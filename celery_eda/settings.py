@@ -113,6 +113,21 @@ class Settings:
         "What decides whether and when a failed message is tried again, for tasks without a "
         "`policy` of their own: a callable, or `module:name` of one. None never does, as Celery.",
     )
+    reply_address: str = option(
+        "correlation",
+        "How requests are answered unless they say: `correlation` (over one queue of this "
+        "process), `temporary` (over a queue of its own) or `durable` (into this service's "
+        "database).",
+        choices=("correlation", "temporary", "durable"),
+    )
+    reply_expires: float = option(
+        60.0,
+        "Seconds that a reply queue outlives its process, and a broker's absence.",
+        least=1,
+    )
+    request_timeout: float = option(
+        30.0, "Seconds that a reply is waited for unless the call says.", least=0.001
+    )
     outage_patience: float = option(
         30.0,
         "Seconds that a worker keeps trying a message against a database that is away or busy, "
@@ -153,6 +168,11 @@ class Settings:
     audit_retention: float | None = option(
         365 * DAY,
         "Seconds for which it is kept what was done to dead letters; None for ever.",
+        optional=True,
+    )
+    request_retention: float | None = option(
+        14 * DAY,
+        "Seconds for which a durable request, and its reply, can be asked for; None for ever.",
         optional=True,
     )
     redelivery_horizon: float = option(

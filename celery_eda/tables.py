@@ -101,6 +101,7 @@ class Tables:
         cursors: the number last handled of each ordering key, by each consumer.
         parked: messages that came before their predecessor, whole.
         audit: what was done to dead letters, by whom and why.
+        requests: durable requests of this service, and what came of them.
         version: the revision of the tables, as Alembic records it.
     """
 
@@ -115,6 +116,7 @@ class Tables:
     cursors: Table
     parked: Table
     audit: Table
+    requests: Table
     version: Table
 
     @property
@@ -122,7 +124,7 @@ class Tables:
         """Every table but that of the version."""
         return (
             *(self.outbox, self.inbox, self.attempts, self.dead_letters),
-            *(self.sequences, self.cursors, self.parked, self.audit),
+            *(self.sequences, self.cursors, self.parked, self.audit, self.requests),
         )
 
     @classmethod
@@ -254,6 +256,21 @@ class Tables:
         Index(f"ix_{prefix}audit_message", audit.c.message_id, audit.c.id)
         Index(f"ix_{prefix}audit_letter", audit.c.dead_letter, audit.c.at)
         Index(f"ix_{prefix}audit_at", audit.c.at)
+        requests = Table(
+            f"{prefix}requests",
+            metadata,
+            Column("correlation_id", MessageId, nullable=False),
+            Column("task", String(NAME_LENGTH), nullable=False),
+            Column("at", Moment, nullable=False),
+            Column("replied_at", Moment),
+            Column("content_type", String(NAME_LENGTH)),
+            Column("content_encoding", String(NAME_LENGTH)),
+            Column("body", Bytes),
+            PrimaryKeyConstraint("correlation_id"),
+            schema=schema,
+            **_OPTIONS,
+        )
+        Index(f"ix_{prefix}requests_at", requests.c.at)
         version = Table(
             f"{prefix}version",
             metadata,
@@ -261,7 +278,10 @@ class Tables:
             PrimaryKeyConstraint("version_num", name=f"{prefix}version_pkc"),
             schema=schema,
         )
-        records = (outbox, inbox, attempts, dead_letters, sequences, cursors, parked, audit)
+        records = (
+            *(outbox, inbox, attempts, dead_letters),
+            *(sequences, cursors, parked, audit, requests),
+        )
         return cls(prefix, schema, metadata, *records, version)
 
 

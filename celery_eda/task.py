@@ -12,6 +12,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, over
 
 from billiard.process import current_process
 from celery import Celery, Task, signals
+from celery.app.task import Context
 from celery.exceptions import Reject
 from celery.utils.log import get_logger
 from celery.worker import state
@@ -23,6 +24,7 @@ from celery_eda import checkpoints, context
 from celery_eda.errors import ConfigurationError, UnsafeSetting
 from celery_eda.message import VERDICT, WIRE, Wire
 from celery_eda.ordering import Key, key_function
+from celery_eda.reply import Reply
 from celery_eda.retry import Policy, checked
 
 log = get_logger(__name__)
@@ -130,6 +132,21 @@ class ReliableTask(Task):
                 raise
             raise Reject(exit_, requeue=True) from exit_
 
+    @property
+    def request(self) -> Context:
+        """Celery's: the call in progress. Called, it asks for a reply: ``quote.request(sku)``."""
+        request = self._get_request()
+        request.__class__ = self._request_class
+        return request
+
+    @functools.cached_property
+    def _request_class(self) -> type[Context]:
+        def ask(_: Context, *args: Any, **kwargs: Any) -> Reply[Any]:
+            reply: Reply[Any] = self.app.eda.request(self, args, kwargs)
+            return reply
+
+        return type(Context.__name__, (Context,), {"__call__": ask, "__doc__": Context.__doc__})
+
     def before_start(self, *_: Any) -> None:
         """Nothing yet: a failure here would end a message without a trace of it."""
 
@@ -146,6 +163,7 @@ class TypedTask(Protocol[P, R_co]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
     def delay(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+    def request(self, *args: P.args, **kwargs: P.kwargs) -> Reply[R_co]: ...
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any: ...
     def s(self, *args: Any, **kwargs: Any) -> Any: ...
     def si(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...

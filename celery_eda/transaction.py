@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from celery_eda import checkpoints
 from celery_eda.context import Capturing
 from celery_eda.errors import AutocommitTransaction
-from celery_eda.message import Message
+from celery_eda.message import Identity, Message
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ class Transaction(Capturing):
     def capture(self, message: Message) -> None:
         self.captured.append(message)
         checkpoints.reach("publish.captured")
+
+    def holds(self, identity: Identity) -> bool:
+        return any(each.identity == identity for each in self.captured)
 
     def write(self, connection: Connection) -> None:
         """Write what was captured to the outbox, through the transaction's own connection.

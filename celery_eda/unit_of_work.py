@@ -46,6 +46,7 @@ class UnitsOfWork:
                 *(delivery.identity, request.id, request.retries or 0),
                 transaction=connection.begin(),
                 position=delivery.position,
+                reply_to=delivery.reply_to,
             )
             context.in_progress.set(progress)
             outgoing = self.join(connection, self.store)

@@ -36,7 +36,8 @@ def relay(context: click.Context, once: bool, as_json: bool) -> None:
     click.echo(
         json.dumps(asdict(done))
         if as_json
-        else f"{done.confirmed} sent, {done.refused} refused, {done.unknown} still waiting"
+        else f"{done.confirmed} sent, {done.dropped} dropped, {done.refused} refused, "
+        f"{done.unknown} still waiting"
     )
     if done.refused or done.unknown:
         raise SystemExit(1)

@@ -5,12 +5,16 @@ Nothing of a broker is imported before an app that uses it connects.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 from kombu import Connection
 from kombu.utils.imports import symbol_by_name
 
-from celery_eda.transports.base import Transport
+from celery_eda.errors import ConfigurationError
+from celery_eda.transports.base import ReplyQueues, Transport
 
 #: By the ``driver_type`` of kombu's transport, so that ``rediss`` and ``sentinel`` are ``redis``.
 #: A broker from elsewhere is added as ``ALIASES["driver_type"] = "module:Class"``.
@@ -24,6 +28,12 @@ TAKING = {
     "kombu.transport.redis:Transport": "celery_eda.transports.redis_taking:Transport",
     "kombu.transport.pyamqp:Transport": "celery_eda.transports.rabbitmq_taking:Transport",
     "kombu.transport.pyamqp:SSLTransport": "celery_eda.transports.rabbitmq_taking:SSLTransport",
+}
+
+#: Where replies come in, by the same name: what takes them, and what makes a queue for them.
+REPLY_QUEUES = {
+    "amqp": "celery_eda.transports.rabbitmq_replies",
+    "redis": "celery_eda.transports.redis_replies",
 }
 
 
@@ -49,3 +59,27 @@ def transport_of(app: Any, *, timeout: float, vendor: str | None = None) -> Tran
     factory = symbol_by_name(ALIASES.get(vendor, vendor if ":" in vendor else OTHERS))
     transport: Transport = factory(app, timeout=timeout)
     return transport
+
+
+def reply_queues_of(app: Any, *, expires: float) -> Callable[[], ReplyQueues]:
+    """Makes what replies come in through; a queue goes when it was left for *expires* seconds.
+
+    Raises:
+        ConfigurationError: this broker has no such queues.
+    """
+    return partial(_replies_of(app).Replies, app, expires=expires)
+
+
+def declare_reply_queue(app: Any, name: str, expires: float) -> None:
+    """Make the reply queue *name*, before somebody takes from it. Repeating it is harmless."""
+    _replies_of(app).declare(app, name, expires)
+
+
+def _replies_of(app: Any) -> Any:
+    vendor = app.connection_for_write().transport.driver_type
+    if vendor not in REPLY_QUEUES:
+        raise ConfigurationError(
+            f"Replies to a process come over RabbitMQ or Redis, and this broker is {vendor!r}. "
+            'Ask with `address="durable"`: that works with every broker.'
+        )
+    return import_module(REPLY_QUEUES[vendor])

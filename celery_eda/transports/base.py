@@ -29,10 +29,15 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Answer:
-    """The broker's answer to one message, with the broker's own words if it refused."""
+    """The broker's answer to one message, with the broker's own words if it refused.
+
+    Attributes:
+        unroutable: whether it was refused because no queue would get it.
+    """
 
     verdict: Verdict
     why: str = ""
+    unroutable: bool = False
 
 
 CONFIRMED = Answer(Verdict.confirmed)
@@ -78,6 +83,37 @@ class TransportFactory(Protocol):
     """Makes the transport of an app; *timeout* is in seconds and covers one batch."""
 
     def __call__(self, app: Any, *, timeout: float) -> Transport: ...
+
+
+class ReplyQueues(Protocol):
+    """The queues over which replies come to one process: one connection, used by one thread.
+
+    It connects when the first queue is opened. Whatever goes wrong is raised; then it is of no
+    more use.
+    """
+
+    def open(self, name: str) -> None:
+        """Have the queue *name*, and take from it from now on."""
+        ...
+
+    def close(self, name: str) -> None:
+        """Delete the queue *name*, with what is in it."""
+        ...
+
+    def take(self, timeout: float) -> list[Any]:
+        """What has come, as kombu's messages; waits for the first, *timeout* seconds at most.
+
+        What came and is no message is None.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Have :meth:`take` return at once. For any thread."""
+        ...
+
+    def drop(self) -> None:
+        """Forget the connection."""
+        ...
 
 
 @runtime_checkable

@@ -15,6 +15,8 @@ from amqp.exceptions import ChannelError, UnexpectedFrame
 from celery_eda.message import ID_HEADER, REVISION_HEADER, Message
 from celery_eda.transports.base import CONFIRMED, Answer, Verdict
 
+#: The broker's code for a message that no queue would get.
+NO_ROUTE = 312
 NACKED = Answer(Verdict.refused, "basic.nack: the queue is full, or cannot store the message")
 
 
@@ -78,7 +80,8 @@ class Flight:
         if not alike:
             raise UnexpectedFrame("The broker returned a message that is not under way.")
         why = f"{error.reply_code} {error.reply_text}: {exchange=} {routing_key=}"
-        self._returned.update(dict.fromkeys(alike, Answer(Verdict.refused, why)))
+        answer = Answer(Verdict.refused, why, unroutable=error.reply_code == NO_ROUTE)
+        self._returned.update(dict.fromkeys(alike, answer))
 
     def _meant(self, tag: int, multiple: bool) -> list[int]:
         """The tags that the broker answers for: this one, or all up to it."""

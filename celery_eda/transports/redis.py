@@ -14,8 +14,9 @@ from kombu.exceptions import OperationalError
 from kombu.messaging import Producer
 from redis import exceptions
 
-from celery_eda import checkpoints
+from celery_eda import addresses, checkpoints
 from celery_eda.message import Message
+from celery_eda.transports import redis_replies
 from celery_eda.transports.base import (
     CONFIRMED,
     Answer,
@@ -151,6 +152,8 @@ class _Pipeline:
 
     def add(self, name: str, key: str, *rest: Any) -> None:
         """Add a command; kombu's channel calls this instead of the server."""
+        if name == "lpush" and addresses.is_volatile(key):
+            name, key, rest = redis_replies.push(self._channel, key, *rest)
         if name == "lpush" and self._commands:
             last, arguments = self._commands[-1]
             if last == name and arguments[0] == key:
@@ -180,6 +183,8 @@ def _answer(command: str, reply: Any) -> Answer:
         return unknown(reply)
     if isinstance(reply, Exception):
         return refused(reply)
+    if command == "eval" and reply == 0:
+        return Answer(Verdict.refused, "Nobody waits for this reply any more.", unroutable=True)
     if command == "publish" and reply == 0:
         return Answer(Verdict.refused, "Nobody is subscribed to the exchange.")
     return CONFIRMED

@@ -177,7 +177,7 @@ def test_the_audit_goes_by_age_but_not_before_the_letter_that_it_is_about(
 def test_nothing_goes_where_the_settings_say_for_ever(
     database: Database, outbox: Outbox, cursors: Cursors, dead_letters: DeadLetters
 ) -> None:
-    for_ever = {f"{name}_retention": None for name in ("inbox", "dead_letter", "audit")}
+    for_ever = {f"{name}_retention": None for name in ("inbox", "dead_letter", "request", "audit")}
     handle(database, 100 * INBOX)
     bury(database, dead_letters, message(), 100 * INBOX, "skipped")
     note(database, None, 100 * INBOX)

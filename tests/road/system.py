@@ -79,6 +79,14 @@ def trade(session: Session, account: int, number: int) -> int:
     return number
 
 
+@eda.task(name="road.quote")
+def quote(session: Session, number: int, seconds: float = 0.0) -> int:
+    """Replies with twice the number."""
+    session.execute(insert(effects).values(name="quote", number=number))
+    time.sleep(seconds)
+    return 2 * number
+
+
 @eda.task(name="road.slow")
 def slow(session: Session, number: int, seconds: float) -> int:
     session.execute(insert(effects).values(name="slow", number=number))

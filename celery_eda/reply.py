@@ -1,0 +1,286 @@
+"""What a requester holds in hand: one reply, or several of which some are enough."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import CancelledError, Future, InvalidStateError, as_completed
+from concurrent.futures import TimeoutError as WaitTimeout
+from contextlib import suppress
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+from celery_eda.errors import RequestTimeout
+from celery_eda.reading import Failed
+from celery_eda.retry import backoff
+
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+#: Seconds between two looks into the database for a durable reply.
+LOOK = (0.02, 0.5)
+_TIMEOUTS = (TimeoutError, WaitTimeout, asyncio.TimeoutError)
+
+
+class Outcome(Protocol):
+    """Where the outcome of one request will be."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it is there."""
+        ...
+
+    def future(self, timeout: float) -> Future[Any]:
+        """It, as soon as it is there: the result, or :class:`Failed`. Not later than *timeout*."""
+        ...
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more."""
+        ...
+
+
+class Reply(Generic[R_co]):
+    """The reply to one request: ``reply.get(timeout=2)``, or ``await reply``.
+
+    Attributes:
+        correlation_id: of the request and of its reply; ``eda.reply(correlation_id)`` finds a
+            durable one from anywhere in its service.
+    """
+
+    def __init__(
+        self,
+        correlation_id: str,
+        outcome: Outcome,
+        refuse_unsent: Callable[[], None],
+        patience: float,
+    ) -> None:
+        self.correlation_id = correlation_id
+        self.outcome = outcome
+        self.refuse_unsent = refuse_unsent
+        self._patience = patience
+
+    @property
+    def done(self) -> bool:
+        """Whether the reply is here; a durable one is looked for in the database."""
+        return self.outcome.done
+
+    def get(self, timeout: float | None = None) -> R_co:
+        """The result. Waits *timeout* seconds at most, by default ``eda_request_timeout``.
+
+        Raises:
+            RequestTimeout: none came; unless the request is durable, it is given up.
+            UnsentRequest: the transaction that holds the request is not committed yet.
+            RemoteError: the responder failed for good. Where its error's type is registered
+                (``eda.register_error``), or one of Python's own, that is raised instead.
+        """
+        self.refuse_unsent()
+        seconds = self._patience if timeout is None else timeout
+        try:
+            return cast(R_co, result_of(self.outcome.future(seconds).result(seconds)))
+        except (*_TIMEOUTS, CancelledError) as error:
+            raise self._too_late(seconds) from error
+
+    def __await__(self) -> Generator[Any, None, R_co]:
+        return self._get_async().__await__()
+
+    def cancel(self) -> None:
+        """Wait no more: a reply that comes is dropped. The request is not undone."""
+        self.outcome.give_up()
+
+    async def _get_async(self) -> R_co:
+        self.refuse_unsent()
+        future = asyncio.wrap_future(self.outcome.future(self._patience))
+        try:
+            outcome = await asyncio.wait_for(future, self._patience)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        except _TIMEOUTS as error:
+            raise self._too_late(self._patience) from error
+        return cast(R_co, result_of(outcome))
+
+    def _too_late(self, seconds: float) -> RequestTimeout:
+        self.cancel()
+        return RequestTimeout(
+            f"No reply to {self.correlation_id} within {seconds:g} s. Is a worker of that service "
+            "running, and is the task one of `@eda.task`?"
+        )
+
+
+class Replies(Generic[R]):
+    """The replies to a request to many, of which *need* are enough, by default all.
+
+    ``replies.get(timeout=2)`` or ``await replies`` gives the results as soon as enough have come,
+    in the order of the calls. What comes later is dropped.
+
+    Attributes:
+        each: the single replies.
+    """
+
+    def __init__(self, each: Sequence[Reply[R]], need: int | None, patience: float) -> None:
+        self.each = tuple(each)
+        self._need = len(self.each) if need is None else need
+        self._patience = patience
+
+    @property
+    def done(self) -> bool:
+        """Whether enough are here."""
+        return sum(each.done for each in self.each) >= self._need
+
+    def get(self, timeout: float | None = None) -> list[R]:
+        """The results. Waits *timeout* seconds at most, by default ``eda_request_timeout``.
+
+        Raises:
+            RequestTimeout: too few came in time.
+            UnsentRequest: the transaction that holds the requests is not committed yet.
+            Exception: that of a responder, after which too few can succeed.
+        """
+        seconds = self._patience if timeout is None else timeout
+        tally, futures = self._begin(seconds)
+        try:
+            for future in as_completed(futures, seconds):
+                if tally.add(futures[future], future.result()):
+                    break
+        except (*_TIMEOUTS, CancelledError) as error:
+            raise self._too_few(tally, seconds) from error
+        finally:
+            self.cancel()
+        return tally.results
+
+    def __await__(self) -> Generator[Any, None, list[R]]:
+        return self._get_async().__await__()
+
+    def cancel(self) -> None:
+        """Wait no more."""
+        for each in self.each:
+            each.cancel()
+
+    async def _get_async(self) -> list[R]:
+        tally, futures = self._begin(self._patience)
+        places = {asyncio.wrap_future(future): place for future, place in futures.items()}
+        waiting, until = set(places), time.monotonic() + self._patience
+        try:
+            while waiting:
+                left = until - time.monotonic()
+                come, waiting = await asyncio.wait(
+                    waiting, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED
+                )
+                if not come:
+                    raise self._too_few(tally, self._patience)
+                if any(tally.add(places[future], future.result()) for future in come):
+                    break
+        finally:
+            for future in waiting:
+                future.cancel()
+            self.cancel()
+        return tally.results
+
+    def _begin(self, seconds: float) -> tuple[_Tally[R], dict[Future[Any], int]]:
+        for each in self.each:
+            each.refuse_unsent()
+        futures = {each.outcome.future(seconds): place for place, each in enumerate(self.each)}
+        return _Tally(self._need, len(self.each)), futures
+
+    def _too_few(self, tally: _Tally[R], seconds: float) -> RequestTimeout:
+        come = len(tally.results)
+        return RequestTimeout(f"{come} of {self._need} replies came within {seconds:g} s.")
+
+
+class _Tally(Generic[R]):
+    """Counts successes until there are enough, or too few can be left."""
+
+    def __init__(self, need: int, total: int) -> None:
+        self._need = need
+        self._failures_allowed = total - need
+        self._by_place: dict[int, R] = {}
+
+    def add(self, place: int, outcome: Any) -> bool:
+        """Count one; returns whether there are enough.
+
+        Raises:
+            Exception: that of the responder, if too few are left.
+        """
+        if len(self._by_place) == self._need:
+            return True
+        if isinstance(outcome, Failed):
+            self._failures_allowed -= 1
+            if self._failures_allowed < 0:
+                raise outcome.error
+        else:
+            self._by_place[place] = outcome
+        return len(self._by_place) == self._need
+
+    @property
+    def results(self) -> list[R]:
+        return [self._by_place[place] for place in sorted(self._by_place)]
+
+
+class Awaited:
+    """An outcome that comes into this process's mailbox."""
+
+    def __init__(self, future: Future[Any], forget: Callable[[], None]) -> None:
+        self._future = future
+        self._forget = forget
+
+    @property
+    def done(self) -> bool:
+        return self._future.done() and not self._future.cancelled()
+
+    def future(self, timeout: float) -> Future[Any]:
+        return self._future
+
+    def give_up(self) -> None:
+        self._forget()
+        self._future.cancel()
+
+
+class Recorded:
+    """An outcome that comes into the service's database, where it stays for whoever asks again.
+
+    Args:
+        look: returns it in a tuple, or None as long as it is not there.
+    """
+
+    def __init__(self, look: Callable[[], tuple[Any] | None]) -> None:
+        self._look = look
+        self._future: Future[Any] | None = None
+
+    @property
+    def done(self) -> bool:
+        return self._look() is not None
+
+    def future(self, timeout: float) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._future = future
+        until = time.monotonic() + timeout + LOOK[1]  # who waits notices the time-out first
+        threading.Thread(target=self._watch, args=(future, until), daemon=True).start()
+        return future
+
+    def give_up(self) -> None:
+        if self._future is not None:
+            self._future.cancel()
+
+    def _watch(self, future: Future[Any], until: float) -> None:
+        looks = 0
+        with suppress(InvalidStateError):  # given up in this very moment
+            while not future.cancelled():
+                try:
+                    found = self._look()
+                except Exception as error:
+                    future.set_exception(error)
+                    return
+                if found is not None:
+                    future.set_result(found[0])
+                    return
+                if time.monotonic() > until:
+                    future.cancel()
+                time.sleep(backoff(looks, *LOOK))
+                looks += 1
+
+
+def result_of(outcome: Any) -> Any:
+    """The result in *outcome*, or its error, raised."""
+    if isinstance(outcome, Failed):
+        raise outcome.error
+    return outcome

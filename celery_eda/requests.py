@@ -1,0 +1,92 @@
+"""Durable requests: what was asked, and what came of it, in the requester's own database.
+
+A request is noted in the transaction that publishes it, its reply recorded in the transaction of
+its own delivery. So a reply that nobody here asked for is known as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from kombu.serialization import dumps, loads
+from sqlalchemy import Connection, Table, select, update
+
+from celery_eda.addresses import REPLY_HEADER
+from celery_eda.dialects.base import Dialect
+from celery_eda.errors import UnknownRequest
+from celery_eda.message import Message
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The durable requests of one service.
+
+    Attributes:
+        address: of this service; None if it has no name, and so no such requests.
+        serializer: what outcomes are kept with.
+    """
+
+    table: Table
+    dialect: Dialect
+    address: str | None
+    serializer: str
+
+    def note(self, connection: Connection, messages: Sequence[Message]) -> None:
+        """Note those of *messages* that are durable requests, just written to the outbox.
+
+        Another attempt at one, or what takes its place, asks in the name of the first.
+        """
+        for each in messages:
+            if self.address and each.headers.get(REPLY_HEADER) == self.address:
+                values = {
+                    "correlation_id": UUID(each.headers["id"]),
+                    "task": each.task,
+                    "at": self.dialect.now(),
+                }
+                self.dialect.insert_once(connection, self.table, values)
+
+    def record(self, connection: Connection, correlation_id: UUID, outcome: Any) -> bool:
+        """Record the first *outcome*; returns False if there is one already.
+
+        Raises:
+            UnknownRequest: nobody here asked for it.
+        """
+        content_type, content_encoding, body = dumps(outcome, serializer=self.serializer)
+        columns = self.table.c
+        recorded = connection.execute(
+            update(self.table)
+            .where(columns.correlation_id == correlation_id, columns.replied_at.is_(None))
+            .values(
+                replied_at=self.dialect.now(),
+                content_type=content_type,
+                content_encoding=content_encoding,
+                body=body.encode() if isinstance(body, str) else body,
+            )
+        ).rowcount
+        if not recorded:
+            self.outcome(connection, correlation_id)
+        return bool(recorded)
+
+    def outcome(self, connection: Connection, correlation_id: UUID) -> Any:
+        """The outcome of a request; None as long as there is none.
+
+        Raises:
+            UnknownRequest: there is no such request.
+        """
+        columns = self.table.c
+        row = connection.execute(
+            select(columns.content_type, columns.content_encoding, columns.body).where(
+                columns.correlation_id == correlation_id
+            )
+        ).one_or_none()
+        if row is None:
+            raise UnknownRequest(
+                f"No durable request {correlation_id} is known here. Was its transaction "
+                "committed, in this database, and less than eda_request_retention ago?"
+            )
+        if row.body is None:
+            return None
+        return loads(bytes(row.body), row.content_type, row.content_encoding, accept=None)

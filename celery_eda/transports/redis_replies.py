@@ -1,0 +1,103 @@
+"""Replies over Redis or Valkey: lists that are there for as long as somebody says so.
+
+A list that nobody takes from would stay for ever, and one that is empty is not there at all. So
+beside each there is a mark that expires; its process renews it, and without it nothing is put
+into the list.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import Any
+
+from kombu.utils.json import loads
+
+#: What the mark of a list has at the end of its name.
+MARK = ".open"
+#: How often a mark is renewed in the time that it lasts.
+RENEWALS = 4
+#: Seconds after which a server that says nothing is given up; longer than any wait.
+SILENCE = 10.0
+#: Replies taken at once.
+AT_ONCE = 500
+#: What wakes whoever waits.
+NOTHING = b""
+
+# KEYS: the list and its mark. ARGV: a reply. Returns whether it was put into the list.
+PUSH = """
+local left = redis.call('PTTL', KEYS[2])
+if left <= 0 then return 0 end
+redis.call('LPUSH', KEYS[1], ARGV[1])
+redis.call('PEXPIRE', KEYS[1], left)
+return 1
+"""
+
+
+def push(channel: Any, name: str, payload: str) -> tuple[str, str, tuple[Any, ...]]:
+    """The command that puts *payload* into the list *name* if that is open."""
+    key = channel.global_keyprefix + name
+    return "eval", PUSH, (2, key, key + MARK, payload)
+
+
+def declare(app: Any, name: str, expires: float) -> None:
+    """Open the list *name* for *expires* seconds."""
+    with app.pool.acquire_channel(block=True) as (_, channel), channel.conn_or_acquire() as client:
+        _mark(client, name, expires)
+
+
+def _mark(client: Any, name: str, expires: float) -> None:
+    milliseconds = int(expires * 1000)
+    client.set(name + MARK, "", px=milliseconds)
+    client.pexpire(name, milliseconds)
+
+
+class Replies:
+    """The lists of one process, on one connection."""
+
+    def __init__(self, app: Any, *, expires: float) -> None:
+        self._expires = expires
+        self._broker = app.connection_for_read(transport_options={"socket_timeout": SILENCE})
+        self._channel: Any = None
+        self._names: list[str] = []
+        self._renewed = 0.0
+
+    def open(self, name: str) -> None:
+        self._channel = self._channel or self._broker.channel()
+        _mark(self._channel.client, name, self._expires)
+        self._names.append(name)
+
+    def close(self, name: str) -> None:
+        self._names.remove(name)
+        self._channel.client.delete(name, name + MARK)
+
+    def take(self, timeout: float) -> list[Any]:
+        self._renew()
+        client = self._channel.client
+        if not (found := client.brpop(self._names, timeout=timeout)):
+            return []
+        name, first = found
+        others = client.rpop(name.decode(), AT_ONCE) or []
+        return [self._read(each) for each in (first, *others) if each != NOTHING]
+
+    def wake(self) -> None:
+        with suppress(Exception):  # who is not connected does not wait
+            self._channel.client.lpush(self._names[0], NOTHING)
+
+    def drop(self) -> None:
+        self._broker.collect()
+        self._channel = None
+        self._names = []
+
+    def _renew(self) -> None:
+        if time.monotonic() - self._renewed < self._expires / RENEWALS:
+            return
+        for name in self._names:
+            _mark(self._channel.client, name, self._expires)
+        self._renewed = time.monotonic()
+
+    def _read(self, payload: bytes) -> Any:
+        try:
+            return self._channel.Message(loads(payload), channel=self._channel)
+        except Exception:
+            return None
