@@ -40,6 +40,16 @@ class Capturing:
         return False
 
 
+class Collected(Capturing):
+    """Messages published where no transaction is, for somebody who will store them."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+
+    def capture(self, message: Message) -> None:
+        self.messages.append(message)
+
+
 def running_task() -> asyncio.Task[Any] | None:
     """The asyncio task that runs here; None outside any event loop."""
     try:

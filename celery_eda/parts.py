@@ -279,7 +279,9 @@ class Parts:
     @cached_property
     def refusals(self) -> Refusals:
         """Keeps the messages that no task gets to see."""
-        return Refusals(self.engine, Inbox(self.tables.inbox, self.dialect), self.dead_letters)
+        inbox = Inbox(self.tables.inbox, self.dialect)
+        answer, store = self.replies.to_refused, self.store
+        return Refusals(self.engine, inbox, self.dead_letters, answer, store)
 
     def is_reliable(self, task: str) -> bool:
         """Whether the task of this name is handled exactly once."""
@@ -316,7 +318,7 @@ class Parts:
         return ids
 
     def _hand_off(self, ids: list[int]) -> None:
-        if self.settings.send_after_commit:
+        if ids and self.settings.send_after_commit:
             self.sender.hand_off(ids)
 
     def _prepared_engine(self, patience: float) -> Engine:

@@ -30,16 +30,6 @@ from celery_eda.transports import SafeConnection, undelivered
 LONGEST_DELAY = timedelta(days=36500)
 
 
-class Collected(context.Capturing):
-    """Messages published outside any transaction, to be stored in one of their own."""
-
-    def __init__(self) -> None:
-        self.messages: list[Message] = []
-
-    def capture(self, message: Message) -> None:
-        self.messages.append(message)
-
-
 @dataclass(frozen=True)
 class Publisher:
     """Decides where a message published right now goes.
@@ -84,7 +74,7 @@ class Publisher:
                 "Publish it inside `with eda.transaction():`, attach the sessionmaker in use, "
                 "or choose eda_outside = 'store' or 'send'."
             )
-        collected = Collected()
+        collected = context.Collected()
         with context.scope_of(collected):
             yield
         if collected.messages:

@@ -6,7 +6,7 @@ again all the same, the inbox knows it by what it consists of.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -22,6 +22,7 @@ from celery_eda.inbox import Inbox, Outcome
 from celery_eda.inspection import Refusal
 from celery_eda.message import PROPERTIES, Identity, Message
 from celery_eda.tables import NAME_LENGTH
+from celery_eda.transaction import Store
 from celery_eda.transports import undelivered
 
 #: The consumer under which the inbox knows what was refused.
@@ -64,11 +65,18 @@ class Refused:
 
 @dataclass(frozen=True)
 class Refusals:
-    """Keeps what is refused."""
+    """Keeps what is refused.
+
+    Attributes:
+        answer: makes the reply to a refused request; empty if nobody waits for one.
+        store: the outbox, for it.
+    """
 
     engine: Engine
     inbox: Inbox
     dead_letters: DeadLetters
+    answer: Callable[[Message, Exception], Sequence[Message]]
+    store: Store
 
     def keep(self, refused: Refused) -> bool:
         """Write the dead letter of *refused*, unless what became of it is recorded already.
@@ -77,6 +85,7 @@ class Refusals:
             False if it is. Either way the message may be acknowledged.
         """
         letter, refusal, consumer = refused.letter, refused.refusal, refused.consumer
+        ids: list[int] = []
         with self.engine.begin() as connection:
             fresh = self.inbox.close(connection, consumer, refused.identity, Outcome.dead)
             if fresh:
@@ -88,6 +97,9 @@ class Refusals:
                     attempts=1,
                     consumer=None if consumer == CONSUMER else consumer,
                 )
+                if reply := self.answer(letter, refusal.error):
+                    ids = self.store.add(connection, reply)
+        self.store.hand_off(ids)
         return fresh
 
 

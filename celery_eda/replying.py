@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 from celery import Celery
 from kombu import Queue
 
-from celery_eda import context, handling, redaction
+from celery_eda import addresses, context, handling, redaction
 from celery_eda.addresses import REPLY_HEADER
+from celery_eda.context import Collected
 from celery_eda.delivery import Delivery
 from celery_eda.handling import Ending
 from celery_eda.inbox import Handled, Outcome
-from celery_eda.message import Identity
+from celery_eda.message import Identity, Message
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.unit_of_work import UnitOfWork
 
@@ -61,18 +63,43 @@ class Replies:
         unit.commit()
         unit.outgoing.hand_off()
 
+    def to_refused(self, request: Message, error: Exception) -> list[Message]:
+        """The reply to a *request* that no task gets to see, if it can be replied to."""
+        try:
+            address = addresses.of_headers(request.headers)
+            task_id = str(UUID(request.headers["id"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return []
+        if address is None:
+            return []
+        collected = Collected()
+        with context.scope_of(collected):
+            outcome = {"error": self.errors.to_wire(error)}
+            self._publish(address, _identity(request.identity, ""), task_id, None, outcome)
+        return collected.messages
+
     def _send(self, delivery: Delivery, outcome: Mapping[str, Any]) -> None:
         """Publish the one reply of an attempt; a second one is a copy of it."""
         assert delivery.reply_to is not None, "nobody asks for a reply"
-        request, amqp = delivery.task.request, self.app.amqp
-        name = f"{delivery.identity.id} {delivery.consumer}"
-        identity = Identity.of_foreign(name, delivery.identity.revision, 0)
+        request = delivery.task.request
+        identity = _identity(delivery.identity, delivery.consumer)
+        self._publish(delivery.reply_to, identity, request.id, request.root_id, outcome)
+
+    def _publish(
+        self,
+        address: str,
+        identity: Identity,
+        correlation_id: str,
+        root_id: str | None,
+        outcome: Mapping[str, Any],
+    ) -> None:
+        amqp = self.app.amqp
         message = amqp.as_task_v2(
             str(identity.id),
             REPLY_TASK,
-            (request.id, outcome),
-            root_id=request.root_id,
-            parent_id=request.id,
+            (correlation_id, outcome),
+            root_id=root_id,
+            parent_id=correlation_id,
             ignore_result=True,
             argsrepr="(…)",  # results are nothing for logs
             kwargsrepr="{}",
@@ -80,10 +107,15 @@ class Replies:
         with context.identified(iter([identity])):
             amqp.send_task_message(
                 *(None, REPLY_TASK, message),
-                queue=Queue(delivery.reply_to),
+                queue=Queue(address),
                 declare=[],
                 serializer=self.app.conf.result_serializer,
             )
+
+
+def _identity(request: Identity, consumer: str) -> Identity:
+    """That of the reply to one attempt at a request: the same for every copy of it."""
+    return Identity.of_foreign(f"{request.id} {consumer}", request.revision, 0)
 
 
 def hand_on(address: str, task_id: str, message: Any) -> bool:

@@ -9,18 +9,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from celery import Celery, signals
 from celery.contrib.testing.worker import start_worker
+from celery.exceptions import NotRegistered
 from celery.worker import state
 from kombu import compression
 from sqlalchemy import Table, func, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from celery_eda import EDA, upgrading
-from celery_eda.message import Identity
+from celery_eda import EDA, addresses, outbox, upgrading
+from celery_eda.arguments import Arguments
+from celery_eda.message import Identity, Message
 from celery_eda.refusals import Refusals
 from tests.road.hostile import Letter
 
@@ -53,6 +56,12 @@ class Shop:
     def dead(self) -> list[Any]:
         with self.eda.engine.connect() as connection:
             return list(connection.execute(select(self.eda.tables.dead_letters)).all())
+
+    def waiting(self) -> list[Message]:
+        """What waits in the outbox."""
+        with self.eda.engine.connect() as connection:
+            rows = connection.execute(select(self.eda.tables.outbox)).all()
+        return [outbox.from_row(row) for row in rows]
 
     def until(self, condition: Any) -> None:
         until = time.monotonic() + PATIENCE
@@ -234,3 +243,26 @@ def test_headers_are_kept_whole(shop: Shop) -> None:
     shop.until(shop.dead)
 
     assert strange.items() <= json.loads(shop.dead()[0].headers).items()
+
+
+def test_who_asks_for_an_unknown_task_gets_a_reply(shop: Shop) -> None:
+    headers = {"eda_reply_to": addresses.of_process(), "id": str(uuid4())}
+    shop.put(Letter("no such task", task="no.such.task", headers=headers))
+    shop.expect_service()
+
+    (reply,) = shop.waiting()
+    correlation_id, outcome = shop.eda.reading.outcome_in(list(Arguments.of(reply).args))
+
+    assert reply.routing_key == headers["eda_reply_to"]
+    assert correlation_id == headers["id"]
+    assert isinstance(outcome.error, NotRegistered)
+
+
+@pytest.mark.parametrize("headers", [{"eda_reply_to": "payments"}, {"id": "no uuid"}])
+def test_what_is_malformed_gets_no_reply(shop: Shop, headers: dict[str, str]) -> None:
+    address = {"eda_reply_to": addresses.of_process(), "id": str(uuid4())}
+    shop.put(Letter("no call", body=b"null", headers={**address, **headers}))
+    shop.expect_service()
+
+    assert shop.waiting() == []
+    assert [row.reason for row in shop.dead()] == ["malformed"]
