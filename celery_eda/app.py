@@ -180,11 +180,12 @@ class EDA(Parts):
         self.remote_errors.register(kind, name)
         return kind
 
-    def _take_reply(self, correlation_id: str, outcome: Any) -> None:
+    def _take_reply(self, session: Session, correlation_id: str, outcome: Any) -> None:
         """Record the reply to a durable request, in the transaction of its message."""
         try:
             self.reading.outcome_in([correlation_id, outcome])
-            fresh = self.requests.record(self.session.connection(), UUID(correlation_id), outcome)
+            request = UUID(correlation_id)
+            fresh = self.requests.record(session.connection(), request, outcome)
         except (UnknownRequest, ValueError) as error:
             log.warning("a durable reply is dropped: %s", error)
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,7 +59,7 @@ class Requesting:
         **options: Any,
     ) -> Reply[Any]:
         """Ask for a reply to one call; see :meth:`celery_eda.EDA.request`."""
-        kind = Kind(address or self.settings.reply_address)
+        kind = self._kind(address)
         with self.publisher.stored(f"A request of {_name_of(call)}", self._store_of(kind)):
             return self._ask(call, args, kwargs, kind, options)
 
@@ -78,7 +78,7 @@ class Requesting:
                 f"{len(several)} calls cannot give {need or 'any'} replies: give at least one "
                 "call, and a `need` between 1 and their number."
             )
-        kind = Kind(address or self.settings.reply_address)
+        kind = self._kind(address)
         with self.publisher.stored("A request to many", self._store_of(kind)):
             each = [self._ask(call, (), None, kind, options) for call in several]
         return Replies(each, need, self.settings.request_timeout)
@@ -103,11 +103,12 @@ class Requesting:
         correlation_id = uuid4()
         where, outcome = self._expect(correlation_id, kind)
         identity = Identity.fresh()
+        headers = options.get("headers") or _options_of(call).get("headers") or {}
         options = {
             "ignore_result": True,
             **options,
             "task_id": str(correlation_id),
-            "headers": {**(options.get("headers") or {}), REPLY_HEADER: where},
+            "headers": {**headers, REPLY_HEADER: where},
         }
         try:
             with context.identified(iter([identity])):
@@ -119,6 +120,13 @@ class Requesting:
             outcome.give_up()
             raise
         return self._reply(str(correlation_id), outcome, identity)
+
+    def _kind(self, address: str | None) -> Kind:
+        try:
+            return Kind(address or self.settings.reply_address)
+        except ValueError as error:
+            kinds = ", ".join(repr(each.value) for each in Kind)
+            raise RequestError(f"address must be one of {kinds}, not {address!r}.") from error
 
     def _expect(self, correlation_id: UUID, kind: Kind) -> tuple[str, Outcome]:
         """Where the reply is to go, and where its outcome will be.
@@ -211,6 +219,10 @@ class Requesting:
                     mailbox.settle(each.headers["id"], Failed(error))
 
         loop.run_in_executor(None, store_or_tell)
+
+
+def _options_of(call: str | Task | Signature) -> Mapping[str, Any]:
+    return call.options if isinstance(call, Signature) else {}
 
 
 def _name_of(call: str | Task | Signature) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import ref
 
 from sqlalchemy import Connection
 
@@ -45,13 +46,16 @@ class Transaction(Capturing):
         self.store = store
         self.captured: list[Message] = []
         self.written: list[int] = []
+        self._heir: ref[Transaction] | None = None
 
     def capture(self, message: Message) -> None:
         self.captured.append(message)
         checkpoints.reach("publish.captured")
 
     def holds(self, identity: Identity) -> bool:
-        return any(each.identity == identity for each in self.captured)
+        heir = self._heir and self._heir()
+        held = any(each.identity == identity for each in self.captured)
+        return held or (heir is not None and heir.holds(identity))
 
     def write(self, connection: Connection) -> None:
         """Write what was captured to the outbox, through the transaction's own connection.
@@ -72,6 +76,7 @@ class Transaction(Capturing):
     def take(self, other: Transaction) -> None:
         """Let what *other* captured belong to this transaction from now on."""
         self.captured += other.captured
+        other._heir = ref(self)
         other.captured.clear()
 
     def forget(self) -> None:

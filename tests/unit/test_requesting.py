@@ -1,0 +1,505 @@
+"""What asking for a reply does and refuses, without a broker: its address leads nowhere."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from celery import Celery, chain, group
+from sqlalchemy import create_engine, func, select
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from celery_eda import EDA, outbox, upgrading
+from celery_eda.addresses import REPLY_HEADER
+from celery_eda.errors import (
+    ConfigurationError,
+    OutsideTransaction,
+    RequestError,
+    RequestTimeout,
+    UnknownRequest,
+    UnsentRequest,
+)
+from celery_eda.message import Message
+from celery_eda.reading import Failed
+
+#: A correlation id that nobody has been given.
+NOBODYS = "8d9f5c1e-6d0a-4f1e-9c0b-2f6a1d3b7e55"
+VOLATILE = ("correlation", "temporary")
+ADDRESSES = (*VOLATILE, "durable")
+
+
+async def _await(reply: Any) -> Any:
+    return await reply
+
+
+def in_a_loop(test: Callable[..., Any]) -> Callable[..., None]:
+    """*test*, an ``async def``, run in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        asyncio.run(test(**fixtures))
+
+    return run
+
+
+class Shop:
+    """An app whose broker is away; replies are given by hand."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.url = f"sqlite:///{folder / 'shop.db'}"
+        self.app = Celery("shop", broker="redis://127.0.0.1:1", set_as_current=False)
+        self.app.conf.update(
+            eda_database_url=self.url,
+            eda_send_after_commit=False,
+            broker_connection_timeout=0.2,
+            **settings,
+        )
+        self.eda = EDA(self.app)
+        upgrading.upgrade(self.eda.engine, self.eda.tables)
+
+        @self.eda.task(name="shop.quote")
+        def quote(number: int) -> int:
+            return number
+
+        @self.app.task(name="shop.plain")
+        def plain() -> None:
+            """An ordinary task."""
+
+        self.quote, self.plain = quote, plain
+
+    def sent(self) -> list[Message]:
+        with self.eda.engine.connect() as connection:
+            rows = connection.execute(select(self.eda.tables.outbox)).all()
+        return [outbox.from_row(row) for row in rows]
+
+    def noted(self) -> int:
+        """How many durable requests are noted."""
+        with self.eda.engine.connect() as connection:
+            query = select(func.count()).select_from(self.eda.tables.requests)
+            return connection.execute(query).scalar_one()
+
+    def answer(self, correlation_id: str, outcome: Any) -> None:
+        """Let the reply to a durable request come in."""
+        with self.eda.engine.begin() as connection:
+            self.eda.requests.record(connection, UUID(correlation_id), outcome)
+
+    def close(self) -> None:
+        self.eda.mailbox.close()
+        self.eda.engine.dispose()
+
+
+@pytest.fixture
+def make_shop(tmp_path: Path) -> Iterator[Callable[..., Shop]]:
+    shops = []
+
+    def make(**settings: Any) -> Shop:
+        shops.append(Shop(tmp_path, **settings))
+        return shops[-1]
+
+    yield make
+    for shop in shops:
+        shop.close()
+
+
+@pytest.fixture
+def shop(make_shop: Callable[..., Shop]) -> Shop:
+    return make_shop()
+
+
+# ── what is sent ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_request_leaves_with_the_commit_and_touches_no_broker(shop: Shop, address: Any) -> None:
+    started = time.monotonic()
+    with shop.eda.transaction():
+        reply = shop.eda.request(shop.quote, (7,), address=address, priority=5, expires=60)
+        assert shop.sent() == []
+
+    assert time.monotonic() - started < 5.0
+    (message,) = shop.sent()
+    assert message.headers["id"] == message.properties["correlation_id"] == reply.correlation_id
+    assert message.properties["priority"] == 5
+    assert message.headers["expires"]
+    assert message.headers[REPLY_HEADER].startswith("eda.repl")
+    assert [name for name, _ in message.preparation] == [
+        "declare" if address == "durable" else "reply_queue"
+    ]
+    assert not reply.done
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_request_that_is_rolled_back_is_never_sent(shop: Shop, address: Any) -> None:
+    with pytest.raises(LookupError), shop.eda.transaction():
+        shop.eda.request(shop.quote, (7,), address=address)
+        raise LookupError
+
+    assert shop.sent() == []
+    assert shop.noted() == 0
+
+
+def test_the_task_itself_can_be_asked_and_still_knows_its_call(shop: Shop) -> None:
+    reply = shop.quote.request(7)
+
+    (message,) = shop.sent()
+    assert message.headers["id"] == reply.correlation_id
+    assert shop.quote.request.id is None
+    assert shop.quote.request.retries == 0
+
+
+def test_a_task_can_ask_by_itself_within_its_own_call(shop: Shop) -> None:
+    seen = []
+
+    @shop.eda.task(name="shop.recursive", bind=True)
+    def recursive(self: Any, number: int) -> int:
+        seen.append((self.request.id, self.request.args))
+        return number
+
+    recursive.apply((7,), task_id="its own")
+
+    assert seen == [("its own", (7,))]
+
+
+def test_a_task_of_another_service_is_asked_by_its_name(shop: Shop) -> None:
+    shop.eda.request("stock.quote", (7,), queue="stock")
+
+    (message,) = shop.sent()
+    assert (message.task, message.routing_key) == ("stock.quote", "stock")
+
+
+def test_a_signature_brings_its_own_options(shop: Shop) -> None:
+    shop.eda.request(shop.quote.s(7).set(queue="fast", headers={"tenant": "a"}))
+
+    (message,) = shop.sent()
+    assert message.routing_key == "fast"
+    assert message.headers["tenant"] == "a"
+    assert REPLY_HEADER in message.headers
+
+
+def test_many_are_asked_in_one_transaction(shop: Shop) -> None:
+    replies = shop.eda.scatter([shop.quote.s(number) for number in range(5)], need=2)
+
+    assert len(shop.sent()) == 5
+    assert len({each.correlation_id for each in replies.each}) == 5
+
+
+def test_where_publishing_outside_is_forbidden_asking_is_too(
+    make_shop: Callable[..., Shop],
+) -> None:
+    shop = make_shop(eda_outside="raise")
+
+    with pytest.raises(OutsideTransaction, match="shop.quote"):
+        shop.quote.request(7)
+    with shop.eda.transaction():
+        shop.quote.request(7)
+
+
+# ── what is refused ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("option", ["task_id", "correlation_id", "reply_to"])
+def test_nobody_chooses_a_correlation_id(shop: Shop, option: str) -> None:
+    with pytest.raises(RequestError, match=option):
+        shop.eda.request(shop.quote, (7,), **{option: "124"})
+
+    assert shop.sent() == []
+
+
+def test_an_ordinary_task_is_not_asked(shop: Shop) -> None:
+    with pytest.raises(RequestError, match="@eda.task"):
+        shop.eda.request(shop.plain)
+
+
+@pytest.mark.parametrize("make", [chain, group])
+def test_more_than_one_task_is_not_asked_for_one_reply(shop: Shop, make: Any) -> None:
+    with pytest.raises(RequestError, match="one task"):
+        shop.eda.request(make(shop.quote.s(1), shop.quote.s(2)))
+
+
+@pytest.mark.parametrize(("calls", "need"), [(0, None), (2, 0), (2, 3), (2, -1)])
+def test_more_replies_than_calls_cannot_be_needed(shop: Shop, calls: int, need: Any) -> None:
+    with pytest.raises(RequestError, match="need"):
+        shop.eda.scatter([shop.quote.s(number) for number in range(calls)], need=need)
+
+
+def test_an_unknown_kind_of_address_is_refused(shop: Shop) -> None:
+    with pytest.raises(RequestError, match="durable"):
+        shop.eda.request(shop.quote, (7,), address="somewhere")  # type: ignore[arg-type]
+
+
+def test_a_broker_without_such_queues_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    app = Celery("shop", broker="memory://", set_as_current=False)
+    app.conf.eda_database_url = f"sqlite:///{tmp_path / 'shop.db'}"
+    eda = EDA(app)
+
+    with pytest.raises(ConfigurationError, match="durable"):
+        eda.request("stock.quote")
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_waiting_inside_the_transaction_is_refused(shop: Shop, address: Any) -> None:
+    with shop.eda.transaction():
+        reply = shop.eda.request(shop.quote, (7,), address=address)
+        with pytest.raises(UnsentRequest, match="commits"):
+            reply.get(timeout=60)
+
+    with pytest.raises(RequestTimeout):
+        reply.get(timeout=0.05)
+
+
+def test_waiting_for_several_inside_the_transaction_is_refused(shop: Shop) -> None:
+    with shop.eda.transaction():
+        replies = shop.eda.scatter([shop.quote.s(1), shop.quote.s(2)], address="durable")
+        with pytest.raises(UnsentRequest, match="commits"):
+            replies.get(timeout=60)
+
+
+def test_waiting_in_an_attached_session_is_refused(shop: Shop) -> None:
+    sessions = sessionmaker(create_engine(shop.url))
+    shop.eda.attach(sessions)
+    with sessions() as session:
+        reply = shop.eda.request(shop.quote, (7,), address="durable")
+        with pytest.raises(UnsentRequest):
+            reply.get(timeout=60)
+        session.commit()
+
+    assert len(shop.sent()) == 1
+
+
+def test_waiting_within_the_handler_that_asks_is_refused(shop: Shop) -> None:
+    refused = []
+    with shop.eda.transaction() as outer:
+        with shop.eda.transaction(Session(outer.connection())) as inner:
+            reply = shop.eda.request(shop.quote, (7,), address="durable")
+            inner.commit()
+        try:
+            reply.get(timeout=60)
+        except UnsentRequest:
+            refused.append(True)
+
+    assert len(shop.sent()) == 1
+    assert refused == [True]
+
+
+@in_a_loop
+async def test_awaiting_inside_the_transaction_is_refused(shop: Shop) -> None:
+    engine = create_async_engine(shop.url.replace("sqlite:", "sqlite+aiosqlite:"))
+    async with AsyncSession(engine) as session, shop.eda.transaction(session):
+        reply = shop.eda.request(shop.quote, (7,), address="durable")
+        with pytest.raises(UnsentRequest):
+            await reply
+        await session.commit()
+    await engine.dispose()
+
+    assert len(shop.sent()) == 1
+
+
+# ── waiting ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_waiting_ends_in_time(make_shop: Callable[..., Shop], address: Any) -> None:
+    shop = make_shop(eda_request_timeout=0.1)
+    reply = shop.eda.request(shop.quote, (7,), address=address)
+
+    with pytest.raises(RequestTimeout, match=r"within 0\.1 s"):
+        reply.get()
+    with pytest.raises(TimeoutError):
+        asyncio.run(_await(shop.eda.request(shop.quote, (7,), address=address)))
+    with pytest.raises(RequestTimeout):
+        reply.get(timeout=0.01)
+
+
+def test_an_outcome_finds_whoever_waits_for_it(shop: Shop) -> None:
+    replies = [shop.quote.request(number) for number in range(3)]
+    for number, reply in reversed([*enumerate(replies)]):
+        assert shop.eda.mailbox.settle(reply.correlation_id, number)
+
+    assert [reply.done for reply in replies] == [True] * 3
+    assert [reply.get(timeout=0) for reply in replies] == [0, 1, 2]
+    assert [reply.get(timeout=0) for reply in replies] == [0, 1, 2]
+    assert asyncio.run(_await(replies[1])) == 1
+
+
+def test_an_error_is_raised_where_it_is_waited_for(shop: Shop) -> None:
+    reply = shop.quote.request(7)
+    shop.eda.mailbox.settle(reply.correlation_id, Failed(LookupError("no")))
+
+    with pytest.raises(LookupError, match="no"):
+        reply.get()
+
+
+def test_a_handle_that_is_dropped_leaves_nothing_behind(shop: Shop) -> None:
+    reply = shop.eda.request(shop.quote, (7,), address="temporary")
+    correlation_id = reply.correlation_id
+    assert len(shop.eda.mailbox._wanted) == 2
+    del reply
+    gc.collect()
+
+    assert not shop.eda.mailbox.settle(correlation_id, 7)
+    assert len(shop.eda.mailbox._wanted) == 1
+
+
+@pytest.mark.parametrize("address", VOLATILE)
+@in_a_loop
+async def test_cancellation_leaves_nothing_behind(shop: Shop, address: Any) -> None:
+    reply = shop.eda.request(shop.quote, (7,), address=address)
+    task = asyncio.ensure_future(_await(reply))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert not shop.eda.mailbox.settle(reply.correlation_id, 7)
+    assert len(shop.eda.mailbox._wanted) == 1
+
+
+@in_a_loop
+async def test_a_wait_that_times_out_leaves_nothing_behind(shop: Shop) -> None:
+    reply = shop.quote.request(7)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(_await(reply), 0.05)
+
+    assert not shop.eda.mailbox.settle(reply.correlation_id, 7)
+
+
+@in_a_loop
+async def test_what_cannot_be_stored_is_told_to_who_awaits_it(shop: Shop) -> None:
+    shop.eda.tables.outbox.drop(shop.eda.engine)
+
+    with pytest.raises(Exception, match="no such table"):
+        await shop.quote.request(7)
+
+
+# ── several ─────────────────────────────────────────────────────────────────────────────────
+
+
+def scatter(shop: Shop, need: int | None) -> Any:
+    return shop.eda.scatter([shop.quote.s(number) for number in range(3)], need=need)
+
+
+def settle(shop: Shop, replies: Any, *outcomes: Any) -> None:
+    """Settle the replies, the last one first; None for one that does not come."""
+    for each, outcome in reversed([*zip(replies.each, outcomes, strict=True)]):
+        if outcome is not None:
+            shop.eda.mailbox.settle(each.correlation_id, outcome)
+
+
+FAILED = Failed(LookupError("no"))
+
+
+def both_ways(replies: Any, shop: Shop, way: str) -> Any:
+    return replies.get(timeout=0.2) if way == "get" else asyncio.run(_await(replies))
+
+
+@pytest.mark.parametrize("way", ["get", "await"])
+@pytest.mark.parametrize(
+    ("need", "outcomes", "expected"),
+    [
+        (None, (1, 2, 3), [1, 2, 3]),
+        (1, (None, None, 3), [3]),
+        (2, (1, None, 3), [1, 3]),
+        (2, (1, FAILED, 3), [1, 3]),
+        (1, (FAILED, FAILED, 3), [3]),
+    ],
+)
+def test_enough_replies_are_enough(
+    make_shop: Callable[..., Shop], way: str, need: Any, outcomes: Any, expected: Any
+) -> None:
+    shop = make_shop(eda_request_timeout=0.2)
+    replies = scatter(shop, need)
+    settle(shop, replies, *outcomes)
+
+    assert replies.done
+    assert both_ways(replies, shop, way) == expected
+    assert not any(shop.eda.mailbox.settle(each.correlation_id, 9) for each in replies.each)
+
+
+@pytest.mark.parametrize("way", ["get", "await"])
+@pytest.mark.parametrize(
+    ("need", "outcomes", "error"),
+    [
+        (None, (1, 2, FAILED), LookupError),
+        (2, (FAILED, FAILED, 3), LookupError),
+        (None, (1, 2, None), RequestTimeout),
+        (1, (None, None, None), RequestTimeout),
+    ],
+)
+def test_too_few_replies_are_an_error(
+    make_shop: Callable[..., Shop], way: str, need: Any, outcomes: Any, error: type[Exception]
+) -> None:
+    shop = make_shop(eda_request_timeout=0.2)
+    replies = scatter(shop, need)
+    settle(shop, replies, *outcomes)
+
+    with pytest.raises(error):
+        both_ways(replies, shop, way)
+    assert not any(shop.eda.mailbox.settle(each.correlation_id, 9) for each in replies.each)
+
+
+# ── durable ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_durable_reply_is_found_by_its_correlation_id_again_and_again(shop: Shop) -> None:
+    reply = shop.eda.request(shop.quote, (7,), address="durable")
+    again = shop.eda.reply(reply.correlation_id)
+    assert not again.done
+    shop.answer(reply.correlation_id, {"result": [7]})
+
+    assert again.done
+    assert reply.get(timeout=1) == again.get(timeout=1) == [7]
+    assert asyncio.run(_await(shop.eda.reply(reply.correlation_id))) == [7]
+
+
+def test_a_durable_error_is_raised_each_time(shop: Shop) -> None:
+    reply = shop.eda.request(shop.quote, (7,), address="durable")
+    described = shop.eda.remote_errors.to_wire(LookupError("no"))
+    shop.answer(reply.correlation_id, {"error": described})
+
+    for _ in range(2):
+        with pytest.raises(LookupError, match="no"):
+            shop.eda.reply(reply.correlation_id).get(timeout=1)
+
+
+@pytest.mark.parametrize("correlation_id", [NOBODYS, "124", ""])
+def test_a_request_that_was_never_made_has_no_reply(shop: Shop, correlation_id: str) -> None:
+    with pytest.raises(UnknownRequest):
+        shop.eda.reply(correlation_id).get(timeout=1)
+
+
+def test_a_service_without_a_name_has_no_durable_requests(tmp_path: Path) -> None:
+    app = Celery(broker="memory://", set_as_current=False)
+    app.conf.eda_database_url = f"sqlite:///{tmp_path / 'shop.db'}"
+
+    with pytest.raises(ConfigurationError, match="eda_service"):
+        EDA(app).request("stock.quote", address="durable")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (NOBODYS, {"result": 7}),
+        ("124", {"result": 7}),
+        (7, {"result": 7}),
+        (NOBODYS, {"result": 7, "error": {}}),
+        (NOBODYS, {"error": {"type": 7}}),
+        (NOBODYS, None),
+    ],
+)
+def test_a_durable_reply_that_nobody_asked_for_is_dropped(
+    shop: Shop, arguments: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "celery_eda"), shop.eda.transaction() as session:
+        shop.eda._take_reply(session, *arguments)
+
+    assert shop.noted() == 0
+    assert len([each for each in caplog.records if "is dropped" in each.message]) == 1
