@@ -21,6 +21,7 @@ from kombu import Queue
 from kombu.utils.imports import symbol_by_name
 
 from celery_eda import context, ordering, replying, results
+from celery_eda.addresses import REPLY_HEADER
 from celery_eda.errors import OutsideTransaction
 from celery_eda.message import HEADERS, Identity, Lane, Message
 from celery_eda.recording import RecordingPool, RecordingProducer
@@ -139,7 +140,8 @@ class CapturingAMQP(AMQP):
         recorded = recorder.recorded
         headers = recorded.pop("headers")
         identity = self._identify(headers)
-        if headers.get("expires") and self.app.eda.is_reliable(task):
+        reliable = REPLY_HEADER in headers or self.app.eda.is_reliable(task)
+        if headers.get("expires") and reliable:
             # The broker would drop it unseen; the worker that gets it makes a dead letter of it.
             recorded["properties"].pop("expiration", None)
         declared = [each for each in recorder.declare if isinstance(each, Queue)]

@@ -2,42 +2,387 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from uuid import uuid4
 
 import pytest
-from celery import Celery
+from kombu import Connection
+from redis import Redis as Client
 
-from celery_eda import EDA
-from tests.road.conftest import Road
+from celery_eda import EDA, addresses
+from celery_eda.errors import RequestTimeout
+from celery_eda.replying import REPLY_TASK
+from tests.road import asking
+from tests.road.asking import ask
+from tests.road.conftest import Process, Road, first_of
+from tests.road.test_killed_at_every_step import RELAY, WORKER
+from tests.servers.base import Server
+from tests.servers.proxy import Proxy
 
-ADDRESSES = ("correlation", "temporary", "durable")
+VOLATILE = ("correlation", "temporary")
+#: Seconds after which a reply queue that nobody uses is gone: its time, and RabbitMQ's look at it.
+GONE = 20.0
+both_brokers = pytest.mark.parametrize(
+    "road", ["rabbitmq-postgresql", "redis-mariadb"], indirect=True
+)
 
 
 @pytest.fixture
 def eda(road: Road) -> Iterator[EDA]:
-    """Whoever asks: this process, as a client of the road on the same database."""
-    app = Celery("road", broker=road.broker, set_as_current=False)
-    app.conf.update(
-        eda_database_url=road.database, eda_reply_expires=2.0, task_default_queue="road"
-    )
-    eda = EDA(app)
+    """Whoever asks: this process, as a service of its own."""
+    eda = asking.make(road.broker, road.folder)
     yield eda
+    leave(eda)
+
+
+def leave(eda: EDA) -> None:
     eda.mailbox.close()
     eda.engine.dispose()
     eda.relay_engine.dispose()
 
 
-def ask(eda: EDA, number: int, **options: Any) -> Any:
-    return eda.request("road.quote", (number,), **options)
+def reply_queues(road: Road, broker: Server) -> list[str]:
+    """The volatile reply queues that the broker has."""
+    if road.broker.startswith("redis"):
+        return [key.decode() for key in Client.from_url(road.broker).keys("eda.reply.*")]
+    vhost = road.broker.rpartition("/")[2]
+    listed = broker.ctl("list_queues", "-q", "-p", vhost, "name")  # type: ignore[attr-defined]
+    return [name for name in listed.split() if name.startswith("eda.reply.")]
 
 
-@pytest.mark.parametrize("address", ADDRESSES)
-def test_a_request_gets_its_reply(road: Road, eda: EDA, address: str) -> None:
-    road.worker(ROAD_SEND_AFTER_COMMIT="1")
+def responders(road: Road, **environment: str) -> None:
+    road.worker(ROAD_SEND_AFTER_COMMIT="1", **environment)
     road.relay()
+
+
+# ── each finds its own ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("address", VOLATILE)
+def test_a_request_gets_its_reply(road: Road, eda: EDA, address: str) -> None:
+    responders(road)
 
     with eda.transaction():
         replies = [ask(eda, number, address=address) for number in range(20)]
 
-    assert [reply.get(timeout=60) for reply in replies] == [2 * number for number in range(20)]
+    assert [reply.get() for reply in replies] == [2 * number for number in range(20)]
+    assert road.effects("quote") == Counter(range(20))
+
+
+@both_brokers
+def test_a_thousand_requests_of_many_threads_get_their_own_replies(
+    road: Road, eda: EDA, broker: Server
+) -> None:
+    responders(road)
+
+    def converse(first: int) -> list[int]:
+        replies = [ask(eda, number) for number in range(first, first + 50)]
+        return [reply.get() for reply in replies]
+
+    with ThreadPoolExecutor(20) as threads:
+        results = list(threads.map(converse, range(0, 1000, 50)))
+
+    assert [each for part in results for each in part] == [2 * n for n in range(1000)]
+    assert not eda.mailbox.dropped
+    eda.mailbox.close()
+    assert reply_queues(road, broker) == []
+
+
+@both_brokers
+def test_a_thousand_requests_of_one_event_loop_get_their_own_replies(
+    road: Road, eda: EDA, broker: Server
+) -> None:
+    responders(road)
+    longest = 0.0
+
+    async def watch() -> None:
+        nonlocal longest
+        loop = asyncio.get_running_loop()
+        while True:
+            before = loop.time()
+            await asyncio.sleep(0.01)
+            longest = max(longest, loop.time() - before)
+
+    async def converse() -> list[int]:
+        watching = asyncio.create_task(watch())
+        replies = [ask(eda, number) for number in range(1000)]
+        results = await asyncio.gather(*replies)
+        watching.cancel()
+        return results
+
+    assert asyncio.run(converse()) == [2 * n for n in range(1000)]
+    assert not eda.mailbox.dropped
+    print(f"the loop was held up for {longest:.3f} s at the most")  # noqa: T201
+    eda.mailbox.close()
+    assert reply_queues(road, broker) == []
+
+
+@both_brokers
+def test_temporary_queues_are_gone_when_their_replies_have_come(
+    road: Road, eda: EDA, broker: Server
+) -> None:
+    responders(road)
+
+    replies = [ask(eda, number, address="temporary") for number in range(50)]
+    assert [reply.get() for reply in replies] == [2 * number for number in range(50)]
+
+    own = {eda.mailbox.address, eda.mailbox.address + ".open"}
+    road.until(lambda: set(reply_queues(road, broker)) <= own, "the temporary queues gone", GONE)
+
+
+@both_brokers
+def test_a_forked_child_asks_for_itself(road: Road) -> None:
+    responders(road)
+
+    road.run(
+        """
+import multiprocessing
+from tests.road import asking
+asker = asking.make(os.environ["ROAD_BROKER"], os.environ["ROAD_FOLDER"])
+assert asking.ask(asker, 1).get() == 2
+waiting = asking.ask(asker, 2)
+def child():
+    assert asking.ask(asker, 3).get() == 6
+process = multiprocessing.get_context("fork").Process(target=child)
+process.start()
+process.join()
+assert process.exitcode == 0
+assert waiting.get() == 4
+"""
+    )
+
+
+@both_brokers
+def test_several_answer_one(road: Road, eda: EDA) -> None:
+    responders(road)
+    quote = eda.app.signature
+    calls = [quote("road.quote", (number, number / 2)) for number in range(3)]
+
+    assert eda.scatter(calls, need=1).get(timeout=60) == [0]
+    assert eda.scatter(calls).get(timeout=60) == [0, 2, 4]
+
+
+# ── whoever dies ────────────────────────────────────────────────────────────────────────────
+
+
+@both_brokers
+@pytest.mark.parametrize("step", [step for step in WORKER if step != "delivery.started"])
+def test_whatever_step_its_responder_dies_at_a_request_gets_one_reply(
+    road: Road, eda: EDA, step: str
+) -> None:
+    worker = road.worker(fault=road.fault(step))
+    road.relay()
+    with eda.transaction():
+        replies = [ask(eda, number) for number in range(10)]
+
+    road.until(road.struck(step).exists, f"a worker at {step}")
+    if worker.wait_briefly() is not None:
+        worker.start()
+
+    assert [reply.get() for reply in replies] == [2 * number for number in range(10)]
+    assert road.effects("quote") == Counter(range(10))
+    assert set(eda.mailbox.dropped) <= {"copy"}
+
+
+@first_of("rabbitmq-postgresql", "redis-mariadb")
+@pytest.mark.parametrize("step", RELAY)
+def test_whatever_step_its_relay_dies_at_a_request_gets_one_reply(
+    road: Road, eda: EDA, step: str
+) -> None:
+    road.worker()
+    relay = road.relay(fault=road.fault(step))
+    with eda.transaction():
+        replies = [ask(eda, number) for number in range(10)]
+
+    road.until(road.struck(step).exists, f"a relay at {step}")
+    relay.wait()
+    road.relay()
+
+    assert [reply.get() for reply in replies] == [2 * number for number in range(10)]
+    assert road.effects("quote") == Counter(range(10))
+    assert set(eda.mailbox.dropped) <= {"copy"}
+
+
+def asked(road: Road, address: str, first: int, last: int) -> tuple[Process, list[str]]:
+    """A process that asks, and the correlation ids of its requests."""
+    process = road._run(["tests.road.asking", address, str(first), str(last)], None)
+
+    def ids() -> list[str]:
+        words = process.log.read_text(errors="replace").split()
+        return [word for word in words if len(word) == 36 and word.count("-") == 4]
+
+    road.until(lambda: len(ids()) == last - first + 1, "all asked")
+    return process, ids()
+
+
+@both_brokers
+@pytest.mark.parametrize("address", VOLATILE)
+def test_of_a_killed_requester_nothing_is_left_behind(
+    road: Road, broker: Server, address: str
+) -> None:
+    process, _ = asked(road, address, 1, 20)
+    road.until(lambda: len(reply_queues(road, broker)) > 0, "its reply queues")
+    process.kill()
+    road.until(lambda: not reply_queues(road, broker), "its reply queues gone", GONE)
+    responders(road)
+
+    road.until(lambda: road.effects("quote").total() >= 20, "the work done all the same")
+    road.until(lambda: road.waiting() == 0, "no reply left in the outbox")
+    road.settle(1.0)
+
+    assert road.effects("quote") == Counter(range(1, 21))
+    assert road.logged("replies are dropped") > 0
+    assert reply_queues(road, broker) == []
+    assert road.dead() == []
+
+
+@both_brokers
+def test_a_durable_reply_outlives_whoever_asked(road: Road) -> None:
+    process, ids = asked(road, "durable", 1, 20)
+    process.kill()
+    responders(road)
+
+    app = asking.make(road.broker, road.folder, eda_database_url=road.database)
+    results = [app.reply(each).get() for each in ids]
+    leave(app)
+
+    assert results == [2 * number for number in range(1, 21)]
+    assert road.effects("quote") == Counter(range(1, 21))
+    assert road.dead() == []
+
+
+@both_brokers
+def test_replies_that_come_while_the_requester_has_no_broker_are_not_lost(
+    road: Road, broker: Server
+) -> None:
+    with Proxy(broker.port) as wire:
+        eda = asking.make(wire.through(road.broker), road.folder, eda_reply_expires=60.0)
+        responders(road)
+        assert ask(eda, 0).get() == 0
+        replies = [ask(eda, number, seconds=1.0) for number in range(1, 4)]
+        road.until(lambda: road.logged("received") >= 4, "the requests with the responder")
+        wire.refuse()
+        wire.cut()
+        road.until(lambda: road.effects("quote").total() >= 4, "the work done")
+        road.until(lambda: road.waiting() == 0, "the replies sent")
+        wire.heal()
+
+        assert [reply.get() for reply in replies] == [2, 4, 6]
+        leave(eda)
+
+
+@both_brokers
+def test_replies_outlive_the_broker(road: Road, broker: Server) -> None:
+    eda = asking.make(road.broker, road.folder, eda_reply_expires=60.0)
+    responders(road)
+    assert ask(eda, 0).get() == 0
+    replies = [ask(eda, number, seconds=0.5) for number in range(1, 9)]
+    road.until(lambda: road.effects("quote").total() >= 2, "some of the work done")
+
+    broker.kill()
+    road.pause(1.0, "the broker is away")
+    broker.start()
+
+    assert [reply.get() for reply in replies] == [2 * number for number in range(1, 9)]
+    assert road.effects("quote") == Counter(range(9))
+    leave(eda)
+
+
+# ── whoever comes late, or should not come ──────────────────────────────────────────────────
+
+
+def put(road: Road, queue: str, correlation_id: Any, outcome: Any, **headers: Any) -> None:
+    """Put something like a reply into *queue*."""
+    fields = {"task": REPLY_TASK, "id": str(uuid4()), "lang": "py", **headers}
+    body = json.dumps([[correlation_id, outcome], {}, None])
+    with Connection(road.broker) as connection:
+        connection.Producer().publish(
+            body,
+            routing_key=queue,
+            headers=fields,
+            content_type="application/json",
+            content_encoding="utf-8",
+        )
+
+
+@both_brokers
+def test_a_reply_that_nobody_waits_for_is_counted_and_dropped(
+    road: Road, eda: EDA, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "celery_eda")
+    responders(road)
+    late = ask(eda, 1, seconds=1.0)
+    with pytest.raises(RequestTimeout):
+        late.get(timeout=0.3)
+    waiting = ask(eda, 2, seconds=2.0)
+    done = ask(eda, 3)
+    assert done.get() == 6
+
+    put(road, eda.mailbox.address, done.correlation_id, {"result": "another"})
+    put(road, eda.mailbox.address, str(uuid4()), {"result": "forged"})
+    put(road, eda.mailbox.address, "124", {"result": "no id"})
+    put(road, eda.mailbox.address, waiting.correlation_id, {"neither": 1})
+    put(road, eda.mailbox.address, waiting.correlation_id, {"result": 1}, task="another.task")
+    put(road, eda.mailbox.address, waiting.correlation_id, {"error": {"type": 7}})
+    with Connection(road.broker) as connection:
+        connection.Producer().publish(
+            b"\xff\x00", routing_key=eda.mailbox.address, content_type="application/x-python"
+        )
+
+    assert waiting.get() == 4
+    assert done.get() == 6
+    dropped = {"late": 1, "copy": 1, "unknown": 1, "malformed": 5}
+    road.until(lambda: eda.mailbox.dropped == dropped, f"counts: {eda.mailbox.dropped}", 10.0)
+    lines = [each for each in caplog.records if "a reply is dropped" in each.getMessage()]
+    assert len(lines) == sum(dropped.values())
+    assert all(len(each.getMessage()) < 300 and each.getMessage().isprintable() for each in lines)
+
+
+@both_brokers
+def test_a_reply_to_an_address_that_nobody_has_is_dropped_and_its_work_done_once(
+    road: Road, eda: EDA
+) -> None:
+    responders(road)
+    nowhere = {"eda_reply_to": addresses.of_process()}
+    with eda.transaction():
+        eda.app.send_task("road.quote", (1,), headers=nowhere)
+
+    road.until(lambda: road.logged("replies are dropped"), "the reply dropped")
+    road.settle(1.0)
+
+    assert road.effects("quote") == Counter([1])
+    assert road.dead() == []
+
+
+@both_brokers
+def test_a_request_whose_time_is_over_is_not_begun(road: Road, eda: EDA) -> None:
+    reply = ask(eda, 1, expires=0.5)
+    with pytest.raises(RequestTimeout):
+        reply.get(timeout=1.0)
+
+    responders(road)
+    road.until(lambda: road.dead(), "the request put aside")
+
+    assert road.dead() == [("road.quote", "expired")]
+    assert road.effects("quote") == Counter()
+
+
+@both_brokers
+def test_with_everything_down_asking_costs_a_commit_and_the_reply_comes_later(
+    road: Road, broker: Server
+) -> None:
+    broker.kill()
+    eda = asking.make(road.broker, road.folder, eda_reply_expires=60.0)
+    with eda.transaction():
+        replies = [ask(eda, number) for number in range(10)]
+    broker.start()
+    responders(road)
+
+    assert [reply.get() for reply in replies] == [2 * number for number in range(10)]
+    leave(eda)

@@ -1,0 +1,58 @@
+"""A service that asks the road for quotes: ``python -m tests.road.asking ADDRESS FIRST LAST``.
+
+It asks in one transaction, prints the correlation ids once the requests have left (durable ones
+at once), and waits for all replies. It has a database of its own beside the road's files, and no worker but for durable requests, which are
+those of the road itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from celery import Celery
+from sqlalchemy import func, select
+
+from celery_eda import EDA, upgrading
+
+
+def make(broker: str, folder: Any, **settings: Any) -> EDA:
+    """The service; it sends for itself, right after the commit."""
+    app = Celery("asker", broker=broker, set_as_current=False)
+    app.conf.update(
+        eda_database_url=f"sqlite:///{folder}/asker.db",
+        eda_reply_expires=2.0,
+        eda_request_timeout=60.0,
+        task_default_queue=os.environ.get("ROAD_QUEUE", "road"),
+    )
+    app.conf.update(settings)
+    eda = EDA(app)
+    upgrading.upgrade(eda.engine, eda.tables)
+    return eda
+
+
+def ask(eda: EDA, number: int, seconds: float = 0.0, **options: Any) -> Any:
+    return eda.request("road.quote", (number, seconds), **options)
+
+
+def unsent(eda: EDA) -> int:
+    with eda.engine.connect() as connection:
+        query = select(func.count()).select_from(eda.tables.outbox)
+        return connection.execute(query).scalar_one()
+
+
+if __name__ == "__main__":
+    address, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    if address == "durable":
+        from tests.road.system import eda
+    else:
+        eda = make(os.environ["ROAD_BROKER"], os.environ["ROAD_FOLDER"])
+    with eda.transaction():
+        replies = [ask(eda, number, address=address) for number in range(first, last + 1)]
+    while address != "durable" and unsent(eda):
+        time.sleep(0.05)
+    for reply in replies:
+        print(reply.correlation_id, flush=True)  # noqa: T201  # for who waits for them
+    print([reply.get() for reply in replies], flush=True)  # noqa: T201
