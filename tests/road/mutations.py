@@ -12,12 +12,13 @@ from kombu import Connection
 from kombu.transport import redis
 from sqlalchemy import Connection as DatabaseConnection
 
-from celery_eda import handling, publishing, results
+from celery_eda import handling, publishing, relay, results
 from celery_eda.attempts import Attempts
 from celery_eda.inbox import Inbox
 from celery_eda.intake import Intake
 from celery_eda.message import Identity, Position
 from celery_eda.outbox import Outbox
+from celery_eda.replying import REPLY_TASK, Replies
 from celery_eda.task import ReliableRequest, ReliableTask
 from celery_eda.transports import frames, rabbitmq
 from celery_eda.transports.base import CONFIRMED
@@ -163,6 +164,26 @@ def acknowledged_before_it_is_kept() -> None:
     Intake._keep = acknowledge_and_keep  # type: ignore[method-assign]
 
 
+def reply_sent_before_the_commit() -> None:
+    """A reply goes straight to the broker, beside the transaction that does the work."""
+
+    def publish(self: Replies, address: str, _: Any, correlation_id: str, *rest: Any) -> None:
+        with self.app.connection_for_write() as connection:
+            connection.Producer().publish(
+                [[correlation_id, rest[-1]], {}, None],
+                routing_key=address,
+                headers={"task": REPLY_TASK, "id": correlation_id, "lang": "py"},
+                serializer="json",
+            )
+
+    Replies._publish = publish  # type: ignore[method-assign]
+
+
+def replies_need_no_queue() -> None:
+    """A relay keeps trying to send a reply whose requester is gone."""
+    relay._is_unwanted = lambda *_: False
+
+
 def celery_drops_what_is_revoked() -> None:
     ReliableRequest.revoked = Request.revoked
     ReliableRequest._announce_revoked = Request._announce_revoked
@@ -194,6 +215,8 @@ MUTATIONS: dict[str, Callable[[], None]] = {
         celery_looks_first,
         acknowledged_before_it_is_kept,
         celery_drops_what_is_revoked,
+        reply_sent_before_the_commit,
+        replies_need_no_queue,
         redeliveries_are_not_counted,
     )
 }

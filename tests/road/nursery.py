@@ -41,6 +41,7 @@ MODULES = (
     "celery_eda.dialects.postgresql",
     "celery_eda.dialects.sqlite",
     "celery_eda.transports.rabbitmq",
+    "celery_eda.transports.rabbitmq_replies",
     "celery_eda.transports.redis",
     "celery_eda.transports.redis_taking",
     "kombu.transport.pyamqp",

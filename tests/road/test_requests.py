@@ -386,3 +386,37 @@ def test_with_everything_down_asking_costs_a_commit_and_the_reply_comes_later(
 
     assert [reply.get() for reply in replies] == [2 * number for number in range(10)]
     leave(eda)
+
+
+# ── what the guards are for ─────────────────────────────────────────────────────────────────
+
+on_rabbitmq = pytest.mark.parametrize("road", ["rabbitmq-postgresql"], indirect=True)
+
+
+@on_rabbitmq
+def test_sent_beside_the_transaction_a_reply_tells_of_work_that_was_never_done(
+    road: Road, eda: EDA
+) -> None:
+    road.worker(fault=road.fault("delivery.handled", "freeze"), ROAD_MUTATION=EARLY)
+    road.relay()
+
+    assert ask(eda, 1).get() == 2
+    assert road.effects("quote") == Counter()
+
+
+EARLY = "reply_sent_before_the_commit"
+
+
+@on_rabbitmq
+def test_unless_it_may_be_dropped_a_reply_to_nobody_stays_in_the_outbox(
+    road: Road, eda: EDA
+) -> None:
+    road.worker()
+    road.relay(ROAD_MUTATION="replies_need_no_queue")
+    with eda.transaction():
+        nowhere = {"eda_reply_to": addresses.of_process()}
+        eda.app.send_task("road.quote", (1,), headers=nowhere)
+
+    road.until(lambda: "NO_ROUTE" in (road.last_error() or ""), "the broker's words on the row")
+
+    assert road.waiting() == 1

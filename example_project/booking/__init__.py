@@ -1,0 +1,1 @@
+"""Booking a trip: services that need an answer, asked by correlation id, queue or database."""

@@ -1,0 +1,144 @@
+"""Books trips, asking in each of the ways: ``python -m example_project.booking``.
+
+The last line is one JSON object; the exit code is 0 only if every answer came to the one who had
+asked for it, every seat was sold once, and no reply queue is left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import redis
+
+from example_project.demo import processes
+from example_project.demo.broker import PrivateBroker
+from example_project.demo.processes import Failed, Process, python
+
+SERVICES = ("orders", "airline", "agency")
+PACKAGE = "example_project.booking"
+PATIENCE = 40.0
+FLIGHT = "LH454"
+
+
+def main() -> int:
+    """Book in a folder of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="celery-eda-booking-"))
+    try:
+        with ExitStack() as ends:
+            figures = tell(_opened(folder, ends))
+    except Failed as failed:
+        print(failed, file=sys.stderr)
+        print(f"The databases and the logs are kept in {folder}", file=sys.stderr)
+        return 1
+    shutil.rmtree(folder)
+    print(json.dumps(figures))
+    told = ("order_id", "confirmations", "after_a_crash", "sold_out", "reply_queues_left")
+    return 0 if [figures[each] for each in told] == EXPECTED else 1
+
+
+EXPECTED = [124, [f"{FLIGHT}-0001", f"{FLIGHT}-0002"], f"{FLIGHT}-0003", True, 0]
+
+
+class Town:
+    """The services, and the broker between them."""
+
+    def __init__(self, folder: Path, broker: str) -> None:
+        self.folder = folder
+        self.broker = broker
+        self.environment = {
+            **os.environ,
+            "SHOP_BROKER": broker,
+            "SHOP_NAME": "town",
+            **{
+                f"SHOP_{name.upper()}_DATABASE": f"sqlite:///{folder / name}.db"
+                for name in SERVICES
+            },
+        }
+        os.environ.update(self.environment)
+
+    def run(self, name: str, *command: str) -> Process:
+        """Start a process that logs to the file of that *name*."""
+        return Process(name, [sys.executable, *command], self.environment, self.folder / name)
+
+    def finish(self, name: str, *command: str) -> None:
+        """Run a process to its end.
+
+        Raises:
+            Failed: it ended with an error.
+        """
+        process = self.run(name, *command)
+        if process.wait(PATIENCE):
+            raise Failed(f"{name} failed:\n{process.tail()}")
+
+    def open(self) -> Iterator[Process]:
+        """Make the databases and start a worker for each service."""
+        for name in SERVICES:
+            app = f"{PACKAGE}.{name}"
+            self.finish(f"{name}-tables", "-m", "celery", "-A", app, "eda", "db", "upgrade")
+            self.finish(f"{name}-opening", "-c", f"import {app} as it; it.open_for_business()")
+            # The agency takes the answers to its durable requests; it has no tasks of its own.
+            queue = "eda.replies.agency" if name == "agency" else f"town.{name}"
+            words = ("worker", "-c2", "-l", "INFO", "-n", f"{name}@%h", "-Q", queue)
+            command = python("celery", "-A", app, *words)
+            yield Process(name, command, self.environment, self.folder / f"{name}.log")
+
+    def reply_queues(self) -> int:
+        """How many reply queues of processes the broker has."""
+        with redis.Redis.from_url(self.broker) as client:
+            return len(client.keys("eda.reply.*"))
+
+
+def tell(town: Town) -> dict[str, object]:
+    """Ask in every way there is, and print what comes back."""
+    from example_project.booking import agency
+
+    reply = agency.order("Ada")
+    order_id = reply.get()
+    print(f"request {reply.correlation_id}: order entry answers with the order's id, {order_id}")
+
+    by_id = agency.book("Ada", FLIGHT, "correlation")
+    by_queue = agency.book("Bob", FLIGHT, "temporary")
+    confirmations = [by_id.get(), by_queue.get()]
+    print(f"by correlation id: {confirmations[0]}; by a queue of its own: {confirmations[1]}")
+
+    asking = f"{PACKAGE}.agency"
+    code = f"import os; from {asking} import book; book('Eve', {FLIGHT!r}, 'durable'); os._exit(9)"
+    town.run("crash", "-c", code).wait(PATIENCE)
+    recovered = agency.confirmation_of("Eve")
+    print(f"asked by a process that died, answered to another one: {recovered}")
+
+    try:
+        agency.book("Mallory", FLIGHT, "correlation").get()
+        sold_out = False
+    except agency.SoldOut as error:
+        sold_out = True
+        print(f"the airline's own error comes back: {type(error).__name__}({error})")
+
+    agency.eda.mailbox.close()
+    return {
+        "order_id": order_id,
+        "confirmations": confirmations,
+        "after_a_crash": recovered,
+        "sold_out": sold_out,
+        "reply_queues_left": town.reply_queues(),
+    }
+
+
+def _opened(folder: Path, ends: ExitStack) -> Town:
+    broker = PrivateBroker(folder / "broker")
+    ends.callback(processes.end, [broker.process])
+    broker.wait_until_ready()
+    town = Town(folder, broker.url)
+    ends.callback(processes.end, list(town.open()))
+    return town
+
+
+if __name__ == "__main__":
+    sys.exit(main())

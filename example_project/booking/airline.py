@@ -1,0 +1,64 @@
+"""The airline: sells seats, and answers with a confirmation number, or with what went wrong."""
+
+from __future__ import annotations
+
+from celery import Celery
+from sqlalchemy import String, func, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from celery_eda import EDA
+from example_project import settings
+
+app = Celery("airline")
+app.config_from_object(settings)
+app.conf.update(
+    eda_database_url=settings.database_of("airline"),
+    eda_embedded_relay=True,
+    task_routes={"airline.*": {"queue": settings.queue_of("airline")}},
+)
+eda = EDA(app)
+
+SEATS = 3
+
+
+class SoldOut(Exception):
+    """No seat is left on the flight."""
+
+
+# Both services register it under this name, so that it travels as itself.
+eda.register_error(SoldOut, "airline.SoldOut")
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {str: String(60)}  # noqa: RUF012  # as SQLAlchemy wants it
+
+
+class Booking(Base):
+    """A seat that was sold; its id makes the confirmation number."""
+
+    __tablename__ = "bookings"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    flight: Mapped[str]
+    passenger: Mapped[str]
+
+
+@eda.task(name="airline.book")
+def book(session: Session, flight: str, passenger: str) -> str:
+    """Sell a seat. The confirmation number is sent if and only if the sale is committed.
+
+    Raises:
+        SoldOut: there is none.
+    """
+    sold = select(func.count()).select_from(Booking).where(Booking.flight == flight)
+    if session.scalar(sold) == SEATS:
+        raise SoldOut(flight)
+    booking = Booking(flight=flight, passenger=passenger)
+    session.add(booking)
+    session.flush()
+    return f"{flight}-{booking.id:04}"
+
+
+def open_for_business() -> None:
+    """Make the airline's own table."""
+    Base.metadata.create_all(eda.engine)
