@@ -53,7 +53,7 @@ class Transaction(Capturing):
         checkpoints.reach("publish.captured")
 
     def holds(self, identity: Identity) -> bool:
-        heir = self._heir and self._heir()
+        heir = self._heir() if self._heir else None
         held = any(each.identity == identity for each in self.captured)
         return held or (heir is not None and heir.holds(identity))
 

@@ -89,6 +89,7 @@ WRONG_HEADERS: dict[str, tuple[Any, ...]] = {
     "update": (1,),
     "eda_id": ("no uuid", 5, "x" * 5000),
     "eda_revision": (-1, "x"),
+    "eda_reply_to": ("payments", 7, "eda.reply.x", "eda.replies."),
     "eda_order": ("x", ["a", "b", "c", -1, 1], [1, 2, 3, 4, 5]),
 }
 
