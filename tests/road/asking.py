@@ -1,8 +1,8 @@
 """A service that asks the road for quotes: ``python -m tests.road.asking ADDRESS FIRST LAST``.
 
 It asks in one transaction, prints the correlation ids once the requests have left (durable ones
-at once), and waits for all replies. It has a database of its own beside the road's files, and no worker but for durable requests, which are
-those of the road itself.
+at once), and waits for all replies. It has a database of its own beside the road's files, and no
+worker; durable requests are those of the road itself.
 """
 
 from __future__ import annotations

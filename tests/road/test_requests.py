@@ -367,7 +367,7 @@ def test_a_request_whose_time_is_over_is_not_begun(road: Road, eda: EDA) -> None
         reply.get(timeout=1.0)
 
     responders(road)
-    road.until(lambda: road.dead(), "the request put aside")
+    road.until(road.dead, "the request put aside")
 
     assert road.dead() == [("road.quote", "expired")]
     assert road.effects("quote") == Counter()
