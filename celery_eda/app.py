@@ -60,7 +60,9 @@ class EDA(Parts):
         for name in LOGS_OF_ERRORS:
             redaction.logger(name)
         app.steps["worker"].update(("celery_eda.worker:Guard", "celery_eda.worker:EmbeddedRelay"))
-        app.steps["consumer"].add("celery_eda.intake:Intake")
+        app.steps["consumer"].update(
+            ("celery_eda.intake:Intake", "celery_eda.own_queues:OwnQueues")
+        )
         app.on_after_finalize.connect(self.make_reliable)
         self.task(name=REPLY_TASK)(self._take_reply)
 

@@ -37,8 +37,6 @@ class Guard(bootsteps.Step):
         if why := eda.dialect.refused_pools.get(pool):
             raise UnsafeSetting(f"The pool {pool} cannot be used with this database: {why}.")
         eda.make_reliable(worker.app)
-        own = {*eda.repair_tasks.queues, *filter(None, [eda.requests.address])}
-        _take_own(worker.app.amqp.queues, own)
         if pool in GREEN_POOLS and (names := _asynchronous(worker.app.tasks.values())):
             raise UnsafeSetting(
                 f"The pool {pool} cannot run `async def` tasks ({', '.join(names)}): its greenlets "
@@ -121,13 +119,6 @@ class RelayProcess:
         self.process.terminate()
         self.process.join(STOP_PATIENCE)
         self.process.kill()
-
-
-def _take_own(queues: Any, names: Iterable[str]) -> None:
-    """Without ``-Q`` a worker takes from every queue of its app, so from those of ours too."""
-    if queues._consume_from is None:
-        for name in names:
-            queues.select_add(queues[name])
 
 
 def _asynchronous(tasks: Iterable[Any]) -> list[str]:
