@@ -25,7 +25,7 @@ PARALLEL = -q -n 4 --dist worksteal
 test soak: export PYTHONHASHSEED = 0
 
 CORE = $(addprefix tests/unit/test_,$(addsuffix .py,joining attachment delivery order transaction \
-	settings message inspection)) tests/road/test_whole_road.py
+	settings message inspection replying requesting)) tests/road/test_whole_road.py
 
 lint: .venv/test
 	.venv/bin/ruff check .

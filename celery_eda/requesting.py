@@ -117,6 +117,7 @@ class Requesting:
                 else:
                     call.apply_async(tuple(args), kwargs or {}, **options)
         except BaseException:
+            results.take_preparation()
             outcome.give_up()
             raise
         return self._reply(str(correlation_id), outcome, identity)
