@@ -29,6 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError, TimeoutError
 
+from celery_eda.dialects import idle
 from celery_eda.tables import Moment
 
 Values = Mapping[str, Any]
@@ -60,7 +61,7 @@ class Dialect:
 
         Nothing hangs on a connection that is cut off; with *patience* in seconds.
         """
-        return {"isolation_level": "READ COMMITTED", "pool_pre_ping": True}
+        return {"isolation_level": "READ COMMITTED"}
 
     def prepare(self, engine: Engine, patience: float) -> None:
         """Install what each new connection needs.
@@ -68,6 +69,7 @@ class Dialect:
         The server ends a transaction in which nothing happens for *patience* seconds: a process
         that is frozen, or whose machine is gone, would keep its row locks for ever.
         """
+        idle.ask(engine)
 
     def exclusive(self, connection: Connection, name: str) -> AbstractContextManager[None]:
         """A block that one connection at a time runs under this *name*; others wait for it.

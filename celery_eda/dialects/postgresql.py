@@ -46,6 +46,7 @@ class PostgreSQL(Upserting):
         }
 
     def prepare(self, engine: Engine, patience: float) -> None:
+        super().prepare(engine, patience)
         milliseconds = int(patience * 1000)
 
         @event.listens_for(engine, "connect")
