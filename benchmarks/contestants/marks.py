@@ -1,0 +1,23 @@
+"""Marks that tasks leave when they start, told to whoever measures over a socket of this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from functools import cache
+
+
+def started(number: int) -> None:
+    """Tell that the task with this *number* starts now."""
+    if line := _line():
+        line.send(f"{number} {time.monotonic()}".encode())
+
+
+@cache
+def _line() -> socket.socket | None:
+    if not (path := os.environ.get("BENCH_MARKS")):
+        return None
+    line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    line.connect(path)
+    return line

@@ -1,0 +1,151 @@
+"""celery_eda, with its default settings unless the stage says otherwise."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from celery import Celery
+from sqlalchemy import create_engine, func, insert, select
+from sqlalchemy.orm import Session, sessionmaker
+
+from benchmarks.contestants import marks
+from benchmarks.contestants.serving import PAYLOAD, environment, serve
+from celery_eda import EDA
+from tests.road.tables import effects, orders
+
+app = Celery("ours", broker=environment("BROKER"), set_as_current=False)
+app.conf.update(
+    eda_database_url=environment("DATABASE"),
+    task_default_queue=environment("QUEUE") or "ours",
+    task_default_queue_type=environment("QUEUE_TYPE") or "classic",
+    worker_send_task_events=False,
+    broker_connection_retry_on_startup=True,
+    **json.loads(environment("SETTINGS") or "{}"),
+)
+eda = EDA(app)
+#: The user's own engine and sessions, as users have them.
+engine = create_engine(environment("DATABASE")) if environment("DATABASE") else None
+sessions = sessionmaker(engine)
+
+
+@eda.task(name="bench.quote")
+def quote(number: int) -> int:
+    """Replies with twice the number."""
+    return 2 * number
+
+
+@eda.task(name="bench.insert")
+def insert_one(session: Session, number: int) -> None:
+    """One row, in the transaction of its message."""
+    marks.started(number)
+    session.execute(insert(effects).values(name="bench", number=number))
+
+
+@eda.task(name="bench.start")
+def start(number: int) -> None:
+    """Tells when it starts."""
+    marks.started(number)
+
+
+@eda.task(name="bench.carry")
+def carry(payload: str) -> None:
+    """Carries about 1 KB, to nobody."""
+
+
+# ── requests ────────────────────────────────────────────────────────────────────────────────────
+
+
+def ask(count: int, address: str) -> list[float]:
+    """Seconds from each request to its reply, one after the other."""
+    taken = []
+    for number in range(count):
+        begun = time.perf_counter()
+        reply = eda.request("bench.quote", (number,), address=address).get(timeout=20)
+        taken.append(time.perf_counter() - begun)
+        assert reply == 2 * number, "somebody else's reply"
+    return taken
+
+
+def flood(count: int, address: str) -> None:
+    """Ask *count* times, then wait for all replies."""
+    replies = [eda.request("bench.quote", (number,), address=address) for number in range(count)]
+    got = [reply.get(timeout=20) for reply in replies]
+    assert got == [2 * number for number in range(count)], "a reply is wrong"
+
+
+# ── publishing ──────────────────────────────────────────────────────────────────────────────────
+
+
+def fill(count: int) -> None:
+    """*count* messages in one transaction."""
+    with eda.transaction():
+        for _ in range(count):
+            carry.delay(PAYLOAD)
+
+
+def fill_beside_work(count: int, first: int) -> None:
+    """*count* transactions of the user's own session, with a row and a message each."""
+    for number in range(first, first + count):
+        with sessions() as session, eda.transaction(session):
+            session.execute(insert(orders).values(number=number))
+            carry.delay(PAYLOAD)
+            session.commit()
+
+
+def work(count: int, first: int) -> None:
+    """The same without the messages."""
+    for number in range(first, first + count):
+        with sessions() as session:
+            session.execute(insert(orders).values(number=number))
+            session.commit()
+
+
+def start_after_commit(count: int, pause: float) -> list[list[float]]:
+    """Publish *count* messages with pauses; the moments just before and after each commit."""
+    moments = []
+    for number in range(count):
+        with sessions() as session, eda.transaction(session):
+            session.execute(insert(effects).values(name="start", number=number))
+            start.delay(number)
+            before = time.monotonic()
+            session.commit()
+        moments.append([before, time.monotonic()])
+        time.sleep(pause)
+    return moments
+
+
+def settle(patience: float = 60.0) -> None:
+    """Wait until the outbox is empty."""
+    deadline = time.monotonic() + patience
+    while waiting():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{waiting()} messages are still in the outbox")
+        time.sleep(0.005)
+
+
+def waiting() -> int:
+    """Messages in the outbox."""
+    with eda.engine.connect() as connection:
+        return int(connection.scalar(select(func.count()).select_from(eda.tables.outbox)) or 0)
+
+
+# ── relaying ────────────────────────────────────────────────────────────────────────────────────
+
+
+def drain() -> int:
+    """Send what is in the outbox, as ``celery eda relay --once`` does."""
+    return eda.relay().drain().confirmed
+
+
+VERBS: dict[str, Any] = {
+    each.__name__: each
+    for each in (
+        *(ask, flood, fill, fill_beside_work, work, start_after_commit),
+        *(settle, waiting, drain),
+    )
+}
+
+if __name__ == "__main__":
+    serve(VERBS)
