@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def measured(stage: Stage, goal: str, scale: float) -> dict[str, Any]:
     try:
         return GOALS[goal].measure(stage, scale).line(machine)
     except Exception as error:
-        why = f"its script failed: {error!r}"
+        click.echo(traceback.format_exc(), err=True)
+        why = f"its script failed: {type(error).__name__}: {str(error).splitlines()[0]}"
         bare = {"ratio": None, "target": None, "met": None, "why": why, "runs": 0}
         return {"goal": goal, **bare, **machine}
 

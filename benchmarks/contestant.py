@@ -81,6 +81,12 @@ class Contestant:
         self._process.stdin.write(json.dumps([verb, arguments]) + "\n")
         self._process.stdin.flush()
 
+    def tell(self) -> None:
+        """Tell it, in the middle of what it does, to come to an end."""
+        assert self._process.stdin
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
     def end(self) -> Measured:
         """What came of what it began.
 

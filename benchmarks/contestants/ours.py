@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 import time
 from typing import Any
 
 from celery import Celery
-from sqlalchemy import create_engine, func, insert, select
+from sqlalchemy import create_engine, func, insert, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from benchmarks.contestants import marks
@@ -28,6 +30,8 @@ eda = EDA(app)
 #: The user's own engine and sessions, as users have them.
 engine = create_engine(environment("DATABASE")) if environment("DATABASE") else None
 sessions = sessionmaker(engine)
+#: Seconds to wait for what has been handed off.
+PATIENCE = 60.0
 
 
 @eda.task(name="bench.quote")
@@ -57,14 +61,16 @@ def carry(payload: str) -> None:
 # ── requests ────────────────────────────────────────────────────────────────────────────────────
 
 
-def ask(count: int, address: str) -> list[float]:
-    """Seconds from each request to its reply, one after the other."""
-    taken = []
+def ask(count: int, seconds: float, address: str) -> list[float]:
+    """Seconds from each request to its reply, one after the other, for some *seconds* at most."""
+    taken: list[float] = []
     for number in range(count):
         begun = time.perf_counter()
         reply = eda.request("bench.quote", (number,), address=address).get(timeout=20)
         taken.append(time.perf_counter() - begun)
         assert reply == 2 * number, "somebody else's reply"
+        if sum(taken) > seconds:
+            break
     return taken
 
 
@@ -94,6 +100,16 @@ def fill_beside_work(count: int, first: int) -> None:
             session.commit()
 
 
+def fill_and_notify(count: int, first: int) -> None:
+    """As :func:`fill_beside_work`, with a wake-up in each transaction, as others do it."""
+    for number in range(first, first + count):
+        with sessions() as session, eda.transaction(session):
+            session.execute(insert(orders).values(number=number))
+            carry.delay(PAYLOAD)
+            session.execute(text("NOTIFY outbox"))
+            session.commit()
+
+
 def work(count: int, first: int) -> None:
     """The same without the messages."""
     for number in range(first, first + count):
@@ -116,10 +132,10 @@ def start_after_commit(count: int, pause: float) -> list[list[float]]:
     return moments
 
 
-def settle(patience: float = 60.0) -> None:
-    """Wait until the outbox is empty."""
-    deadline = time.monotonic() + patience
-    while waiting():
+def settle() -> None:
+    """Wait until this process has sent what it has handed off."""
+    deadline = time.monotonic() + PATIENCE
+    while eda.sender._busy():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{waiting()} messages are still in the outbox")
         time.sleep(0.005)
@@ -139,11 +155,22 @@ def drain() -> int:
     return eda.relay().drain().confirmed
 
 
+def relay_until_told() -> int:
+    """Send what comes, as ``celery eda relay`` does, until the next line says otherwise."""
+    relay = eda.relay()
+    thread = threading.Thread(target=relay.run)
+    thread.start()
+    sys.stdin.readline()
+    relay.stop()
+    thread.join()
+    return 0
+
+
 VERBS: dict[str, Any] = {
     each.__name__: each
     for each in (
         *(ask, flood, fill, fill_beside_work, work, start_after_commit),
-        *(settle, waiting, drain),
+        *(settle, waiting, drain, relay_until_told, fill_and_notify),
     )
 }
 

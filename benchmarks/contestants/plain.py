@@ -73,14 +73,16 @@ def carry(payload: str) -> None:
 # ── requests ────────────────────────────────────────────────────────────────────────────────────
 
 
-def ask(count: int) -> list[float]:
-    """Seconds from each request to its reply, one after the other."""
-    taken = []
+def ask(count: int, seconds: float) -> list[float]:
+    """Seconds from each request to its reply, one after the other, for some *seconds* at most."""
+    taken: list[float] = []
     for number in range(count):
         begun = time.perf_counter()
         reply = quote.delay(number).get(timeout=20)
         taken.append(time.perf_counter() - begun)
         assert reply == 2 * number, "somebody else's reply"
+        if sum(taken) > seconds:
+            break
     return taken
 
 
@@ -91,9 +93,9 @@ def flood(count: int) -> None:
     assert got == [2 * number for number in range(count)], "a reply is wrong"
 
 
-def ask_over_temporary_queues(count: int) -> list[float]:
-    """Seconds from each request to its reply, each over an exclusive queue of its own."""
-    taken = []
+def ask_over_temporary_queues(count: int, seconds: float) -> list[float]:
+    """The same, each over an exclusive queue of its own."""
+    taken: list[float] = []
     with app.connection_for_read() as connection, connection.channel() as channel:
         for number in range(count):
             begun = time.perf_counter()
@@ -107,6 +109,8 @@ def ask_over_temporary_queues(count: int) -> list[float]:
             channel.queue_delete(name)
             taken.append(time.perf_counter() - begun)
             assert arrived == [{"result": 2 * number}], "somebody else's reply"
+            if sum(taken) > seconds:
+                break
     return taken
 
 
