@@ -119,7 +119,9 @@ class Result:
             },
             "compared": self.compared,
             "not_compared": self.not_compared,
-            "samples": {name: [figures.rounded(v) for v in vs] for name, vs in self.samples.items()},
+            "samples": {
+                name: [figures.rounded(v) for v in vs] for name, vs in self.samples.items()
+            },
             "unit": self.unit,
             "scale": self.scale,
             **machine,

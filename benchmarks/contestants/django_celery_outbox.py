@@ -45,10 +45,18 @@ app.conf.update(
 )
 #: The defaults of its command, but for the rest after an incomplete batch.
 OPTIONS = {
-    **{"batch_size": 100, "idle_time": 0.0, "backoff_time": 120, "max_retries": 5},
-    **{"publish_concurrency": 1, "queue_snapshot_refresh_seconds": 5.0},
-    **{"stale_timeout_seconds": 300, "send_timeout": 10.0, "shutdown_timeout": 30.0},
-    **{"broker_outage_cooldown": 30.0, "max_backoff": 3600.0, "liveness_file": None},
+    "batch_size": 100,
+    "idle_time": 0.0,
+    "backoff_time": 120,
+    "max_retries": 5,
+    "publish_concurrency": 1,
+    "queue_snapshot_refresh_seconds": 5.0,
+    "stale_timeout_seconds": 300,
+    "send_timeout": 10.0,
+    "shutdown_timeout": 30.0,
+    "broker_outage_cooldown": 30.0,
+    "max_backoff": 3600.0,
+    "liveness_file": None,
 }
 
 

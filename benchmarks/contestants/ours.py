@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from typing import Any
+from uuid import uuid4
 
 from celery import Celery
 from sqlalchemy import create_engine, func, insert, select, text
@@ -15,6 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from benchmarks.contestants import marks
 from benchmarks.contestants.serving import PAYLOAD, environment, serve
 from celery_eda import EDA
+from celery_eda.message import Identity
 from tests.road.tables import effects, orders
 
 app = Celery("ours", broker=environment("BROKER"), set_as_current=False)
@@ -155,6 +157,28 @@ def drain() -> int:
     return eda.relay().drain().confirmed
 
 
+# ── handling ────────────────────────────────────────────────────────────────────────────────────
+
+
+def handle(count: int) -> None:
+    """Deliver *count* messages to a reliable task, as a worker's slot does, without a broker."""
+    for number in range(count):
+        task_id = str(uuid4())
+        insert_one.push_request(id=task_id, called_directly=False, **Identity.fresh().headers)
+        try:
+            insert_one(number)
+        finally:
+            insert_one.pop_request()
+
+
+def handle_bare(count: int) -> None:
+    """What that task does, in *count* transactions of the user's own."""
+    for number in range(count):
+        with sessions() as session:
+            session.execute(insert(effects).values(name="bench", number=number))
+            session.commit()
+
+
 def relay_until_told() -> int:
     """Send what comes, as ``celery eda relay`` does, until the next line says otherwise."""
     relay = eda.relay()
@@ -171,6 +195,7 @@ VERBS: dict[str, Any] = {
     for each in (
         *(ask, flood, fill, fill_beside_work, work, start_after_commit),
         *(settle, waiting, drain, relay_until_told, fill_and_notify),
+        *(handle, handle_bare),
     )
 }
 

@@ -28,9 +28,7 @@ class Race:
 
     def run(self, rounds: int) -> dict[str, list[Measured]]:
         """All ways, interleaved; after each the queue is emptied, and nothing may be missing."""
-        return interleaved(
-            {name: partial(self._once, name) for name in self.ways}, rounds=rounds
-        )
+        return interleaved({name: partial(self._once, name) for name in self.ways}, rounds=rounds)
 
     def _once(self, name: str) -> Measured:
         count, send = self.ways[name]

@@ -76,9 +76,7 @@ def s9(stage: Stage, scale: float) -> Result:
     )
 
 
-def _cases(
-    stage: Stage, cast: Cast, broker: str, not_compared: dict[str, str]
-) -> dict[str, Case]:
+def _cases(stage: Stage, cast: Cast, broker: str, not_compared: dict[str, str]) -> dict[str, Case]:
     url = stage.broker(broker)
     ours = {"BENCH_BROKER": url, "BENCH_DATABASE": stage.database()}
     asks, asked = cast.contestant("ours", **ours), cast.worker("ours", **ours)
