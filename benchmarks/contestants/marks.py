@@ -1,4 +1,4 @@
-"""Marks that tasks leave when they start, told to whoever measures over a socket of this machine."""
+"""What tasks tell when they start, over a socket of this machine, to whoever measures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain Celery, as it comes; with ``BENCH_LATE`` acknowledging late, with ``BENCH_EDA`` extended."""
+"""Plain Celery, as it comes; ``BENCH_LATE`` lets it ack late, ``BENCH_EDA`` extends it."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ PAYLOAD = "x" * 1000
 
 
 def environment(name: str) -> str:
-    """What the stage said: ``DATABASE``, ``BROKER``, ``BACKEND``, ``QUEUE``, …; empty if nothing."""
+    """What the stage said: ``DATABASE``, ``BROKER``, ``QUEUE``, …; empty if nothing."""
     return os.environ.get(f"BENCH_{name}", "")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 
 from benchmarks import figures
@@ -92,24 +91,12 @@ def _cases(stage: Stage, cast: Cast, broker: str, not_compared: dict[str, str]) 
             temporary = ("ask_over_temporary_queues",)
             cases[f"{broker}, plain temporary queues"] = (asks, asked, temporary, None)
     for name, case in list(cases.items()):
-        with _naming(name, not_compared):
+        try:
             _ask(case, 5)
-            continue
-        del cases[name]
+        except ContestantFailed as error:
+            not_compared[name] = str(error).splitlines()[0]
+            del cases[name]
     return cases
-
-
-class _naming(suppress):
-    """Notes why a case cannot run, instead of ending the others with it."""
-
-    def __init__(self, name: str, notes: dict[str, str]) -> None:
-        super().__init__(ContestantFailed)
-        self.name, self.notes = name, notes
-
-    def __exit__(self, kind: object, error: object, trace: object) -> bool:
-        if isinstance(error, ContestantFailed):
-            self.notes[self.name] = str(error).splitlines()[0]
-        return super().__exit__(kind, error, trace)  # type: ignore[arg-type]
 
 
 def _ask(case: Case, count: int) -> list[float]:
