@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,9 @@ class Contestant:
 
     def __exit__(self, *exception: Any) -> None:
         assert self._process.stdin
-        self._process.stdin.close()
         try:
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
             self._process.wait(GOODBYE)
         except subprocess.TimeoutExpired:
             self._process.kill()
@@ -78,8 +80,11 @@ class Contestant:
     def begin(self, verb: str, *arguments: Any) -> None:
         """Have it do something, and go on; :meth:`end` waits."""
         assert self._process.stdin
-        self._process.stdin.write(json.dumps([verb, arguments]) + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(json.dumps([verb, arguments]) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            """It is gone, and :meth:`end` says so."""
 
     def tell(self) -> None:
         """Tell it, in the middle of what it does, to come to an end."""
@@ -96,7 +101,9 @@ class Contestant:
         assert self._process.stdout
         answer = self._process.stdout.readline()
         if not answer:
-            raise ContestantFailed(f"{self.module} is gone:\n{self._said()}")
+            said = self._said()
+            last = (said.strip().splitlines() or ["it said nothing"])[-1]
+            raise ContestantFailed(f"{self.module} is gone: {last}\n{said}")
         match json.loads(answer):
             case {"error": error}:
                 raise ContestantFailed(f"{self.module}: {error}\n{self._said()}")

@@ -69,7 +69,9 @@ class Stage:
 
     def database(self) -> str:
         """The URL of a new database, with the tables of a service and those of its business."""
-        url = self.postgresql.database(f"bench{next(self._numbers)}")
+        name = f"bench{next(self._numbers)}"
+        url = self.postgresql.database(name)
+        self._stack.callback(self.postgresql.drop, name)
         engine = create_engine(url)
         upgrading.upgrade(engine, Tables.on())
         metadata.create_all(engine)

@@ -49,10 +49,10 @@ def s7(stage: Stage, scale: float) -> Result:
         copy(urls["big"], backlog)
         remember(urls["big"], remembered)
         empty, big = services["empty"], services["big"]
-        steps: dict[str, Callable[[Contestant], Measured]] = {
+        steps: dict[str, Callable[[Contestant, str], Measured]] = {
             "claim and clear": _claim,
-            "publish": lambda service: service.do("fill", PUBLISHED),
-            "handle": lambda service: service.do("handle", HANDLED),
+            "publish": lambda service, _: service.do("fill", PUBLISHED),
+            "handle": lambda service, _: service.do("handle", HANDLED),
         }
         sizes = {"claim and clear": backlog, "publish": backlog, "handle": remembered}
         goals = {
@@ -63,7 +63,11 @@ def s7(stage: Stage, scale: float) -> Result:
         checks, medians = [], {}
         for step, act in steps.items():
             took = interleaved(
-                {"empty": partial(act, empty), "big": partial(act, big)}, rounds=ROUNDS
+                {
+                    "empty": partial(act, empty, urls["empty"]),
+                    "big": partial(act, big, urls["big"]),
+                },
+                rounds=ROUNDS,
             )
             if step == "publish":
                 empty.do("claim_and_clear", PUBLISHED * (ROUNDS + 1))
@@ -130,11 +134,11 @@ def s7(stage: Stage, scale: float) -> Result:
     )
 
 
-def _claim(service: Contestant) -> Measured:
+def _claim(service: Contestant, url: str) -> Measured:
     """Claim and clear so many of the rows that are there; put them there if they are not."""
-    missing = CLAIMED - service.do("waiting").value
-    if missing > 0:
-        service.do("fill", missing)
+    if service.do("waiting").value < CLAIMED:
+        service.do("fill", 1)
+        copy(url, CLAIMED - 1)
     return service.do("claim_and_clear", CLAIMED)
 
 
