@@ -14,6 +14,12 @@ def started(number: int) -> None:
         line.send(f"{number} {time.monotonic()}".encode())
 
 
+def told(word: str) -> None:
+    """Tell that this process has come to *word*, if somebody traces the road."""
+    if "BENCH_STEPS" in os.environ and (line := _line()):
+        line.send(f"{word} {os.getpid()} {time.monotonic()}".encode())
+
+
 @cache
 def _line() -> socket.socket | None:
     if not (path := os.environ.get("BENCH_MARKS")):

@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -15,7 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from benchmarks.contestants import marks
 from benchmarks.contestants.serving import PAYLOAD, environment, serve
-from celery_eda import EDA
+from celery_eda import EDA, checkpoints
 from celery_eda.message import Identity
 from tests.road.tables import effects, orders
 
@@ -60,6 +61,10 @@ def carry(payload: str) -> None:
     """Carries about 1 KB, to nobody."""
 
 
+for step in checkpoints.STEPS if environment("STEPS") else ():
+    checkpoints.arm(step, partial(marks.told, step))
+
+
 # ── requests ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -67,13 +72,22 @@ def ask(count: int, seconds: float, address: str) -> list[float]:
     """Seconds from each request to its reply, one after the other, for some *seconds* at most."""
     taken: list[float] = []
     for number in range(count):
+        marks.told("asked")
         begun = time.perf_counter()
         reply = eda.request("bench.quote", (number,), address=address).get(timeout=20)
         taken.append(time.perf_counter() - begun)
+        marks.told("replied")
         assert reply == 2 * number, "somebody else's reply"
         if sum(taken) > seconds:
             break
     return taken
+
+
+def ask_slowly(count: int, address: str, pause: float) -> None:
+    """The same with pauses, so that each request has the machine to itself."""
+    for _ in range(count):
+        ask(1, 60.0, address)
+        time.sleep(pause)
 
 
 def flood(count: int, address: str) -> None:
@@ -206,7 +220,7 @@ def relay_until_told() -> int:
 VERBS: dict[str, Any] = {
     each.__name__: each
     for each in (
-        *(ask, flood, fill, fill_beside_work, work, start_after_commit),
+        *(ask, ask_slowly, flood, fill, fill_beside_work, work, start_after_commit),
         *(settle, waiting, drain, relay_until_told, fill_and_notify),
         *(handle, handle_bare, claim_and_clear),
     )
