@@ -19,7 +19,7 @@ TOGETHER = 1000
 APART = 200
 PRODUCERS = 8
 #: Transactions of each of many producers.
-OF_EACH = 150
+OF_EACH, ROUNDS_OF_MANY = 100, 4
 #: With it, nobody sends what was committed.
 KEPT = '{"eda_send_after_commit": false}'
 
@@ -147,7 +147,7 @@ def s8(stage: Stage, scale: float) -> Result:
                     _all, keeping, count, relay, None, "fill_and_notify"
                 ),
             },
-            rounds=ROUNDS,
+            rounds=ROUNDS_OF_MANY,
         )
     many = count * PRODUCERS
     rates = {name: [many / each for each in rounds] for name, rounds in seconds.items()}
@@ -161,7 +161,7 @@ def s8(stage: Stage, scale: float) -> Result:
                 at_least=0.9,
             )
         ],
-        runs=ROUNDS,
+        runs=ROUNDS_OF_MANY,
         medians={
             **{f"{name}, commits/s": figures.median(each) for name, each in rates.items()},
             "with hand-off ÷ nobody sends": figures.median(
