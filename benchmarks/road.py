@@ -19,6 +19,8 @@ from sqlalchemy import create_engine, text
 
 from benchmarks import figures
 from benchmarks.stage import Stage
+from tests.servers.hosts import Host, LocalProcess
+from tests.servers.postgresql import PostgreSQL
 
 COUNT, PAUSE = 60, 0.05
 #: A line of PostgreSQL's log, as ``PREFIX`` begins it, for a statement.
@@ -45,7 +47,7 @@ def main(broker: str, address: str, count: int) -> None:
         requester = cast.contestant("ours", **where)
         worker = cast.worker("ours", **where)
         requester.do("ask_slowly", 10, address, PAUSE)
-        log = stage.postgresql.host.log  # type: ignore[union-attr]
+        log = _log(stage.postgresql.host)
         _log_statements(where["BENCH_DATABASE"], on=True)
         told.lines.clear()
         begin = log.stat().st_size
@@ -99,6 +101,20 @@ def steps(
         elif begun is not None and pid in names:
             since[word, names[pid]].append(moment - begun)
     return sorted(since.items(), key=lambda pair: figures.median(pair[1]))
+
+
+def _log(host: Host) -> Path:
+    """Where the server writes what it is asked.
+
+    Raises:
+        SystemExit: it runs elsewhere.
+    """
+    if isinstance(host, LocalProcess):
+        return host.log
+    raise SystemExit(
+        "The statements are read from the log of a PostgreSQL of our own: unset "
+        f"{PostgreSQL.variable}, and install {PostgreSQL.packages}."
+    )
 
 
 def _log_statements(url: str, *, on: bool) -> None:

@@ -44,7 +44,7 @@ app.conf.update(
     task_default_queue_type=environment("QUEUE_TYPE") or "classic",
 )
 #: The defaults of its command, but for the rest after an incomplete batch.
-OPTIONS = {
+OPTIONS: dict[str, float | int | str | None] = {
     "batch_size": 100,
     "idle_time": 0.0,
     "backoff_time": 120,

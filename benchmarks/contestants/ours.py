@@ -68,7 +68,7 @@ for step in checkpoints.STEPS if environment("STEPS") else ():
 # ── requests ────────────────────────────────────────────────────────────────────────────────────
 
 
-def ask(count: int, seconds: float, address: str) -> list[float]:
+def ask(count: int, seconds: float, address: Any) -> list[float]:
     """Seconds from each request to its reply, one after the other, for some *seconds* at most."""
     taken: list[float] = []
     for number in range(count):
@@ -83,14 +83,14 @@ def ask(count: int, seconds: float, address: str) -> list[float]:
     return taken
 
 
-def ask_slowly(count: int, address: str, pause: float) -> None:
+def ask_slowly(count: int, address: Any, pause: float) -> None:
     """The same with pauses, so that each request has the machine to itself."""
     for _ in range(count):
         ask(1, 60.0, address)
         time.sleep(pause)
 
 
-def flood(count: int, address: str) -> None:
+def flood(count: int, address: Any) -> None:
     """Ask *count* times, then wait for all replies."""
     replies = [eda.request("bench.quote", (number,), address=address) for number in range(count)]
     got = [reply.get(timeout=20) for reply in replies]
@@ -151,7 +151,7 @@ def start_after_commit(count: int, pause: float) -> list[list[float]]:
 def settle() -> None:
     """Wait until this process has sent what it has handed off."""
     deadline = time.monotonic() + PATIENCE
-    while eda.sender._busy():
+    while eda.sender._busy():  # ``finish`` gives up after two seconds
         if time.monotonic() > deadline:
             raise TimeoutError(f"{waiting()} messages are still in the outbox")
         time.sleep(0.005)
@@ -184,6 +184,17 @@ def claim_and_clear(count: int) -> int:
     return count - left
 
 
+def relay_until_told() -> int:
+    """Send what comes, as ``celery eda relay`` does, until the next line says otherwise."""
+    relay = eda.relay()
+    thread = threading.Thread(target=relay.run)
+    thread.start()
+    sys.stdin.readline()
+    relay.stop()
+    thread.join()
+    return 0
+
+
 # ── handling ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -204,17 +215,6 @@ def handle_bare(count: int) -> None:
         with sessions() as session:
             session.execute(insert(effects).values(name="bench", number=number))
             session.commit()
-
-
-def relay_until_told() -> int:
-    """Send what comes, as ``celery eda relay`` does, until the next line says otherwise."""
-    relay = eda.relay()
-    thread = threading.Thread(target=relay.run)
-    thread.start()
-    sys.stdin.readline()
-    relay.stop()
-    thread.join()
-    return 0
 
 
 VERBS: dict[str, Any] = {

@@ -44,8 +44,8 @@ def s7(stage: Stage, scale: float) -> Result:
             for name, url in urls.items()
         }
         services = {name: cast.contestant("ours", **place) for name, place in places.items()}
-        for each in services.values():
-            each.do("fill", 1)
+        for service in services.values():
+            service.do("fill", 1)
         copy(urls["big"], backlog)
         remember(urls["big"], remembered)
         empty, big = services["empty"], services["big"]
