@@ -65,6 +65,10 @@ class PostgreSQL(Upserting):
         connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
         yield
 
+    def moment(self) -> ColumnElement[Any]:
+        # By itself it would be asked for again at each row.
+        return select(self.now()).scalar_subquery()
+
     def later(self, seconds: float) -> ColumnElement[Any]:
         return func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)
 
