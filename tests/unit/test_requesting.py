@@ -6,6 +6,7 @@ import asyncio
 import functools
 import gc
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -403,6 +404,37 @@ def both_ways(replies: Any, shop: Shop, way: str) -> Any:
 
 @pytest.mark.parametrize("way", ["get", "await"])
 @pytest.mark.parametrize(
+def test_a_handle_may_be_collected_wherever_garbage_is(shop: Shop) -> None:
+    ended = threading.Event()
+
+    def drop() -> None:
+        reply = shop.eda.request(shop.quote, (7,), address="temporary")
+        knot: list[Any] = [reply]
+        knot.append(knot)
+        with shop.eda.mailbox._lock:
+            del reply, knot
+            gc.collect()
+        ended.set()
+
+    threading.Thread(target=drop, daemon=True).start()
+
+    assert ended.wait(10.0)
+
+
+def test_whatever_fails_replies_are_tried_again(shop: Shop) -> None:
+    tried = threading.Semaphore(0)
+
+    def make_queues() -> Any:
+        tried.release()
+        raise OSError("too many open files")
+
+    shop.eda.mailbox._make_queues = make_queues
+    shop.quote.request(7)
+
+    assert tried.acquire(timeout=10.0)
+    assert tried.acquire(timeout=10.0)
+
+
     ("need", "outcomes", "expected"),
     [
         (None, (1, 2, 3), [1, 2, 3]),
