@@ -215,6 +215,14 @@ def test_nobody_chooses_a_correlation_id(shop: Shop, option: str) -> None:
     assert shop.sent() == []
 
 
+@pytest.mark.parametrize("option", ["task_id", "correlation_id", "reply_to"])
+def test_nor_does_a_signature_choose_a_correlation_id(shop: Shop, option: str) -> None:
+    with pytest.raises(RequestError, match=option):
+        shop.eda.request(shop.quote.s(7).set(**{option: "124"}))
+
+    assert shop.sent() == []
+
+
 def test_an_ordinary_task_is_not_asked(shop: Shop) -> None:
     with pytest.raises(RequestError, match=r"@eda\.task"):
         shop.eda.request(shop.plain)
