@@ -339,6 +339,52 @@ def test_an_outcome_finds_whoever_waits_for_it(shop: Shop) -> None:
     assert asyncio.run(_await(replies[1])) == 1
 
 
+@pytest.mark.parametrize("ask", ["request", "scatter"])
+def test_the_time_out_of_a_responder_is_no_lack_of_a_reply(shop: Shop, ask: str) -> None:
+    if ask == "request":
+        waiting: Any = shop.quote.request(7)
+        correlation_id = waiting.correlation_id
+    else:
+        waiting = shop.eda.scatter([shop.quote.s(7), shop.quote.s(8)])
+        correlation_id = waiting.each[0].correlation_id
+    shop.eda.mailbox.settle(correlation_id, Failed(TimeoutError("the bank is slow")))
+
+    with pytest.raises(TimeoutError, match="bank"):
+        waiting.get(timeout=1)
+    with pytest.raises(TimeoutError, match="bank"):
+        asyncio.run(_await(waiting))
+
+
+@pytest.mark.parametrize("ask", ["request", "scatter"])
+def test_what_was_given_up_is_not_waited_for_again(shop: Shop, ask: str) -> None:
+    calls = [shop.quote.s(7)]
+    waiting: Any = shop.eda.request(*calls) if ask == "request" else shop.eda.scatter(calls)
+    waiting.cancel()
+    started = time.monotonic()
+
+    with pytest.raises(RequestTimeout):
+        waiting.get(timeout=10)
+    with pytest.raises(RequestTimeout):
+        asyncio.run(_await(waiting))
+    assert time.monotonic() - started < 5
+
+
+def test_where_every_task_is_eager_the_reply_is_there_at_once(
+    make_shop: Callable[..., Shop],
+) -> None:
+    shop = make_shop(task_always_eager=True)
+
+    @shop.eda.task(name="shop.fail")
+    def fail() -> None:
+        raise LookupError("no")
+
+    assert shop.quote.request(7).get(timeout=1) == 7
+    assert shop.eda.scatter([shop.quote.s(1), shop.quote.s(2)]).get(timeout=1) == [1, 2]
+    with pytest.raises(LookupError, match="no"):
+        fail.request().get(timeout=1)
+    assert shop.sent() == []
+
+
 def test_an_error_is_raised_where_it_is_waited_for(shop: Shop) -> None:
     reply = shop.quote.request(7)
     shop.eda.mailbox.settle(reply.correlation_id, Failed(LookupError("no")))
@@ -356,6 +402,37 @@ def test_a_handle_that_is_dropped_leaves_nothing_behind(shop: Shop) -> None:
 
     assert not shop.eda.mailbox.settle(correlation_id, 7)
     assert len(shop.eda.mailbox._wanted) == 1
+
+
+def test_a_handle_may_be_collected_wherever_garbage_is(shop: Shop) -> None:
+    ended = threading.Event()
+
+    def drop() -> None:
+        reply = shop.eda.request(shop.quote, (7,), address="temporary")
+        knot: list[Any] = [reply]
+        knot.append(knot)
+        with shop.eda.mailbox._lock:
+            del reply, knot
+            gc.collect()
+        ended.set()
+
+    threading.Thread(target=drop, daemon=True).start()
+
+    assert ended.wait(10.0)
+
+
+def test_whatever_fails_replies_are_tried_again(shop: Shop) -> None:
+    tried = threading.Semaphore(0)
+
+    def make_queues() -> Any:
+        tried.release()
+        raise OSError("too many open files")
+
+    shop.eda.mailbox._make_queues = make_queues
+    shop.quote.request(7)
+
+    assert tried.acquire(timeout=10.0)
+    assert tried.acquire(timeout=10.0)
 
 
 @pytest.mark.parametrize("address", VOLATILE)
@@ -412,37 +489,6 @@ def both_ways(replies: Any, shop: Shop, way: str) -> Any:
 
 @pytest.mark.parametrize("way", ["get", "await"])
 @pytest.mark.parametrize(
-def test_a_handle_may_be_collected_wherever_garbage_is(shop: Shop) -> None:
-    ended = threading.Event()
-
-    def drop() -> None:
-        reply = shop.eda.request(shop.quote, (7,), address="temporary")
-        knot: list[Any] = [reply]
-        knot.append(knot)
-        with shop.eda.mailbox._lock:
-            del reply, knot
-            gc.collect()
-        ended.set()
-
-    threading.Thread(target=drop, daemon=True).start()
-
-    assert ended.wait(10.0)
-
-
-def test_whatever_fails_replies_are_tried_again(shop: Shop) -> None:
-    tried = threading.Semaphore(0)
-
-    def make_queues() -> Any:
-        tried.release()
-        raise OSError("too many open files")
-
-    shop.eda.mailbox._make_queues = make_queues
-    shop.quote.request(7)
-
-    assert tried.acquire(timeout=10.0)
-    assert tried.acquire(timeout=10.0)
-
-
     ("need", "outcomes", "expected"),
     [
         (None, (1, 2, 3), [1, 2, 3]),
