@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -391,6 +392,17 @@ def test_an_error_is_raised_where_it_is_waited_for(shop: Shop) -> None:
 
     with pytest.raises(LookupError, match="no"):
         reply.get()
+
+
+def test_all_threads_of_a_process_have_one_mailbox(shop: Shop) -> None:
+    ready = threading.Barrier(20)
+
+    def mailbox(_: int) -> Any:
+        ready.wait()
+        return shop.eda.mailbox
+
+    with ThreadPoolExecutor(20) as threads:
+        assert len(set(threads.map(mailbox, range(20)))) == 1
 
 
 def test_a_handle_that_is_dropped_leaves_nothing_behind(shop: Shop) -> None:
