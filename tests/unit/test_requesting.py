@@ -6,6 +6,7 @@ import asyncio
 import functools
 import gc
 import logging
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from sqlalchemy import create_engine, func, select
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from celery_eda import EDA, outbox, upgrading
+from celery_eda import EDA, mailbox, outbox, upgrading
 from celery_eda.addresses import REPLY_HEADER
 from celery_eda.errors import (
     ConfigurationError,
@@ -97,6 +98,12 @@ class Shop:
     def close(self) -> None:
         self.eda.mailbox.close()
         self.eda.engine.dispose()
+
+
+@pytest.fixture(autouse=True)
+def _no_goodbyes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no broker to say goodbye to."""
+    monkeypatch.setattr(mailbox, "EXIT_PATIENCE", 0.05)
 
 
 @pytest.fixture
@@ -601,3 +608,9 @@ def test_a_durable_reply_that_nobody_asked_for_is_dropped(
 
     assert shop.noted() == 0
     assert len([each for each in caplog.records if "is dropped" in each.message]) == 1
+
+
+def test_what_a_task_knows_of_its_call_can_be_pickled(shop: Shop) -> None:
+    shop.quote.request.id = "its own"
+
+    assert pickle.loads(pickle.dumps(shop.quote.request)).id == "its own"
