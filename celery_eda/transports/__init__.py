@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from kombu import Connection
+from kombu.transport import TRANSPORT_ALIASES
 from kombu.utils.imports import symbol_by_name
 
 from celery_eda.errors import ConfigurationError
@@ -21,6 +22,7 @@ from celery_eda.transports.base import ReplyQueues, Transport
 ALIASES = {
     "amqp": "celery_eda.transports.rabbitmq:RabbitMQ",
     "redis": "celery_eda.transports.redis:Redis",
+    "eda": "celery_eda.transports.database:Database",
 }
 OTHERS = "celery_eda.transports.plain:Plain"
 #: What workers take their messages with, instead of kombu's transport of that name.
@@ -35,6 +37,10 @@ REPLY_QUEUES = {
     "amqp": "celery_eda.transports.rabbitmq_replies",
     "redis": "celery_eda.transports.redis_replies",
 }
+
+
+# Kombu has no entry point for transports: whoever imports this package has ours.
+TRANSPORT_ALIASES["eda"] = "celery_eda.transports.database_taking:Transport"
 
 
 class SafeConnection(Connection):

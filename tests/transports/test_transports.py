@@ -207,6 +207,8 @@ def test_a_private_vendor_is_named_by_module_and_class() -> None:
         ("rediss://", "Redis"),
         ("sentinel://", "Redis"),
         ("memory://", "Plain"),
+        ("eda+sqlite:///queue.db", "Database"),
+        ("eda+postgresql://nowhere/queue", "Database"),
     ],
 )
 def test_the_url_of_the_broker_chooses_the_transport(url: str, transport: str) -> None:

@@ -1,0 +1,91 @@
+"""Messages to queues in a database: one transaction for a batch.
+
+Confirmed is what is committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from celery_eda import addresses, checkpoints
+from celery_eda.message import Message
+from celery_eda.queues import Waiting
+from celery_eda.transports.base import (
+    CONFIRMED,
+    Answer,
+    declare,
+    refused,
+    unknown,
+    unroutable,
+)
+from celery_eda.transports.database_broker import Broker, prepared_for, waiting
+
+
+class Database:
+    """One connection to a database that is the broker."""
+
+    def __init__(self, app: Any, *, timeout: float) -> None:
+        self._app = app
+        self._timeout = timeout
+        self._broker = app.connection_for_write()
+        self._declared: set[str] = set()
+
+    def publish(self, messages: Sequence[Message]) -> list[Answer]:
+        if not messages:
+            return []
+        try:
+            return self._send(messages)
+        except (SQLAlchemyError, OSError) as error:
+            self.close()
+            return [unknown(error)] * len(messages)
+
+    def close(self) -> None:
+        self._broker.collect()
+        self._declared = set()
+
+    def _send(self, messages: Sequence[Message]) -> list[Answer]:
+        channel = self._broker.default_channel
+        broker: Broker = channel.broker
+        routed = [self._routed(channel, each) for each in messages]
+        placed = [each for each in routed if not isinstance(each, Answer)]
+        broker.put([one for each in placed for one in each])
+        checkpoints.reach("relay.published")
+        return [each if isinstance(each, Answer) else CONFIRMED for each in routed]
+
+    def _routed(self, channel: Any, message: Message) -> list[Waiting] | Answer:
+        """*message* as it will wait in each queue that it goes to."""
+        try:
+            if message.queue and message.queue not in self._declared:
+                declare(self._app, channel, message.queue)
+                self._declared.add(message.queue)
+            queues = _queues_of(channel, message)
+            if not queues:
+                if not _is_heard_by_chance(channel, message):
+                    error = unroutable(message)
+                    return Answer(refused(error).verdict, refused(error).why, unroutable=True)
+                return []
+            prepared = prepared_for(message)
+            return [waiting(queue, prepared) for queue in queues]
+        except (SQLAlchemyError, OSError):
+            raise
+        except Exception as error:  # whatever is wrong with it, it is wrong with it alone
+            self._declared.discard(message.queue or "")
+            return refused(error)
+
+
+def _queues_of(channel: Any, message: Message) -> list[str]:
+    if not message.exchange:
+        name = message.routing_key
+        gone = addresses.is_volatile(name) and not channel._has_queue(name)
+        return [] if gone else [name]
+    exchange, table = channel.typeof(message.exchange), channel.get_table(message.exchange)
+    return sorted(exchange.lookup(table, message.exchange, message.routing_key, None))
+
+
+def _is_heard_by_chance(channel: Any, message: Message) -> bool:
+    """Whether it goes to whoever happens to listen, so that it may be nobody."""
+    return bool(message.exchange) and channel.typeof(message.exchange).type == "fanout"
+

@@ -1,0 +1,124 @@
+"""One connection's standing among those who take messages out of a database."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from time import monotonic
+from typing import Any
+
+from sqlalchemy import Connection
+
+from celery_eda.transports.database_broker import Broker
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks for takers that are gone, and for what has expired.
+SWEEP = 1.0
+#: Seconds at least between two questions when the next message is due.
+PLAN = 0.05
+
+
+class Taker:
+    """Holds messages for as long as it is there; the others see at once when it is gone.
+
+    Everything it takes it takes over one connection, which is the one that says it is there.
+    """
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.queues = broker.queues
+        self.lock = threading.RLock()
+        self._swept = self._planned = -SWEEP
+        self.presence = broker.dialect.presence(broker.engine, broker.tables)
+        try:
+            self.connection = broker.engine.connect()
+            self.id = self.queues.register(self.connection, self.presence)
+        except BaseException:
+            self.presence.end()
+            raise
+        _takers.add(self)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """A transaction on the connection; committed at the end."""
+        with self.lock:
+            try:
+                yield self.connection
+                self.connection.commit()
+            except BaseException:
+                with suppress(Exception):
+                    self.connection.rollback()
+                raise
+
+    def fileno(self) -> int:
+        return self.presence.fileno()
+
+    def missed(self) -> bool:
+        """Whether there may be something that nobody has woken it for."""
+        with self.transaction() as connection:
+            return self.presence.missed(connection)
+
+    def sweep(self) -> set[str]:
+        """Do what is to be done now and then; returns the queues that there is more in."""
+        if (now := monotonic()) < self._swept + SWEEP:
+            return set()
+        self._swept = now
+        with self.transaction() as connection:
+            found = self.queues.come_due(connection)
+            self.queues.expire(connection)
+            self.broker.complete_late(connection)
+            for gone in self.queues.absent(connection, self.broker.engine, self.id):
+                log.warning("taker %s is gone, what it had is taken back", gone)
+                found |= self.queues.bury(connection, gone)
+        if found:
+            self.broker.ring()
+        return found
+
+    def come_due(self) -> set[str]:
+        """Let those be taken whose time has come; returns their queues."""
+        with self.transaction() as connection:
+            found = self.queues.come_due(connection)
+        if found:
+            self.broker.ring()
+        return found
+
+    def plan(self) -> float | None:
+        """Seconds until the next message is due; None if that is far, or was just asked."""
+        if (now := monotonic()) < self._planned + PLAN:
+            return None
+        self._planned = now
+        with self.transaction() as connection:
+            return self.queues.next_due(connection)
+
+    def end(self) -> None:
+        """Be gone, in good order if the database is there."""
+        _takers.discard(self)
+        with self.lock:
+            with suppress(Exception), self.transaction() as connection:
+                self.queues.bury(connection, self.id)
+            self.presence.end()
+            with suppress(Exception):
+                self.connection.invalidate()  # with all that the server ties to it
+                self.connection.close()
+        self.broker.ring()
+
+
+_takers: weakref.WeakSet[Taker] = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    """In a forked child: it must not seem to be its parent, least of all after that has died."""
+    for taker in list(_takers):
+        taker.presence.disown()
+        _inherited.append(taker)
+    _takers.clear()
+
+
+#: Kept from being collected: to close such a connection is its parent's business.
+_inherited: list[Any] = []
+os.register_at_fork(after_in_child=_disown_all)
