@@ -173,11 +173,9 @@ class Queues:
         """Take a binding back. Repeating it is harmless."""
         columns = self.tables.bindings.c
         is_it = (columns.exchange == exchange, columns.routing_key == routing_key)
-        connection.execute(
-            delete(self.tables.bindings).where(columns.queue == queue, *is_it)
-        )
+        connection.execute(delete(self.tables.bindings).where(columns.queue == queue, *is_it))
 
-    def bindings(self, connection: Connection, exchange: str) -> Sequence[Row[Any]]:
+    def bindings(self, connection: Connection, exchange: str) -> Sequence[Row[Any, Any]]:
         """Routing key and queue of all bindings of an exchange."""
         columns = self.tables.bindings.c
         query = select(columns.routing_key, columns.queue).where(columns.exchange == exchange)

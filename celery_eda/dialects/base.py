@@ -317,9 +317,7 @@ class Dialect:
     ) -> Sequence[Row[Any]]:
         """Delete up to *limit* messages of a queue, and return them in their order."""
         ready = self._first(queue, name, limit)
-        rows = connection.execute(
-            delete(queue).where(queue.c.id == ready.c.id).returning(*queue.c)
-        )
+        rows = connection.execute(delete(queue).where(queue.c.id == ready.c.id).returning(*queue.c))
         return _in_order(rows.all())
 
     def _first(self, queue: Table, name: str, limit: int) -> CTE:

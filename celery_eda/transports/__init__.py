@@ -8,14 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kombu import Connection
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.utils.imports import symbol_by_name
 
+from sqlalchemy import URL
+
 from celery_eda.errors import ConfigurationError
+from celery_eda.tables import Tables
 from celery_eda.transports.base import ReplyQueues, Transport
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from celery_eda.transports.database import Shortcut
 
 #: By the ``driver_type`` of kombu's transport, so that ``rediss`` and ``sentinel`` are ``redis``.
 #: A broker from elsewhere is added as ``ALIASES["driver_type"] = "module:Class"``.
@@ -48,6 +56,14 @@ class SafeConnection(Connection):
     no message can break.
     """
 
+    @classmethod
+    def made(cls, tables: Callable[[], Tables], url: str, *args: Any, **options: Any) -> Self:
+        """A connection to the broker at *url*; if that is a database, with these *tables* in it."""
+        if is_database(url):
+            names = {"table_prefix": tables().prefix, "schema": tables().schema}
+            options["transport_options"] = {**names, **(options.get("transport_options") or {})}
+        return cls(url, *args, **options)
+
     def get_transport_cls(self) -> Any:
         transport = super().get_transport_cls()
         own = TAKING.get(f"{transport.__module__}:{transport.__qualname__}")
@@ -65,6 +81,24 @@ def transport_of(app: Any, *, timeout: float, vendor: str | None = None) -> Tran
     factory = symbol_by_name(ALIASES.get(vendor, vendor if ":" in vendor else OTHERS))
     transport: Transport = factory(app, timeout=timeout)
     return transport
+
+
+def is_database(url: str | None) -> bool:
+    """Whether the broker at *url* is a database."""
+    return str(url or "").startswith("eda+")
+
+
+def shortcut_of(app: Any, url: URL, tables: Tables) -> Shortcut | None:
+    """What puts messages straight into their queues; None where they have to be sent.
+
+    They need not be sent if the broker of *app* is the database at *url* itself.
+    """
+    if not is_database(app.conf.broker_write_url):
+        return None
+    found: Shortcut | None = import_module("celery_eda.transports.database").shortcut_of(
+        app, url, tables
+    )
+    return found
 
 
 def reply_queues_of(app: Any, *, expires: float) -> Callable[[], ReplyQueues]:

@@ -1,6 +1,7 @@
-"""Messages to queues in a database: one transaction for a batch.
+"""Messages to queues in a database: one transaction for a batch; confirmed is what is committed.
 
-Confirmed is what is committed.
+Where that database is the service's own, most need no relay: they are put into their queue by the
+transaction that publishes them.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sqlalchemy import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_eda import addresses, checkpoints
 from celery_eda.message import Message
 from celery_eda.queues import Waiting
+from celery_eda.tables import Tables
 from celery_eda.transports.base import (
     CONFIRMED,
     Answer,
@@ -89,3 +92,42 @@ def _is_heard_by_chance(channel: Any, message: Message) -> bool:
     """Whether it goes to whoever happens to listen, so that it may be nobody."""
     return bool(message.exchange) and channel.typeof(message.exchange).type == "fanout"
 
+
+class Shortcut:
+    """Puts messages straight into their queues, in the transaction that publishes them."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+
+    def put(
+        self, connection: Connection, messages: Sequence[Message]
+    ) -> tuple[list[str], list[Message]]:
+        """Put *messages* into their queues.
+
+        Returns:
+            The queues that got one, and the messages that have to go through the outbox: they
+            have to be preceded by something, or to find their queues by way of an exchange.
+        """
+        queued = [
+            waiting(each.routing_key, prepared_for(each)) for each in messages if _is_plain(each)
+        ]
+        self._broker.queues.put(connection, queued)
+        return [each.queue for each in queued], [each for each in messages if not _is_plain(each)]
+
+    def ring(self) -> None:
+        """Wake who waits for what has just been committed."""
+        self._broker.ring()
+
+
+def _is_plain(message: Message) -> bool:
+    queue = message.routing_key
+    return not (message.exchange or message.preparation or addresses.is_volatile(queue))
+
+
+def shortcut_of(app: Any, url: URL, tables: Tables) -> Shortcut | None:
+    """What puts messages of *app* into queues in the database at *url*.
+
+    None if the broker of *app* is another database, or has other *tables*.
+    """
+    broker: Broker = app.connection_for_write().transport.broker
+    return Shortcut(broker) if broker.is_at(url, tables) else None

@@ -15,7 +15,6 @@ from kombu import Producer
 from kombu.utils.json import dumps
 from sqlalchemy import URL, Connection, create_engine, event, inspect, make_url
 
-from celery_eda import upgrading
 from celery_eda.dialects import dialect_of
 from celery_eda.errors import ConfigurationError
 from celery_eda.message import Message
@@ -50,9 +49,7 @@ class Broker:
         self.tables = tables
         self.dialect = dialect_of(url, claim_timeout=PATIENCE)
         self.queues = Queues(tables, self.dialect)
-        self.engine = create_engine(
-            url, max_overflow=-1, **self.dialect.engine_options(PATIENCE)
-        )
+        self.engine = create_engine(url, max_overflow=-1, **self.dialect.engine_options(PATIENCE))
         self.dialect.prepare(self.engine, PATIENCE)
         if (synchronous := options.get("synchronous", "FULL")) not in SYNCHRONOUS:
             raise ConfigurationError(
@@ -81,6 +78,8 @@ class Broker:
             queue = self.tables.queue
             there = inspect(connection).has_table(queue.name, queue.schema)
         if not there and self.creates:
+            from celery_eda import upgrading  # Alembic takes long to import, and is needed once
+
             upgrading.upgrade(self.engine, self.tables)
         self._ready = True
 
@@ -127,9 +126,7 @@ def broker_at(url: str, options: Mapping[str, Any]) -> Broker:
         ConfigurationError: this database, or one of the options, is none for a broker.
     """
     place = make_url(url)
-    tables = Tables.on(
-        prefix=options.get("table_prefix", "eda_"), schema=options.get("schema")
-    )
+    tables = Tables.on(prefix=options.get("table_prefix", "eda_"), schema=options.get("schema"))
     key = (place, tables.prefix, tables.schema, options.get("synchronous", "FULL"))
     with _making:
         if key not in _brokers:

@@ -172,7 +172,9 @@ class Channel(virtual.Channel):
         with self.broker.engine.connect() as connection:
             bindings = self.broker.queues.bindings(connection, exchange)
         kind = self.typeof(exchange)
-        return [kind.prepare_bind(each.queue, exchange, each.routing_key, None) for each in bindings]
+        return [
+            kind.prepare_bind(each.queue, exchange, each.routing_key, None) for each in bindings
+        ]
 
     def queue_delete(
         self, queue: str, if_unused: bool = False, if_empty: bool = False, **_: Any
@@ -447,7 +449,7 @@ class Transport(virtual.Transport):
         self.taker  # noqa: B018  # begins to be there
         self._call_soon()
 
-    def settled(self, channel: Channel) -> None:
+    def settled(self, channel: Any) -> None:
         """Something is done on *channel*; told by any thread."""
         if self._loop is None or self._delivering == threading.get_ident():
             with self.taker.lock:
@@ -506,7 +508,7 @@ class Transport(virtual.Transport):
         if self._taker is None or self._delivering is not None:
             return 0
         with self._taker.lock:
-            number = sum(channel.refill(self._taker) for channel in tuple(self.channels))
+            number: int = sum(channel.refill(self._taker) for channel in tuple(self.channels))
         if self._loop is not None and any(channel.is_urgent for channel in self.channels):
             self._call_soon()
         return number
@@ -539,5 +541,3 @@ class Transport(virtual.Transport):
             self._wake(taker.presence.woken())
         elif due is not None:
             self._wake(taker.come_due())
-
-
