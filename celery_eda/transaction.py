@@ -17,7 +17,6 @@ from celery_eda.context import Capturing
 from celery_eda.errors import AutocommitTransaction
 from celery_eda.message import Identity, Message
 
-
 #: What is known of a message that was written: the id of its row in the outbox, or the name of
 #: the queue that it was put into.
 Ticket = int | str

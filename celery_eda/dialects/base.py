@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import (
     CTE,
+    URL,
     ColumnElement,
     Connection,
     Engine,
@@ -280,16 +281,20 @@ class Dialect:
     #: Seconds between two looks of a taker at what nobody has told it.
     glance = 1.0
 
-    def presence(self, engine: Engine, tables: Tables) -> Presence:
-        """What tells the others that a taker is there.
+    def require_queues(self, url: URL) -> None:
+        """Make sure that the database at *url* can be the broker.
 
         Raises:
-            ConfigurationError: this database cannot tell, or not on such a file system.
+            ConfigurationError: it cannot wake who waits for a message, or not tell who is gone.
         """
         raise ConfigurationError(
-            f"{engine.dialect.name} cannot be the broker: it does not wake who waits for a row. "
+            f"{url.get_backend_name()} cannot be the broker: it does not wake who waits for a row. "
             "Use eda+postgresql:// or eda+sqlite:///, or RabbitMQ or Redis beside this database."
         )
+
+    def presence(self, engine: Engine, tables: Tables) -> Presence:
+        """What tells the others that a taker is there."""
+        raise NotImplementedError
 
     def absent(self, connection: Connection, engine: Engine, tables: Tables, me: int) -> list[int]:
         """The takers that are there no more, *me* aside; nobody else gets them meanwhile."""

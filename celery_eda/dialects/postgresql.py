@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import (
+    URL,
     BigInteger,
     ColumnElement,
     Connection,
@@ -86,6 +87,9 @@ class PostgreSQL(Upserting):
             tuple([row[name] for row in rows] for name in names),
         )
         return [row.id for row in result]
+
+    def require_queues(self, url: URL) -> None:
+        """It can: every PostgreSQL has LISTEN and advisory locks."""
 
     def presence(self, engine: Engine, tables: Tables) -> Presence:
         return Listening(tables)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import (
+    URL,
     ColumnElement,
     Connection,
     Engine,
@@ -32,7 +33,14 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from celery_eda.dialects.base import Presence, Values
-from celery_eda.dialects.sqlite_presence import Doorbell, folder_of, is_gone, ring_all
+from celery_eda.dialects.sqlite_presence import (
+    Doorbell,
+    file_of,
+    folder_of,
+    is_gone,
+    refuse_remote,
+    ring_all,
+)
 from celery_eda.dialects.upserting import Upserting
 from celery_eda.tables import Moment, Tables
 
@@ -123,6 +131,9 @@ class SQLite(Upserting):
 
     def _owned(self, table: Table, owner: str) -> Sequence[ColumnElement[bool]]:
         return (table.c.claimed_by == owner,)
+
+    def require_queues(self, url: URL) -> None:
+        refuse_remote(file_of(url))
 
     def presence(self, engine: Engine, tables: Tables) -> Presence:
         return Doorbell(folder_of(engine, tables))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import URL, Connection, Engine
 
 from celery_eda.errors import ConfigurationError
 from celery_eda.tables import Tables
@@ -29,18 +29,23 @@ REMOTE = frozenset(
 MOUNTS = "/proc/self/mounts"
 
 
-def folder_of(engine: Engine, tables: Tables) -> Path:
-    """Where the pipes of takers are.
+def file_of(url: URL) -> Path:
+    """The file of the database at *url*.
 
     Raises:
-        ConfigurationError: the database has no file, or a file on another machine.
+        ConfigurationError: it has none.
     """
-    if engine.url.database in (None, "", ":memory:"):
+    if url.database in (None, "", ":memory:"):
         raise ConfigurationError(
             "A SQLite database in memory cannot be the broker: each connection would have its "
             "own. Name a file: eda+sqlite:///queue.db."
         )
-    return Path(f"{os.path.abspath(str(engine.url.database))}-{tables.takers.fullname}")
+    return Path(os.path.abspath(str(url.database)))
+
+
+def folder_of(engine: Engine, tables: Tables) -> Path:
+    """Where the pipes of takers are."""
+    return Path(f"{file_of(engine.url)}-{tables.takers.fullname}")
 
 
 def refuse_remote(path: Path, mounts: str | None = None) -> None:
@@ -72,7 +77,6 @@ class Doorbell:
     """One taker: a locked pipe with its name."""
 
     def __init__(self, folder: Path) -> None:
-        refuse_remote(folder)
         self.name = uuid4().hex
         self._path = folder / self.name
         self._seen: Any = None

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from kombu import Connection
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.utils.imports import symbol_by_name
-
 from sqlalchemy import URL
 
 from celery_eda.errors import ConfigurationError
@@ -44,6 +43,7 @@ TAKING = {
 REPLY_QUEUES = {
     "amqp": "celery_eda.transports.rabbitmq_replies",
     "redis": "celery_eda.transports.redis_replies",
+    "eda": "celery_eda.transports.database_replies",
 }
 
 
@@ -119,7 +119,8 @@ def _replies_of(app: Any) -> Any:
     vendor = app.connection_for_write().transport.driver_type
     if vendor not in REPLY_QUEUES:
         raise ConfigurationError(
-            f"Replies to a process come over RabbitMQ or Redis, and this broker is {vendor!r}. "
+            "Replies to a process come over RabbitMQ, Redis or a database, and this broker is "
+            f"{vendor!r}. "
             'Ask with `address="durable"`: that works with every broker.'
         )
     return import_module(REPLY_QUEUES[vendor])

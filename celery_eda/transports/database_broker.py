@@ -48,6 +48,7 @@ class Broker:
         self.url = url
         self.tables = tables
         self.dialect = dialect_of(url, claim_timeout=PATIENCE)
+        self.dialect.require_queues(url)
         self.queues = Queues(tables, self.dialect)
         self.engine = create_engine(url, max_overflow=-1, **self.dialect.engine_options(PATIENCE))
         self.dialect.prepare(self.engine, PATIENCE)
@@ -68,12 +69,10 @@ class Broker:
         """See to it that the database is there, and has the tables.
 
         Raises:
-            ConfigurationError: it cannot be a broker.
             SQLAlchemyError: it is away.
         """
         if self._ready:
             return
-        self.dialect.presence(self.engine, self.tables).end()
         with self.engine.connect() as connection:
             queue = self.tables.queue
             there = inspect(connection).has_table(queue.name, queue.schema)

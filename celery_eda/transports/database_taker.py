@@ -73,8 +73,9 @@ class Taker:
             self.queues.expire(connection)
             self.broker.complete_late(connection)
             for gone in self.queues.absent(connection, self.broker.engine, self.id):
-                log.warning("taker %s is gone, what it had is taken back", gone)
-                found |= self.queues.bury(connection, gone)
+                if left := self.queues.bury(connection, gone):
+                    log.warning("taker %s is gone, what it held of %s is back", gone, sorted(left))
+                found |= left
         if found:
             self.broker.ring()
         return found

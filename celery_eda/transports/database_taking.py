@@ -6,7 +6,6 @@ takes more when it has worked off half of what it may hold, or has nothing else 
 
 from __future__ import annotations
 
-import socket
 import threading
 from base64 import b64encode
 from collections import OrderedDict, deque
@@ -244,7 +243,7 @@ class Channel(virtual.Channel):
         return bool(self._inbox or self.qos.returned or (self._hungry and self.qos.is_low))
 
     def refill(self, taker: Taker) -> int:
-        """Tell the database what is done, take what there is room for; returns how much that was."""
+        """Tell what is done, take what there is room for; returns how many were delivered."""
         if self.is_waiting:
             self._exchange(taker)
         return self._deliver_inbox()
@@ -531,7 +530,7 @@ class Transport(virtual.Transport):
                 return
             left = self.broker.dialect.glance if until is None else until - monotonic()
             if left <= 0:
-                raise socket.timeout
+                raise TimeoutError
             self._wait(taker, min(left, self.broker.dialect.glance))
 
     def _wait(self, taker: Taker, seconds: float) -> None:
