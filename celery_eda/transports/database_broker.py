@@ -94,7 +94,10 @@ class Broker:
 
     def complete_late(self, connection: Connection) -> None:
         """Complete what was done with a connection that is lost."""
-        leases = [self.late.popleft() for _ in range(len(self.late))]
+        leases: list[Lease] = []
+        with suppress(IndexError):
+            while True:
+                leases.append(self.late.popleft())
         try:
             self.queues.complete(connection, leases)
         except BaseException:

@@ -306,7 +306,8 @@ class Channel(virtual.Channel):
 
     def settled(self) -> None:
         """Something is done: tell the database soon, or at once if we are in the way of that."""
-        self.connection.settled(self)
+        if (transport := self.connection) is not None:
+            transport.settled(self)
 
     def close(self) -> None:
         if self.closed:
@@ -325,7 +326,12 @@ class Channel(virtual.Channel):
 
 
 def _drained(pending: deque[Any]) -> list[Any]:
-    return [pending.popleft() for _ in range(len(pending))]
+    """What is *pending*, each for one thread alone."""
+    drained = []
+    with suppress(IndexError):
+        while True:
+            drained.append(pending.popleft())
+    return drained
 
 
 def payload_of(row: Any) -> dict[str, Any]:
@@ -451,8 +457,7 @@ class Transport(virtual.Transport):
     def settled(self, channel: Any) -> None:
         """Something is done on *channel*; told by any thread."""
         if self._loop is None or self._delivering == threading.get_ident():
-            with self.taker.lock:
-                channel.flush()
+            channel.flush()
         elif not self._soon:
             self._call_soon()
 
@@ -506,8 +511,9 @@ class Transport(virtual.Transport):
     def _refill(self) -> int:
         if self._taker is None or self._delivering is not None:
             return 0
-        with self._taker.lock:
-            number: int = sum(channel.refill(self._taker) for channel in tuple(self.channels))
+        # Without the taker's lock: a pool that is full stops us here until a task is done, which
+        # has to be told to the database by another thread.
+        number: int = sum(channel.refill(self._taker) for channel in tuple(self.channels))
         if self._loop is not None and any(channel.is_urgent for channel in self.channels):
             self._call_soon()
         return number
