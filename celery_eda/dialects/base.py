@@ -65,6 +65,10 @@ class Presence(Protocol):
         """
         ...
 
+    def heard(self) -> frozenset[str]:
+        """The queues that it was woken for while it was busy with a statement."""
+        ...
+
     def missed(self, connection: Connection) -> bool:
         """Whether somebody has written without waking it."""
         ...

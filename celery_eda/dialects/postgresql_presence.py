@@ -54,6 +54,9 @@ class Listening:
                 self._heard.add(note.extra.decode())
         except Exception as error:
             raise ConnectionResetError(f"the connection that listens is lost: {error}") from error
+        return self.heard()
+
+    def heard(self) -> frozenset[str]:
         heard, self._heard = frozenset(self._heard), set()
         return heard
 

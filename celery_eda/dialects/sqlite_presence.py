@@ -100,6 +100,9 @@ class Doorbell:
         with suppress(BlockingIOError):
             os.read(self.fileno(), 65536)
 
+    def heard(self) -> frozenset[str]:
+        return frozenset()
+
     def missed(self, connection: Connection) -> bool:
         before, self._seen = self._seen, connection.exec_driver_sql("PRAGMA data_version").scalar()
         return bool(before != self._seen)

@@ -468,8 +468,9 @@ class Transport(virtual.Transport):
 
     def _on_soon(self) -> None:
         self._soon = False
-        if self._loop is None:
+        if self._loop is None or self._taker is None:
             return
+        self._wake(self._taker.presence.heard())
         if any(channel.is_urgent for channel in self.channels):
             self._refill()
         elif self._later is None and any(channel.is_waiting for channel in self.channels):
@@ -487,9 +488,8 @@ class Transport(virtual.Transport):
     def _glance(self) -> None:
         if self._taker is None:
             return
-        if self._taker.missed():
+        if self._taker.missed() | self._taker.sweep():
             self._wake(None)
-        self._wake(self._taker.sweep())
         self._plan()
         self._on_soon()
 
@@ -514,7 +514,8 @@ class Transport(virtual.Transport):
         # Without the taker's lock: a pool that is full stops us here until a task is done, which
         # has to be told to the database by another thread.
         number: int = sum(channel.refill(self._taker) for channel in tuple(self.channels))
-        if self._loop is not None and any(channel.is_urgent for channel in self.channels):
+        self._wake(self._taker.presence.heard())
+        if any(channel.is_urgent for channel in self.channels):
             self._call_soon()
         return number
 
@@ -529,9 +530,9 @@ class Transport(virtual.Transport):
         taker = self.taker
         until = None if timeout is None else monotonic() + timeout
         while True:
-            if taker.missed():
+            if taker.missed() | taker.sweep():
                 self._wake(None)
-            self._wake(taker.sweep())
+            self._wake(taker.presence.heard())
             if self._refill():
                 return
             left = self.broker.dialect.glance if until is None else until - monotonic()
@@ -541,6 +542,9 @@ class Transport(virtual.Transport):
 
     def _wait(self, taker: Taker, seconds: float) -> None:
         due = taker.plan()
+        if heard := taker.presence.heard():
+            self._wake(heard)
+            return
         readable, _, _ = select([taker.fileno()], [], [], min(seconds, due or seconds))
         if readable:
             self._wake(taker.presence.woken())
