@@ -26,6 +26,8 @@ REMOTE = frozenset(
         *("smbfs", "virtiofs"),
     )
 )
+#: Milliseconds that a taker waits for the write lock, each time.
+BUSY = 50
 MOUNTS = "/proc/self/mounts"
 
 
@@ -83,13 +85,15 @@ class Doorbell:
         folder.mkdir(exist_ok=True)
         # Under its name only once it is locked: who finds it unlocked takes it for a dead one's.
         hidden = folder / f".{self.name}"
-        os.mkfifo(hidden, 0o600)
+        os.mkfifo(hidden)
         self._descriptor: int | None = os.open(hidden, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         hidden.rename(self._path)
 
     def announce(self, connection: Connection, taker: int) -> None:
-        """It is there already."""
+        # It is there already. A handler may hold the write lock for long; a worker has other
+        # things to do meanwhile, and tries again.
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY}")
 
     def fileno(self) -> int:
         if self._descriptor is None:
@@ -126,6 +130,8 @@ def is_gone(folder: Path, name: str) -> bool:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
+    except PermissionError:  # it belongs to somebody else, who will see to it
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kombu.exceptions import OperationalError
 from sqlalchemy import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -26,6 +27,8 @@ from celery_eda.transports.base import (
 )
 from celery_eda.transports.database_broker import Broker, prepared_for, waiting
 
+OUTAGES = (SQLAlchemyError, OSError, OperationalError)
+
 
 class Database:
     """One connection to a database that is the broker."""
@@ -34,6 +37,7 @@ class Database:
         self._app = app
         self._timeout = timeout
         self._broker = app.connection_for_write()
+        self._channel: Any = None
         self._declared: set[str] = set()
 
     def publish(self, messages: Sequence[Message]) -> list[Answer]:
@@ -41,16 +45,22 @@ class Database:
             return []
         try:
             return self._send(messages)
-        except (SQLAlchemyError, OSError) as error:
+        except OUTAGES as error:
             self.close()
             return [unknown(error)] * len(messages)
 
     def close(self) -> None:
         self._broker.collect()
+        self._channel = None
         self._declared = set()
 
+    def _connect(self) -> Any:
+        # By default kombu would try for ever.
+        self._broker.ensure_connection(max_retries=0, timeout=self._timeout)
+        return self._broker.channel()
+
     def _send(self, messages: Sequence[Message]) -> list[Answer]:
-        channel = self._broker.default_channel
+        channel = self._channel = self._channel or self._connect()
         broker: Broker = channel.broker
         routed = [self._routed(channel, each) for each in messages]
         placed = [each for each in routed if not isinstance(each, Answer)]
@@ -72,7 +82,7 @@ class Database:
                 return []
             prepared = prepared_for(message)
             return [waiting(queue, prepared) for queue in queues]
-        except (SQLAlchemyError, OSError):
+        except OUTAGES:
             raise
         except Exception as error:  # whatever is wrong with it, it is wrong with it alone
             self._declared.discard(message.queue or "")

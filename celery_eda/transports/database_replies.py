@@ -5,8 +5,8 @@ A reply to a process that is gone finds no queue, and goes nowhere.
 
 from __future__ import annotations
 
-import os
 import select
+import socket
 from contextlib import suppress
 from typing import Any
 
@@ -30,7 +30,9 @@ class Replies:
         self._channel: Any = None
         self._taker: Taker | None = None
         self._names: list[str] = []
-        self._alarm, self._bell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._alarm, self._bell = socket.socketpair()
+        self._alarm.setblocking(False)
+        self._bell.setblocking(False)
 
     def open(self, name: str) -> None:
         taker = self._present()
@@ -54,15 +56,15 @@ class Replies:
 
     def wake(self) -> None:
         with suppress(OSError):  # it rings already, or nobody is there
-            os.write(self._bell, b"!")
+            self._bell.send(b"!")
 
     def drop(self) -> None:
         if self._taker is not None:
             self._taker.end()
             self._taker = None
         self._broker.collect()
-        os.close(self._alarm)
-        os.close(self._bell)
+        self._alarm.close()
+        self._bell.close()
 
     def _present(self) -> Taker:
         if self._taker is None:
@@ -79,10 +81,11 @@ class Replies:
 
     def _wait(self, taker: Taker, timeout: float) -> None:
         """Until somebody has put something into a queue, or the bell rings."""
-        readable, _, _ = select.select([taker.fileno(), self._alarm], [], [], timeout)
+        bell = self._alarm.fileno()
+        readable, _, _ = select.select([taker.fileno(), bell], [], [], timeout)
         taker.presence.woken()
-        if self._alarm in readable:
-            os.read(self._alarm, 4096)
+        if bell in readable:
+            self._alarm.recv(4096)
 
     def _read(self, row: Any) -> Any:
         try:

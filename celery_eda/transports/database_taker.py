@@ -24,6 +24,10 @@ SWEEP = 0.9
 PLAN = 0.05
 
 
+class Busy(Exception):
+    """Others were quicker to lock what was to be changed; nothing has been. Try again soon."""
+
+
 class Taker:
     """Holds messages for as long as it is there; the others see at once when it is gone.
 
@@ -46,14 +50,20 @@ class Taker:
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """A transaction on the connection; committed at the end."""
+        """A transaction on the connection; committed at the end.
+
+        Raises:
+            Busy: it lost against others.
+        """
         with self.lock:
             try:
                 yield self.connection
                 self.connection.commit()
-            except BaseException:
+            except BaseException as error:
                 with suppress(Exception):
                     self.connection.rollback()
+                if self.broker.dialect.is_transient(error):
+                    raise Busy from error
                 raise
 
     def fileno(self) -> int:

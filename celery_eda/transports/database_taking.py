@@ -22,10 +22,12 @@ from sqlalchemy import exc
 from celery_eda.queues import BY_NAME, Lease
 from celery_eda.transports.base import UNREADABLE
 from celery_eda.transports.database_broker import Broker, broker_at, waiting
-from celery_eda.transports.database_taker import Taker
+from celery_eda.transports.database_taker import Busy, Taker
 
 #: Seconds that an acknowledgement waits for company.
 COMPANY = 0.01
+#: Seconds until it is tried again to change what others have locked.
+REST = 0.1
 #: Messages taken at once where nothing else limits it.
 AT_ONCE = 100
 
@@ -243,7 +245,11 @@ class Channel(virtual.Channel):
         return bool(self._inbox or self.qos.returned or (self._hungry and self.qos.is_low))
 
     def refill(self, taker: Taker) -> int:
-        """Tell what is done, take what there is room for; returns how many were delivered."""
+        """Tell what is done, take what there is room for; returns how many were delivered.
+
+        Raises:
+            Busy: neither could be done now.
+        """
         if self.is_waiting:
             self._exchange(taker)
         return self._deliver_inbox()
@@ -251,7 +257,8 @@ class Channel(virtual.Channel):
     def flush(self) -> None:
         """Tell the database what is done."""
         if self.qos.done or self.qos.returned:
-            self._exchange(self.connection.taker, take=False)
+            with suppress(Busy):  # with the next messages, then
+                self._exchange(self.connection.taker, take=False)
 
     def _exchange(self, taker: Taker, *, take: bool = True) -> None:
         qos = self.qos
@@ -320,7 +327,7 @@ class Channel(virtual.Channel):
         if transport is not None and transport.has_taker:
             try:
                 self._exchange(transport.taker, take=False)
-            except OUTAGES:
+            except (Busy, *OUTAGES):
                 self.broker.late.extend(self.qos.done)
         super().close()
 
@@ -473,8 +480,12 @@ class Transport(virtual.Transport):
         self._wake(self._taker.presence.heard())
         if any(channel.is_urgent for channel in self.channels):
             self._refill()
-        elif self._later is None and any(channel.is_waiting for channel in self.channels):
-            self._later = self._loop.call_later(COMPANY, self._on_later)
+        elif any(channel.is_waiting for channel in self.channels):
+            self._call_later(COMPANY)
+
+    def _call_later(self, seconds: float) -> None:
+        if self._loop is not None and self._later is None:
+            self._later = self._loop.call_later(seconds, self._on_later)
 
     def _on_later(self) -> None:
         self._later = None
@@ -482,15 +493,17 @@ class Transport(virtual.Transport):
 
     def _on_readable(self) -> None:
         self._wake(self.taker.presence.woken())
-        self._plan()
+        with suppress(Busy):
+            self._plan()
         self._on_soon()
 
     def _glance(self) -> None:
         if self._taker is None:
             return
-        if self._taker.missed() | self._taker.sweep():
-            self._wake(None)
-        self._plan()
+        with suppress(Busy):
+            if self._taker.missed() | self._taker.sweep():
+                self._wake(None)
+            self._plan()
         self._on_soon()
 
     def _plan(self) -> None:
@@ -501,7 +514,8 @@ class Transport(virtual.Transport):
 
     def _on_due(self) -> None:
         if self._taker is not None and self._loop is not None:
-            self._wake(self._taker.come_due())
+            with suppress(Busy):  # the next look sees to it
+                self._wake(self._taker.come_due())
             self._on_soon()
 
     def _wake(self, queues: frozenset[str] | set[str] | None) -> None:
@@ -511,11 +525,20 @@ class Transport(virtual.Transport):
     def _refill(self) -> int:
         if self._taker is None or self._delivering is not None:
             return 0
-        # Without the taker's lock: a pool that is full stops us here until a task is done, which
-        # has to be told to the database by another thread.
-        number: int = sum(channel.refill(self._taker) for channel in tuple(self.channels))
+        number, busy = 0, False
+        for channel in tuple(self.channels):
+            # Without the taker's lock: a pool that is full stops us here until a task is done,
+            # which has to be told to the database by another thread.
+            try:
+                number += channel.refill(self._taker)
+            except Busy:
+                busy = True
+        if self._taker is None:  # closed by what was delivered
+            return number
         self._wake(self._taker.presence.heard())
-        if any(channel.is_urgent for channel in self.channels):
+        if busy:
+            self._call_later(REST)
+        elif any(channel.is_urgent for channel in self.channels):
             self._call_soon()
         return number
 
@@ -530,8 +553,9 @@ class Transport(virtual.Transport):
         taker = self.taker
         until = None if timeout is None else monotonic() + timeout
         while True:
-            if taker.missed() | taker.sweep():
-                self._wake(None)
+            with suppress(Busy):
+                if taker.missed() | taker.sweep():
+                    self._wake(None)
             self._wake(taker.presence.heard())
             if self._refill():
                 return
@@ -541,7 +565,9 @@ class Transport(virtual.Transport):
             self._wait(taker, min(left, self.broker.dialect.glance))
 
     def _wait(self, taker: Taker, seconds: float) -> None:
-        due = taker.plan()
+        due = None
+        with suppress(Busy):
+            due = taker.plan()
         if heard := taker.presence.heard():
             self._wake(heard)
             return
@@ -549,4 +575,5 @@ class Transport(virtual.Transport):
         if readable:
             self._wake(taker.presence.woken())
         elif due is not None:
-            self._wake(taker.come_due())
+            with suppress(Busy):
+                self._wake(taker.come_due())

@@ -52,11 +52,12 @@ def test_no_relay_is_needed_and_nothing_goes_through_the_outbox(road: Road) -> N
 @on_both
 def test_what_a_killed_worker_had_in_its_hands_is_taken_over_in_two_seconds(road: Road) -> None:
     holder = road.worker("-c1", "-n", "holder@%h")
-    road.run("slow.delay(0, 30)\nfor n in range(3): charge.delay(n)")
+    road.run("tally.delay(30)\nfor n in range(3): charge.delay(n)")
     road.until(lambda: road.logged("received") == 4, "a worker with its hands full")
     road.worker("-c2", "-n", "heir@%h")
     road.until(lambda: road.logged("ready.") == 2, "another worker")
 
+    assert road.effects() == Counter()
     holder.signal(signal.SIGKILL)  # its child lives on, and sleeps
     struck = time.monotonic()
     road.until(lambda: len(road.effects()) == 3, "the heir's work")

@@ -160,7 +160,7 @@ def test_closing_twice_is_harmless_and_sending_afterwards_connects_again(
     assert len(broker.empty("letters")) == 2
 
 
-@pytest.mark.parametrize("scheme", ["amqp", "redis"])
+@pytest.mark.parametrize("scheme", ["amqp", "redis", "eda+postgresql"])
 def test_a_broker_that_is_not_there_makes_everything_unknown_at_once(
     scheme: str, transport_to: Callable[..., Transport]
 ) -> None:
