@@ -158,14 +158,17 @@ class Queues:
         exchange: str = BY_NAME,
         routing_key: str | None = None,
         owner: int | None = None,
+        *,
+        takes_over: bool = False,
     ) -> None:
         """Let a queue have what is sent to an exchange; by name alone, declare it.
 
-        With an *owner* the binding, and a queue declared so, go when that taker is gone.
+        With an *owner* the binding, and a queue declared so, go when that taker is gone. What is
+        there already stays whose it is, unless the owner *takes_over*.
         """
         table = self.tables.bindings
         key = {"exchange": exchange, "routing_key": routing_key or "", "queue": queue}
-        if not self.dialect.insert_once(connection, table, {**key, "owner": owner}):
+        if not self.dialect.insert_once(connection, table, {**key, "owner": owner}) and takes_over:
             is_it = [table.c[name] == value for name, value in key.items()]
             connection.execute(update(table).where(*is_it).values(owner=owner))
 

@@ -37,7 +37,7 @@ class Replies:
     def open(self, name: str) -> None:
         taker = self._present()
         with taker.transaction() as connection:
-            taker.queues.bind(connection, name, BY_NAME, name, taker.id)
+            taker.queues.bind(connection, name, BY_NAME, name, taker.id, takes_over=True)
         self._names.append(name)
 
     def close(self, name: str) -> None:

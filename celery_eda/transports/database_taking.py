@@ -202,7 +202,17 @@ class Channel(virtual.Channel):
         (self._without_ack.add if no_ack else self._without_ack.discard)(queue)
         self._hungry[queue] = None
         super().basic_consume(queue, no_ack, *args, **kwargs)
+        if queue in self.connection.private:
+            self._own(queue)
         self.connection.begin_taking()
+
+    def _own(self, queue: str) -> None:
+        """Let a private queue end with us, who take from it, and not with who declared it first."""
+        owner = self.connection.taker.id
+        bindings = [each for each in self.connection.known if each[2] == queue]
+        with self.broker.engine.begin() as connection:
+            for exchange, key, _ in bindings:
+                self.broker.queues.bind(connection, queue, exchange, key, owner, takes_over=True)
 
     def basic_cancel(self, consumer_tag: str) -> None:
         self._hungry.pop(self._tag_to_queue.get(consumer_tag, ""), None)

@@ -197,6 +197,27 @@ def test_a_private_queue_and_what_is_in_it_go_with_the_connection_that_made_it(
     assert rows(broker) == 0
 
 
+def test_a_private_queue_belongs_to_who_takes_from_it_whoever_declares_it(
+    broker: Broker, connect: Callable[..., Any]
+) -> None:
+    early, listener, late = connect(), connect(), connect()
+    private = Queue("mine", auto_delete=True, durable=False)
+    private(early.default_channel).declare()
+    heard: list[Any] = []
+    with Consumer(listener, [private], callbacks=[lambda body, _: heard.append(body)], no_ack=True):
+        private(late.default_channel).declare()
+        early.release()
+        late.release()
+
+        put(connect(), "still there", queue="mine")
+        listener.drain_events(timeout=10)
+
+    assert heard == ["still there"]
+    listener.release()
+    with pytest.raises(Exception, match="NOT_FOUND"):
+        private(connect().default_channel).queue_declare(passive=True)
+
+
 def test_a_queue_can_be_counted_emptied_and_deleted(connect: Callable[..., Any]) -> None:
     connection = connect()
     queue = Queue("letters")(connection.default_channel)
