@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from celery_eda import checkpoints
-from tests.road.conftest import Process, Road, by_relay, on_servers, on_short_roads
+from tests.road.conftest import SHORT, Process, Road, by_relay, on_servers, on_short_roads
 
 ORDERS = 21
 PRODUCER = ("publish.captured", "outbox.written", "publish.committed")
@@ -113,7 +113,14 @@ def test_a_worker_killed_while_it_counts_a_redelivery_is_taken_over(road: Road) 
     expect_each_effect_once(road)
 
 
-@on_servers
+@pytest.mark.parametrize(
+    "road",
+    [
+        *("rabbitmq-postgresql", "redis-mariadb", *SHORT),
+        pytest.param("redis-sqlite", marks=pytest.mark.soak),
+    ],
+    indirect=True,
+)
 @pytest.mark.parametrize("step", ["inbox.admitted", "delivery.handled"])
 def test_a_handler_frozen_longer_than_its_transaction_may_last_takes_effect_once(
     road: Road, step: str

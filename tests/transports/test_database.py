@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -348,6 +349,28 @@ def test_a_process_that_stands_still_keeps_what_it_holds(
     holder.communicate()
 
     assert found == []
+
+
+def test_a_write_lock_that_somebody_holds_for_long_makes_a_taker_try_again_and_not_wait(
+    eda_sqlite_broker: Broker,
+) -> None:
+    file = eda_sqlite_broker.url.removeprefix("eda+sqlite:///")
+    arrived: list[Any] = []
+    with Connection(eda_sqlite_broker.url) as connection, sqlite3.connect(file) as handler:
+        put(connection, "late")
+        callbacks = [lambda body, message: (arrived.append(body), message.ack())]
+        with Consumer(connection, [Queue("letters")], callbacks=callbacks):
+            handler.execute("BEGIN IMMEDIATE")
+            begun = time.monotonic()
+            with pytest.raises(TimeoutError):
+                connection.drain_events(timeout=0.5)
+            waited = time.monotonic() - begun
+            handler.rollback()
+            connection.drain_events(timeout=5)
+
+    assert arrived == ["late"]
+    assert waited < 2.0  # and not the 30 s that a handler would wait
+    assert rows(eda_sqlite_broker) == 0
 
 
 # ── what cannot be a broker ─────────────────────────────────────────────────────────────────
