@@ -13,6 +13,7 @@ from zlib import crc32
 
 from sqlalchemy import Connection, func, select, text
 
+from celery_eda.errors import ConfigurationError
 from celery_eda.tables import Tables
 
 
@@ -37,6 +38,7 @@ class Listening:
 
     def announce(self, connection: Connection, taker: int) -> None:
         self._driver = connection.connection.driver_connection
+        require_direct(connection, self._driver.pgconn.backend_pid)
         # What comes while a statement runs is handed to the handler alone.
         self._driver.add_notify_handler(lambda each: self._heard.add(each.payload))
         connection.execute(select(func.pg_advisory_lock(key_of(self._tables), taker)))
@@ -71,6 +73,20 @@ class Listening:
     def end(self) -> None:
         if self._driver is not None:
             self._driver.close()
+
+
+def require_direct(connection: Connection, said: int) -> None:
+    """Refuse a pooler, which has *said* that the server process was one of its own making.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
+    if connection.scalar(select(func.pg_backend_pid())) != said:
+        raise ConfigurationError(
+            "A pooler such as pgbouncer is between here and PostgreSQL. It hands one connection "
+            "to many, so that locks outlive whose they are and nobody is woken. Give broker_url "
+            "the address of PostgreSQL itself."
+        )
 
 
 def _let_go(descriptor: int) -> None:

@@ -42,9 +42,13 @@ class Taker:
         self.presence = broker.dialect.presence(broker.engine, broker.tables)
         try:
             self.connection = broker.engine.connect()
-            self.id = self.queues.register(self.connection, self.presence)
         except BaseException:
             self.presence.end()
+            raise
+        try:
+            self.id = self.queues.register(self.connection, self.presence)
+        except BaseException:
+            self._drop()
             raise
         _takers.add(self)
 
@@ -117,11 +121,14 @@ class Taker:
         with self.lock:
             with suppress(Exception), self.transaction() as connection:
                 self.queues.bury(connection, self.id)
-            self.presence.end()
-            with suppress(Exception):
-                self.connection.invalidate()  # with all that the server ties to it
-                self.connection.close()
+            self._drop()
         self.broker.ring()
+
+    def _drop(self) -> None:
+        with suppress(Exception):
+            self.connection.invalidate()  # with all that the server ties to it
+            self.connection.close()
+        self.presence.end()
 
 
 _takers: weakref.WeakSet[Taker] = weakref.WeakSet()

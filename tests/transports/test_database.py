@@ -18,6 +18,7 @@ from celery import Celery
 from kombu import Connection, Consumer, Exchange, Producer, Queue
 from sqlalchemy import create_engine, func, select, text
 
+from celery_eda.dialects.postgresql_presence import require_direct
 from celery_eda.dialects.sqlite_presence import refuse_remote
 from celery_eda.errors import ConfigurationError
 from celery_eda.queues import Lease
@@ -384,6 +385,17 @@ def test_a_sqlite_database_in_memory_is_refused() -> None:
 def test_mariadb_is_refused(mariadb_url: str) -> None:
     with pytest.raises(ConfigurationError, match="cannot be the broker"):
         Connection(f"eda+{mariadb_url}").connect()
+
+
+def test_a_pooler_between_is_told_by_a_process_that_the_server_does_not_know(
+    postgresql_url: str,
+) -> None:
+    with create_engine(postgresql_url).connect() as connection:
+        driver: Any = connection.connection.driver_connection
+
+        require_direct(connection, driver.pgconn.backend_pid)
+        with pytest.raises(ConfigurationError, match="pgbouncer"):
+            require_direct(connection, driver.pgconn.backend_pid + 1)
 
 
 @pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs"])
