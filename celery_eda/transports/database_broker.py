@@ -205,7 +205,7 @@ def _priority(value: Any) -> int:
 
 
 def _delay(eta: Any) -> float | None:
-    """Seconds until *eta*; None if that is none, or over: the worker sees to it then."""
+    """Seconds until *eta*; None if that is none, over, or absurd: the worker sees to it then."""
     if not isinstance(eta, str):
         return None
     try:
@@ -214,7 +214,7 @@ def _delay(eta: Any) -> float | None:
         seconds = (due - datetime.now(timezone.utc)).total_seconds()
     except (ValueError, OverflowError):
         return None
-    return min(seconds, LONGEST) if seconds > 0 else None
+    return seconds if 0 < seconds <= LONGEST else None
 
 
 def _lifetime(expiration: Any) -> float | None:
