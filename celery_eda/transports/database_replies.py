@@ -12,7 +12,7 @@ from typing import Any
 
 from celery_eda.queues import BY_NAME
 from celery_eda.transports.database_broker import Broker
-from celery_eda.transports.database_taker import Taker
+from celery_eda.transports.database_taker import Busy, Taker
 from celery_eda.transports.database_taking import AT_ONCE, payload_of
 
 
@@ -36,21 +36,22 @@ class Replies:
 
     def open(self, name: str) -> None:
         taker = self._present()
-        with taker.transaction() as connection:
+        with taker.broker.engine.begin() as connection:
             taker.queues.bind(connection, name, BY_NAME, name, taker.id, takes_over=True)
         self._names.append(name)
 
     def close(self, name: str) -> None:
         self._names.remove(name)
         taker = self._present()
-        with taker.transaction() as connection:
+        with taker.broker.engine.begin() as connection:
             taker.queues.drop(connection, [name])
 
     def take(self, timeout: float) -> list[Any]:
         taker = self._present()
         if not (found := self._taken(taker)):
             self._wait(taker, timeout)
-            taker.sweep()
+            with suppress(Busy):
+                taker.sweep()
             found = self._taken(taker)
         return [self._read(row) for row in found]
 
@@ -74,10 +75,15 @@ class Replies:
         return self._taker
 
     def _taken(self, taker: Taker) -> list[Any]:
-        with taker.transaction() as connection:
-            return [
-                row for name in self._names for row in taker.queues.take(connection, name, AT_ONCE)
-            ]
+        try:
+            with taker.transaction() as connection:
+                return [
+                    row
+                    for name in self._names
+                    for row in taker.queues.take(connection, name, AT_ONCE)
+                ]
+        except Busy:  # nothing was taken; the next time, then
+            return []
 
     def _wait(self, taker: Taker, timeout: float) -> None:
         """Until somebody has put something into a queue, or the bell rings."""

@@ -11,7 +11,7 @@ from base64 import b64encode
 from collections import OrderedDict, deque
 from contextlib import suppress
 from select import select
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from kombu.exceptions import ChannelError, OperationalError
@@ -220,13 +220,19 @@ class Channel(virtual.Channel):
 
     def basic_get(self, queue: str, no_ack: bool = False, **_: Any) -> Any:
         taker = self.connection.taker
-        taker.sweep()
-        with taker.transaction() as connection:
-            rows = (
-                taker.queues.take(connection, queue, 1)
-                if no_ack
-                else taker.queues.lease(connection, queue, taker.id, 1)
-            )
+        with suppress(Busy):
+            taker.sweep()
+        while True:
+            try:
+                with taker.transaction() as connection:
+                    rows = (
+                        taker.queues.take(connection, queue, 1)
+                        if no_ack
+                        else taker.queues.lease(connection, queue, taker.id, 1)
+                    )
+                break
+            except Busy:
+                sleep(REST)
         if not rows:
             return None
         message = self.Message(payload_of(rows[0]), channel=self)
