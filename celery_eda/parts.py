@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from celery import Celery
 from kombu.utils.imports import symbol_by_name
@@ -47,9 +47,12 @@ from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings
 from celery_eda.tables import Tables
 from celery_eda.task import ReliableTask
-from celery_eda.transaction import Store
-from celery_eda.transports import reply_queues_of, transport_of
+from celery_eda.transaction import Store, Ticket
+from celery_eda.transports import reply_queues_of, shortcut_of, transport_of
 from celery_eda.unit_of_work import UnitsOfWork
+
+if TYPE_CHECKING:
+    from celery_eda.transports.database import Shortcut
 
 T = TypeVar("T")
 
@@ -146,6 +149,11 @@ class Parts:
     def outbox(self) -> Outbox:
         """Messages committed and not sent yet."""
         return Outbox(self.tables.outbox, self.dialect)
+
+    @made_once
+    def shortcut(self) -> Shortcut | None:
+        """What puts messages into their queues, where this database is the broker too."""
+        return shortcut_of(self.app, self.url, self.tables)
 
     @made_once
     def dead_letters(self) -> DeadLetters:
@@ -337,13 +345,23 @@ class Parts:
             ids = self._add(connection, messages)
         self._hand_off(ids)
 
-    def _add(self, connection: Connection, messages: Sequence[Message]) -> list[int]:
-        """Write *messages* to the outbox, each at its place among those of its key."""
-        ids = self.outbox.add(connection, self.sequences.number(connection, messages))
-        self.requests.note(connection, messages)
-        return ids
+    def _add(self, connection: Connection, messages: Sequence[Message]) -> list[Ticket]:
+        """Write *messages*, each at its place among those of its key.
 
-    def _hand_off(self, ids: list[int]) -> None:
+        They go into their queues if those are in this database, else to the outbox.
+        """
+        queues: list[str] = []
+        left = self.sequences.number(connection, messages)
+        if self.shortcut:
+            queues, left = self.shortcut.put(connection, left)
+        ids = self.outbox.add(connection, left) if left else []
+        self.requests.note(connection, messages)
+        return [*ids, *queues]
+
+    def _hand_off(self, tickets: list[Ticket]) -> None:
+        ids = [each for each in tickets if isinstance(each, int)]
+        if self.shortcut and len(ids) < len(tickets):
+            self.shortcut.ring()
         if ids and self.settings.send_after_commit:
             self.sender.hand_off(ids)
 

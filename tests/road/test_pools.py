@@ -40,6 +40,8 @@ def expect_refusal(road: Road, worker: Process, *words: str) -> None:
         pytest.param("redis-mariadb", "gevent", marks=pytest.mark.soak),
         pytest.param("redis-sqlite", "prefork", marks=pytest.mark.soak),
         ("redis-sqlite", "threads"),
+        *(("eda-sqlite", pool) for pool in ("prefork", "threads", "solo")),
+        *(("eda-postgresql", pool) for pool in ("prefork", "threads", "solo", "gevent")),
     ],
     indirect=["road"],
 )
