@@ -45,7 +45,10 @@ class Listening:
         connection.execute(text(f"LISTEN {channel_of(self._tables)}"))
 
     def fileno(self) -> int:
-        descriptor: int = self._driver.fileno()
+        try:
+            descriptor: int = self._driver.fileno()
+        except Exception as error:
+            raise ConnectionResetError(f"the connection that listens is lost: {error}") from error
         return descriptor
 
     def woken(self) -> frozenset[str]:

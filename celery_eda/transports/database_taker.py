@@ -73,6 +73,11 @@ class Taker:
     def fileno(self) -> int:
         return self.presence.fileno()
 
+    def woken(self) -> frozenset[str] | None:
+        """The queues that it was woken for; not while another thread uses the connection."""
+        with self.lock:
+            return self.presence.woken()
+
     def missed(self) -> bool:
         """Whether there may be something that nobody has woken it for."""
         with self.transaction() as connection:

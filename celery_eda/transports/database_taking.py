@@ -508,7 +508,7 @@ class Transport(virtual.Transport):
         self._refill()
 
     def _on_readable(self) -> None:
-        self._wake(self.taker.presence.woken())
+        self._wake(self.taker.woken())
         with suppress(Busy):
             self._plan()
         self._on_soon()
@@ -589,7 +589,7 @@ class Transport(virtual.Transport):
             return
         readable, _, _ = select([taker.fileno()], [], [], min(seconds, due or seconds))
         if readable:
-            self._wake(taker.presence.woken())
+            self._wake(taker.woken())
         elif due is not None:
             with suppress(Busy):
                 self._wake(taker.come_due())
