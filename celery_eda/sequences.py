@@ -2,7 +2,7 @@
 
 A number is taken under its row's lock at the end of the producer's transaction, so the numbers
 of a key are in the order of the commits, without a gap: a transaction that rolls back gives its
-number back. The count goes on as the version of a stream of events, which no new epoch begins again.
+number back. The version of a stream of events counts along, and no new epoch begins it again.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _places(row: Row[Any], count: int) -> Iterator[_Place]:
         yield row.epoch, number, before if number == 1 else None, row.version - back
 
 
-def _at(message: Message, lane: Lane, epoch: int, number: int, before: Any, version: int) -> Message:
+def _at(
+    message: Message, lane: Lane, epoch: int, number: int, before: Any, version: int
+) -> Message:
     """*message* at its place; its event, if it has one, is at *version* of its stream."""
     placed = message.at(Position(lane, epoch, number, before))
     if (draft := message.draft) is None:

@@ -138,7 +138,7 @@ def test_an_expected_version_that_has_passed_is_a_loud_conflict(
         append(store, connection, event(), event("order.paid"))
 
     with (
-        pytest.raises(VersionConflict, match="order.7 is at version 2, not 1"),
+        pytest.raises(VersionConflict, match=r"order\.7 is at version 2, not 1"),
         database.engine.begin() as connection,
     ):
         append(store, connection, event("order.paid"), expected=1)
@@ -181,7 +181,7 @@ def test_of_sixteen_who_append_to_one_stream_each_gets_a_version_or_a_conflict(
 def test_what_is_no_stream_is_refused(database: Database, store: EventStore) -> None:
     with (
         database.engine.connect() as connection,
-        pytest.raises(InvalidEvent, match="<category>.<key>"),
+        pytest.raises(InvalidEvent, match=r"<category>\.<key>"),
     ):
         list(store.stream(connection, "order"))
 
