@@ -74,7 +74,8 @@ class EventStore:
         for draft in drafts:
             event = draft.event
             if draft.expected is not None and event.version != draft.expected + 1:
-                assert event.stream is not None and event.version is not None, "it has a key"
+                assert event.stream is not None, "it has a key"
+                assert event.version is not None, "its sequence was moved on"
                 raise VersionConflict(event.stream, draft.expected, event.version - 1)
         if drafts:
             statement = insert(self.table).values(at=self.dialect.now())

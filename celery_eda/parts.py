@@ -19,6 +19,7 @@ from celery_eda.cursors import Cursors
 from celery_eda.dead_letters import DeadLetters
 from celery_eda.dialects import Dialect, dialect_of
 from celery_eda.errors import ConfigurationError, UnsafeSetting
+from celery_eda.event_store import EventStore
 from celery_eda.failures import Failures
 from celery_eda.housekeeping import Housekeeping
 from celery_eda.inbox import Inbox
@@ -171,6 +172,11 @@ class Parts:
         return Sequences(self.tables.sequences, self.dialect)
 
     @cached_property
+    def event_store(self) -> EventStore:
+        """Every event that this service has emitted."""
+        return EventStore(self.tables.events, self.dialect)
+
+    @cached_property
     def cursors(self) -> Cursors:
         """The numbers awaited of each ordering key, and the messages parked."""
         return Cursors(self.tables.cursors, self.tables.parked, self.dialect)
@@ -313,7 +319,9 @@ class Parts:
 
     def _add(self, connection: Connection, messages: Sequence[Message]) -> list[int]:
         """Write *messages* to the outbox, each at its place among those of its key."""
-        ids = self.outbox.add(connection, self.sequences.number(connection, messages))
+        numbered = self.sequences.number(connection, messages)
+        self.event_store.append(connection, [each.draft for each in numbered if each.draft])
+        ids = self.outbox.add(connection, numbered)
         self.requests.note(connection, messages)
         return ids
 
