@@ -1,4 +1,4 @@
-# make demo | test | lint | soak: each sets itself up in .venv, and again only when setup.cfg changes.
+# make demo | test | lint | soak | bench: each sets itself up in .venv, and again only when setup.cfg changes.
 
 CANDIDATES := $(foreach minor,13 12 11 10,\
 	python3.$(minor) $(wildcard $(HOME)/.pyenv/versions/3.$(minor).*/bin/python)) python3
@@ -8,7 +8,7 @@ NEWEST := $(firstword $(PYTHONS))
 OLDEST := $(lastword $(NEWEST) $(filter-out python3,$(PYTHONS)))
 SQLALCHEMY_2_0 = 'sqlalchemy<2.1'
 
-.PHONY: demo test lint soak clean
+.PHONY: demo test lint soak bench clean
 
 demo: .venv/demo
 	.venv/bin/python -m example_project.demo
@@ -25,7 +25,7 @@ PARALLEL = -q -n 4 --dist worksteal
 test soak: export PYTHONHASHSEED = 0
 
 CORE = $(addprefix tests/unit/test_,$(addsuffix .py,joining attachment delivery order transaction \
-	settings message inspection)) tests/road/test_whole_road.py
+	settings message inspection replying requesting)) tests/road/test_whole_road.py
 
 lint: .venv/test
 	.venv/bin/ruff check .
@@ -36,6 +36,12 @@ lint: .venv/test
 soak: .venv/test
 	.venv/bin/python -m pytest -q -m soak --timeout 3600
 
+# SCALE multiplies the number of messages and rows: S7 reaches the sizes of its goal with 10.
+SCALE = 1
+bench: export PYTHONHASHSEED = 0
+bench: .venv/bench
+	.venv/bin/python -m benchmarks all --scale $(SCALE)
+
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info
 
@@ -45,6 +51,10 @@ clean:
 
 .venv/test: setup.cfg .venv/bin/python
 	.venv/bin/python -m pip install --quiet --editable '.[test,lint]'
+	touch $@
+
+.venv/bench: setup.cfg .venv/bin/python
+	.venv/bin/python -m pip install --quiet --editable '.[bench]'
 	touch $@
 
 .venv-oldest/test: setup.cfg .venv-oldest/bin/python

@@ -51,7 +51,8 @@ class Mailbox:
         # A forked child has neither the thread nor the right to the parent's connection.
         self.address = addresses.of_process()
         self.dropped: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        # Garbage may be collected anywhere: a dropped handle shuts its queue in whatever thread.
+        self._lock = threading.RLock()
         self._waiting: WeakValueDictionary[str, Future[Any]] = WeakValueDictionary()
         self._ended: OrderedDict[str, str] = OrderedDict()
         self._wanted: set[str] = {self.address}
@@ -126,19 +127,20 @@ class Mailbox:
     def _run(self) -> None:
         failures = 0
         while not self._closing.is_set():
-            self._queues = queues = self._make_queues()
             try:
-                while self._adjust(queues):
-                    for message in queues.take(WAIT):
-                        self._deliver(message)
-                    failures = 0
+                self._queues = queues = self._make_queues()
+                try:
+                    while self._adjust(queues):
+                        for message in queues.take(WAIT):
+                            self._deliver(message)
+                        failures = 0
+                finally:
+                    self._opened.clear()
+                    queues.drop()
             except Exception as error:
                 log.warning("replies cannot be received, trying again: %r", error)
                 self._closing.wait(backoff(failures, *OUTAGE_DELAY))
                 failures += 1
-            finally:
-                self._opened.clear()
-                queues.drop()
 
     def _adjust(self, queues: ReplyQueues) -> bool:
         """Open and close queues until they are those that are wanted; False if none is."""

@@ -1,7 +1,7 @@
 """Where a worker takes repairs and replies to durable requests from, unless ``-Q`` says otherwise.
 
-Each queue has a channel of its own. On Redis a channel waits on one list at a time, so that a
-further queue would cost the tasks beside it a tenth of a second.
+Each queue has a channel of its own, so that what is prefetched from one keeps nothing back from
+the others.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from celery import Celery
 from kombu.utils.imports import symbol_by_name
@@ -46,9 +48,36 @@ from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings
 from celery_eda.tables import Tables
 from celery_eda.task import ReliableTask
-from celery_eda.transaction import Store
-from celery_eda.transports import reply_queues_of, transport_of
+from celery_eda.transaction import Store, Ticket
+from celery_eda.transports import reply_queues_of, shortcut_of, transport_of
 from celery_eda.unit_of_work import UnitsOfWork
+
+if TYPE_CHECKING:
+    from celery_eda.transports.database import Shortcut
+
+T = TypeVar("T")
+
+
+class made_once(Generic[T]):  # noqa: N801  # it is used as a decorator
+    """A part that is made when it is first needed, once, however many threads need it then."""
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self._make = make
+        self._start_afresh()
+        os.register_at_fork(after_in_child=self._start_afresh)
+        self.__doc__ = make.__doc__
+
+    def _start_afresh(self) -> None:
+        # Nobody would ever give back what a thread of the parent held when it forked.
+        self._making = threading.RLock()
+
+    def __get__(self, parts: Any, owner: object = None) -> T:
+        name = self._make.__name__
+        with self._making:
+            if name not in vars(parts):
+                vars(parts)[name] = self._make(parts)
+            made: T = vars(parts)[name]
+            return made
 
 
 class Parts:
@@ -65,7 +94,7 @@ class Parts:
 
     # ── settings and database ───────────────────────────────────────────────────────────────
 
-    @cached_property
+    @made_once
     def settings(self) -> Settings:
         """The app's settings, checked.
 
@@ -79,24 +108,24 @@ class Parts:
             )
         return Settings.of(self.app.conf)
 
-    @cached_property
+    @made_once
     def tables(self) -> Tables:
         """The tables of this service. Use ``Tables.on(metadata)`` to merge them into yours."""
         return Tables.on(prefix=self.settings.table_prefix, schema=self.settings.schema)
 
-    @cached_property
+    @made_once
     def engine(self) -> Engine:
         """The engine of the service's own database, for transactions of producers and handlers."""
         if self._engine is not None:
             return _forkable(self._engine)
         return self._prepared_engine(self.settings.transaction_timeout)
 
-    @cached_property
+    @made_once
     def relay_engine(self) -> Engine:
         """The engine of the relays, whose claims end sooner than a handler's transaction."""
         return self._prepared_engine(self.settings.claim_timeout)
 
-    @cached_property
+    @made_once
     def url(self) -> URL:
         """Where the service's own database is.
 
@@ -112,47 +141,52 @@ class Parts:
             )
         return make_url(self.settings.database_url)
 
-    @cached_property
+    @made_once
     def dialect(self) -> Dialect:
         """What differs from database to database."""
         return dialect_of(self.url, claim_timeout=self.settings.claim_timeout)
 
-    @cached_property
+    @made_once
     def outbox(self) -> Outbox:
         """Messages committed and not sent yet."""
         return Outbox(self.tables.outbox, self.dialect)
 
-    @cached_property
+    @made_once
+    def shortcut(self) -> Shortcut | None:
+        """What puts messages into their queues, where this database is the broker too."""
+        return shortcut_of(self.app, self.url, self.tables)
+
+    @made_once
     def dead_letters(self) -> DeadLetters:
         """Messages that could not be sent or handled."""
         return DeadLetters(self.tables.dead_letters, self.dialect)
 
-    @cached_property
+    @made_once
     def audit(self) -> Audit:
         """What was done to dead letters."""
         return Audit(self.tables.audit, self.dialect)
 
-    @cached_property
+    @made_once
     def repair(self) -> Repair:
         """Redrives, edits, skips and discards dead letters."""
         return Repair(self.dead_letters, self.audit, self.cursors, self.store)
 
-    @cached_property
+    @made_once
     def repairers(self) -> Repairers:
         """Lets functions decide about dead letters."""
         return Repairers(self.repair, self.app.tasks.get, self.settings.max_repairs)
 
-    @cached_property
+    @made_once
     def repair_tasks(self) -> RepairTasks:
         """The tasks that repair others."""
         return RepairTasks(lambda: self.app, lambda: self.settings.repair_queue)
 
-    @cached_property
+    @made_once
     def sender(self) -> Sender:
         """Sends what this process commits, right after the commit."""
         return Sender(self.relay)
 
-    @cached_property
+    @made_once
     def service(self) -> str:
         """The name under which other services know the order of this one's messages.
 
@@ -166,22 +200,22 @@ class Parts:
             )
         return name
 
-    @cached_property
+    @made_once
     def sequences(self) -> Sequences:
         """The numbers given to messages with an ordering key."""
         return Sequences(self.tables.sequences, self.dialect)
 
-    @cached_property
+    @made_once
     def event_store(self) -> EventStore:
         """Every event that this service has emitted."""
         return EventStore(self.tables.events, self.dialect)
 
-    @cached_property
+    @made_once
     def cursors(self) -> Cursors:
         """The numbers awaited of each ordering key, and the messages parked."""
         return Cursors(self.tables.cursors, self.tables.parked, self.dialect)
 
-    @cached_property
+    @made_once
     def housekeeping(self) -> Housekeeping:
         """What deletes what is old; relays do it beside their sending."""
         return Housekeeping(
@@ -189,17 +223,17 @@ class Parts:
             *(self.outbox, self.cursors, self.settings),
         )
 
-    @cached_property
+    @made_once
     def store(self) -> Store:
         """Where captured messages go."""
         return Store(self._add, self._hand_off, self.store_apart)
 
-    @cached_property
+    @made_once
     def publisher(self) -> Publisher:
         """Decides where a message goes."""
         return Publisher(self.settings.outside, self.is_reliable, self.store_apart)
 
-    @cached_property
+    @made_once
     def retry_policy(self) -> Policy | None:
         """What decides on further attempts of tasks without a policy of their own.
 
@@ -216,7 +250,7 @@ class Parts:
                 "Set it to `module:name` of a RetryPolicy or a function."
             ) from error
 
-    @cached_property
+    @made_once
     def consumer(self) -> Consumer:
         """Makes deliveries take effect once."""
         inbox = Inbox(self.tables.inbox, self.dialect)
@@ -241,17 +275,17 @@ class Parts:
             policy=self.retry_policy,
         )
 
-    @cached_property
+    @made_once
     def remote_errors(self) -> RemoteErrors:
         """The types of errors that travel with replies."""
         return RemoteErrors()
 
-    @cached_property
+    @made_once
     def replies(self) -> Replies:
         """Answers requests."""
         return Replies(self.app, self.remote_errors)
 
-    @cached_property
+    @made_once
     def requests(self) -> Requests:
         """The durable requests of this service."""
         name = self.settings.service or self.app.main
@@ -259,7 +293,7 @@ class Parts:
         serializer = self.app.conf.result_serializer
         return Requests(self.tables.requests, self.dialect, address, serializer)
 
-    @cached_property
+    @made_once
     def reading(self) -> Reading:
         """How replies are read."""
         settings, conf = self.settings, self.app.conf
@@ -268,13 +302,13 @@ class Parts:
         accept = conf.result_accept_content or conf.accept_content
         return Reading.of(limits, accept, self.remote_errors)
 
-    @cached_property
+    @made_once
     def mailbox(self) -> Mailbox:
         """Where the replies to this process come in."""
         expires = self.settings.reply_expires
         return Mailbox(reply_queues_of(self.app, expires=expires), self.reading)
 
-    @cached_property
+    @made_once
     def requesting(self) -> Requesting:
         """Asks for replies."""
         return Requesting(
@@ -282,7 +316,7 @@ class Parts:
             *(self.publisher, lambda: self.service, self.settings),
         )
 
-    @cached_property
+    @made_once
     def refusals(self) -> Refusals:
         """Keeps the messages that no task gets to see."""
         inbox = Inbox(self.tables.inbox, self.dialect)
@@ -317,15 +351,24 @@ class Parts:
             ids = self._add(connection, messages)
         self._hand_off(ids)
 
-    def _add(self, connection: Connection, messages: Sequence[Message]) -> list[int]:
-        """Write *messages* to the outbox, each at its place among those of its key."""
-        numbered = self.sequences.number(connection, messages)
-        self.event_store.append(connection, [each.draft for each in numbered if each.draft])
-        ids = self.outbox.add(connection, numbered)
-        self.requests.note(connection, messages)
-        return ids
+    def _add(self, connection: Connection, messages: Sequence[Message]) -> list[Ticket]:
+        """Write *messages*, each at its place among those of its key.
 
-    def _hand_off(self, ids: list[int]) -> None:
+        They go into their queues if those are in this database, else to the outbox.
+        """
+        queues: list[str] = []
+        left = self.sequences.number(connection, messages)
+        self.event_store.append(connection, [each.draft for each in left if each.draft])
+        if self.shortcut:
+            queues, left = self.shortcut.put(connection, left)
+        ids = self.outbox.add(connection, left) if left else []
+        self.requests.note(connection, messages)
+        return [*ids, *queues]
+
+    def _hand_off(self, tickets: list[Ticket]) -> None:
+        ids = [each for each in tickets if isinstance(each, int)]
+        if self.shortcut and len(ids) < len(tickets):
+            self.shortcut.ring()
         if ids and self.settings.send_after_commit:
             self.sender.hand_off(ids)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from typing import Any
 
 from celery import Celery
@@ -85,7 +85,10 @@ class Publisher:
 class CapturingAMQP(AMQP):
     """Celery's ``app.amqp``, with the seam, and with connections that lose nothing."""
 
-    Connection = SafeConnection
+    @cached_property
+    def Connection(self) -> Callable[..., SafeConnection]:  # noqa: N802  # Celery's name for it
+        """Connects; to a database that is the broker with the tables that the settings name."""
+        return partial(SafeConnection.made, lambda: self.app.eda.tables)
 
     @property
     def queues_cls(self) -> Any:

@@ -22,7 +22,7 @@ from celery_eda.inbox import Inbox, Outcome
 from celery_eda.inspection import Refusal
 from celery_eda.message import PROPERTIES, Identity, Message
 from celery_eda.tables import NAME_LENGTH
-from celery_eda.transaction import Store
+from celery_eda.transaction import Store, Ticket
 from celery_eda.transports import undelivered
 
 #: The consumer under which the inbox knows what was refused.
@@ -85,7 +85,7 @@ class Refusals:
             False if it is. Either way the message may be acknowledged.
         """
         letter, refusal, consumer = refused.letter, refused.refusal, refused.consumer
-        ids: list[int] = []
+        tickets: list[Ticket] = []
         with self.engine.begin() as connection:
             fresh = self.inbox.close(connection, consumer, refused.identity, Outcome.dead)
             if fresh:
@@ -98,8 +98,8 @@ class Refusals:
                     consumer=None if consumer == CONSUMER else consumer,
                 )
                 if reply := self.answer(letter, refusal.error):
-                    ids = self.store.add(connection, reply)
-        self.store.hand_off(ids)
+                    tickets += self.store.add(connection, reply)
+        self.store.hand_off(tickets)
         return fresh
 
 

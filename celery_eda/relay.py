@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from uuid import uuid4
 
@@ -29,6 +29,8 @@ log = redaction.logger(__name__)
 
 #: Seconds between two tries while the broker or the database is away.
 OUTAGE_DELAY = (0.1, 5.0)
+#: Seconds within which a server that is there refuses what has to precede a message.
+PROMPT = 0.5
 
 
 @dataclass(frozen=True)
@@ -149,19 +151,26 @@ class Relay:
             checkpoints.reach("relay.cleared")
             return done
 
-    def _unprepared(self, pending: Sequence[Pending]) -> list[int]:
-        """The ids of those that cannot be sent yet: what has to precede them failed.
+    def _unprepared(self, pending: Sequence[Pending]) -> dict[int, str]:
+        """Those that cannot be sent yet, and why: what has to precede them failed.
 
-        After the first failure no other is tried: each may take as long as a time-out.
+        After a failure that took its time no other is tried: each may take as long as a time-out.
         """
         demanding = [each for each in pending if each.message.preparation]
+        unprepared: dict[int, str] = {}
         for position, each in enumerate(demanding):
+            started = time.monotonic()
             try:
                 self.prepare(each.message)
             except Exception as error:
                 log.warning("what has to precede a message cannot be done: %r", error)
-                return [each.id for each in demanding[position:]]
-        return []
+                why = f"What has to precede it cannot be done: {error!r}"[:500]
+                late = time.monotonic() - started > PROMPT
+                concerned = demanding[position:] if late else [each]
+                unprepared |= {one.id: why for one in concerned}
+                if late:
+                    break
+        return unprepared
 
     def _publish(self, messages: Sequence[Message]) -> list[Answer]:
         if self._transport is None:
@@ -172,7 +181,7 @@ class Relay:
         self,
         connection: Connection,
         answered: Sequence[tuple[Pending, Answer]],
-        unprepared: Sequence[int],
+        unprepared: Mapping[int, str],
     ) -> Round:
         """Clear what was confirmed, let rest what cannot be sent, give back the others."""
         by_verdict = {
@@ -188,10 +197,8 @@ class Relay:
         for each, answer in refused:
             if each not in unwanted:
                 self._refuse(connection, each, answer.why)
-        for row_id in unprepared:
-            self._rest(
-                connection, row_id, OUTAGE_DELAY[1], "What has to precede it cannot be done."
-            )
+        for row_id, why in unprepared.items():
+            self._rest(connection, row_id, OUTAGE_DELAY[1], why)
         if unknown:
             self._leave(connection, unknown, broker_answers=bool(confirmed))
         return Round(

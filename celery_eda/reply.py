@@ -77,9 +77,10 @@ class Reply(Generic[R_co]):
         self.refuse_unsent()
         seconds = self._patience if timeout is None else timeout
         try:
-            return cast(R_co, result_of(self.outcome.future(seconds).result(seconds)))
+            outcome = self.outcome.future(seconds).result(seconds)
         except (*_TIMEOUTS, CancelledError) as error:
             raise self._too_late(seconds) from error
+        return cast(R_co, result_of(outcome))
 
     def __await__(self) -> Generator[Any, None, R_co]:
         return self._get_async().__await__()
@@ -92,13 +93,13 @@ class Reply(Generic[R_co]):
         self.refuse_unsent()
         future = asyncio.wrap_future(self.outcome.future(self._patience))
         try:
-            outcome = await asyncio.wait_for(future, self._patience)
+            await asyncio.wait([future], timeout=self._patience)
         except asyncio.CancelledError:
             self.cancel()
             raise
-        except _TIMEOUTS as error:
-            raise self._too_late(self._patience) from error
-        return cast(R_co, result_of(outcome))
+        if not future.done() or future.cancelled():
+            raise self._too_late(self._patience)
+        return cast(R_co, result_of(future.result()))
 
     def _too_late(self, seconds: float) -> RequestTimeout:
         self.cancel()
@@ -139,8 +140,9 @@ class Replies(Generic[R]):
         seconds = self._patience if timeout is None else timeout
         tally, futures = self._begin(seconds)
         try:
-            for future in as_completed(futures, seconds):
-                if tally.add(futures[future], future.result()):
+            for future in () if tally.decided else as_completed(futures, seconds):
+                tally.add(futures[future], future.result())
+                if tally.decided:
                     break
         except (*_TIMEOUTS, CancelledError) as error:
             raise self._too_few(tally, seconds) from error
@@ -161,29 +163,39 @@ class Replies(Generic[R]):
         places = {asyncio.wrap_future(future): place for future, place in futures.items()}
         waiting, until = set(places), time.monotonic() + self._patience
         try:
-            while waiting:
+            while waiting and not tally.decided:
                 left = until - time.monotonic()
                 come, waiting = await asyncio.wait(
                     waiting, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED
                 )
                 if not come:
-                    raise self._too_few(tally, self._patience)
-                if any(tally.add(places[future], future.result()) for future in come):
                     break
+                for future in come:
+                    if not future.cancelled():
+                        tally.add(places[future], future.result())
         finally:
             for future in waiting:
                 future.cancel()
             self.cancel()
+        if not tally.decided:
+            raise self._too_few(tally, self._patience)
         return tally.results
 
     def _begin(self, seconds: float) -> tuple[_Tally[R], dict[Future[Any], int]]:
         for each in self.each:
             each.refuse_unsent()
+        tally = _Tally[R](self._need, len(self.each))
         futures = {each.outcome.future(seconds): place for place, each in enumerate(self.each)}
-        return _Tally(self._need, len(self.each)), futures
+        for future in [each for each in futures if each.done()]:
+            place = futures.pop(future)
+            if not future.cancelled():
+                tally.add(place, future.result())
+        if not tally.decided and tally.successes + len(futures) < self._need:  # given up before
+            raise self._too_few(tally, seconds)
+        return tally, futures
 
     def _too_few(self, tally: _Tally[R], seconds: float) -> RequestTimeout:
-        come = len(tally.results)
+        come = tally.successes
         return RequestTimeout(f"{come} of {self._need} replies came within {seconds:g} s.")
 
 
@@ -194,25 +206,37 @@ class _Tally(Generic[R]):
         self._need = need
         self._failures_allowed = total - need
         self._by_place: dict[int, R] = {}
+        self._error: Exception | None = None
 
-    def add(self, place: int, outcome: Any) -> bool:
-        """Count one; returns whether there are enough.
-
-        Raises:
-            Exception: that of the responder, if too few are left.
-        """
-        if len(self._by_place) == self._need:
-            return True
-        if isinstance(outcome, Failed):
-            self._failures_allowed -= 1
-            if self._failures_allowed < 0:
-                raise outcome.error
-        else:
+    def add(self, place: int, outcome: Any) -> None:
+        """Count one; what comes after the decision counts no more."""
+        if self.decided:
+            return
+        if not isinstance(outcome, Failed):
             self._by_place[place] = outcome
-        return len(self._by_place) == self._need
+        elif self._failures_allowed:
+            self._failures_allowed -= 1
+        else:
+            self._error = outcome.error
+
+    @property
+    def decided(self) -> bool:
+        """Whether there are enough, or too few can be left."""
+        return self._error is not None or self.successes == self._need
+
+    @property
+    def successes(self) -> int:
+        return len(self._by_place)
 
     @property
     def results(self) -> list[R]:
+        """Those that succeeded.
+
+        Raises:
+            Exception: that of the responder after which too few were left.
+        """
+        if self._error is not None:
+            raise self._error
         return [self._by_place[place] for place in sorted(self._by_place)]
 
 

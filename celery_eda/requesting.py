@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -100,6 +101,8 @@ class Requesting:
         options: dict[str, Any],
     ) -> Reply[Any]:
         self._refuse(call, options)
+        if self.app.conf.task_always_eager and not isinstance(call, str):
+            return self._ask_here(call, args, kwargs)
         correlation_id = uuid4()
         where, outcome = self._expect(correlation_id, kind)
         identity = Identity.fresh()
@@ -117,9 +120,18 @@ class Requesting:
                 else:
                     call.apply_async(tuple(args), kwargs or {}, **options)
         except BaseException:
+            results.take_preparation()
             outcome.give_up()
             raise
         return self._reply(str(correlation_id), outcome, identity)
+
+    def _ask_here(
+        self, call: Task | Signature, args: Sequence[Any], kwargs: dict[str, Any] | None
+    ) -> Reply[Any]:
+        """The reply where ``task_always_eager`` has every task run where it is called."""
+        end, future = call.apply(tuple(args), kwargs or {}), Future[Any]()
+        future.set_result(end.result if end.successful() else Failed(end.result))
+        return self._reply(end.id, Awaited(future, lambda: None), None)
 
     def _kind(self, address: str | None) -> Kind:
         try:
@@ -163,7 +175,7 @@ class Requesting:
                 f"{call.task} is more than one task. Ask one task for a reply, or `eda.scatter` "
                 "several; a task may let a chain or a chord answer for it by `self.replace`."
             )
-        if given := [each for each in OURS if each in options]:
+        if given := [each for each in OURS if each in {**_options_of(call), **options}]:
             raise RequestError(
                 f"A request cannot be given {', '.join(given)}: nobody must be able to guess its "
                 "correlation id, or choose where its reply goes. Leave the option out."

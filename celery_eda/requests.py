@@ -89,4 +89,5 @@ class Requests:
             )
         if row.body is None:
             return None
-        return loads(bytes(row.body), row.content_type, row.content_encoding, accept=None)
+        # Written by this service itself, with the serializer of its choice.
+        return loads(bytes(row.body), row.content_type, row.content_encoding, force=True)

@@ -25,6 +25,8 @@ log = redaction.logger(__name__)
 LONGEST_HANDOFF = 100_000
 #: Seconds that a process which ends waits for its last messages to leave.
 EXIT_PATIENCE = 2.0
+#: Seconds that a fork waits for the sending that is under way.
+FORK_PATIENCE = 1.0
 
 
 class Sender:
@@ -38,7 +40,11 @@ class Sender:
         self.make_relay = make_relay
         self._thread: threading.Thread | None
         self._start_afresh()
-        os.register_at_fork(after_in_child=self._start_afresh)
+        os.register_at_fork(
+            before=self._pause,
+            after_in_parent=self._resume,
+            after_in_child=self._start_afresh,
+        )
         atexit.register(self.finish)
 
     def _start_afresh(self) -> None:
@@ -47,6 +53,16 @@ class Sender:
         self._thread = None
         self._starting = threading.Lock()
         self._sending = False
+        # A child that is forked in the middle of a transaction inherits what SQLite knows of its
+        # locks, and would wait for them for ever.
+        self._between = threading.Lock()
+
+    def _pause(self) -> None:
+        self._paused = self._between.acquire(timeout=FORK_PATIENCE)
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._between.release()
 
     def hand_off(self, ids: Sequence[int]) -> None:
         """Send the rows with these ids soon. Returns at once."""
@@ -76,7 +92,9 @@ class Sender:
             self._sending = True
             while len(ids) < relay.settings.relay_batch and not self._waiting.empty():
                 ids += self._waiting.get()
-            if self._sent(relay, ids):
+            with self._between:
+                sent = self._sent(relay, ids)
+            if sent:
                 failures = 0
             else:
                 time.sleep(backoff(failures, *OUTAGE_DELAY))

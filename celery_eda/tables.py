@@ -103,6 +103,9 @@ class Tables:
         audit: what was done to dead letters, by whom and why.
         requests: durable requests of this service, and what came of them.
         events: every event that this service has emitted.
+        queue: messages that wait for a worker, where the database itself is the broker.
+        bindings: the queues there are, and what exchanges put into them.
+        takers: who takes from those queues right now.
         version: the revision of the tables, as Alembic records it.
     """
 
@@ -119,6 +122,9 @@ class Tables:
     audit: Table
     requests: Table
     events: Table
+    queue: Table
+    bindings: Table
+    takers: Table
     version: Table
 
     @property
@@ -128,6 +134,7 @@ class Tables:
             *(self.outbox, self.inbox, self.attempts, self.dead_letters),
             *(self.sequences, self.cursors, self.parked, self.audit, self.requests),
             self.events,
+            *(self.queue, self.bindings, self.takers),
         )
 
     @classmethod
@@ -306,6 +313,7 @@ class Tables:
         )
         Index(f"ix_{prefix}events_type", columns.type, columns.position)
         Index(f"ix_{prefix}events_category", columns.category, columns.position)
+        queue, bindings, takers = _queue_tables(metadata, prefix, schema)
         version = Table(
             f"{prefix}version",
             metadata,
@@ -317,8 +325,61 @@ class Tables:
             *(outbox, inbox, attempts, dead_letters),
             *(sequences, cursors, parked, audit, requests),
             events,
+            *(queue, bindings, takers),
         )
         return cls(prefix, schema, metadata, *records, version)
+
+
+def _queue_tables(
+    metadata: MetaData, prefix: str, schema: str | None
+) -> tuple[Table, Table, Table]:
+    queue = Table(
+        f"{prefix}queue",
+        metadata,
+        Column("id", Identifier, primary_key=True, autoincrement=True),
+        Column("queue", String(NAME_LENGTH), nullable=False),
+        Column("rank", Integer, nullable=False),
+        Column("due", Moment),
+        Column("expires_at", Moment),
+        # Who has it: NULL nobody, 0 its time has not come, else a taker's id.
+        Column("owner", BigInteger),
+        Column("fence", Integer, nullable=False, server_default="0"),
+        Column("message", LongText, nullable=False),
+        Column("body", Bytes, nullable=False),
+        Column("at", Moment, nullable=False),
+        schema=schema,
+        sqlite_autoincrement=True,
+        **_OPTIONS,
+    )
+    columns = queue.c
+    for name, of, where in (
+        ("ready", (columns.queue, columns.rank, columns.id), columns.owner.is_(None)),
+        ("owned", (columns.owner, columns.due), columns.owner.is_not(None)),
+        ("expires", (columns.expires_at,), columns.expires_at.is_not(None)),
+    ):
+        Index(f"ix_{prefix}queue_{name}", *of, postgresql_where=where, sqlite_where=where)
+    bindings = Table(
+        f"{prefix}bindings",
+        metadata,
+        Column("exchange", Name, nullable=False),
+        Column("routing_key", Name, nullable=False),
+        Column("queue", Name, nullable=False),
+        Column("owner", BigInteger),
+        PrimaryKeyConstraint("exchange", "routing_key", "queue"),
+        schema=schema,
+        **_OPTIONS,
+    )
+    takers = Table(
+        f"{prefix}takers",
+        metadata,
+        Column("id", Identifier, primary_key=True, autoincrement=True),
+        Column("name", String(NAME_LENGTH), nullable=False),
+        Column("at", Moment, nullable=False),
+        schema=schema,
+        sqlite_autoincrement=True,
+        **_OPTIONS,
+    )
+    return queue, bindings, takers
 
 
 def _key_columns() -> tuple[Column[Any], ...]:

@@ -145,7 +145,11 @@ class ReliableTask(Task):
             reply: Reply[Any] = self.app.eda.request(self, args, kwargs)
             return reply
 
-        return type(Context.__name__, (Context,), {"__call__": ask, "__doc__": Context.__doc__})
+        def reduce(context: Context) -> tuple[Any, ...]:
+            return Context, (dict(vars(context)),)
+
+        own = {"__call__": ask, "__reduce__": reduce, "__doc__": Context.__doc__}
+        return type(Context.__name__, (Context,), own)
 
     def before_start(self, *_: Any) -> None:
         """Nothing yet: a failure here would end a message without a trace of it."""

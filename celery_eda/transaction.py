@@ -1,8 +1,8 @@
 """What was published in a transaction, kept until just before it commits.
 
-Nothing is sent from here. The messages go to the outbox with the caller's own commit; what is
-handed on after it are the ids of outbox rows, so that whoever sends them finds only what was
-really committed.
+Nothing is sent from here. The messages go to the outbox, or into queues of this database, with
+the caller's own commit; what is handed on after it are the ids of outbox rows, so that whoever
+sends them finds only what was really committed.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ from celery_eda.context import Capturing
 from celery_eda.errors import AutocommitTransaction
 from celery_eda.message import Identity, Message
 
+#: What is known of a message that was written: the id of its row in the outbox, or the name of
+#: the queue that it was put into.
+Ticket = int | str
+
 
 @dataclass(frozen=True)
 class Store:
     """Where captured messages go.
 
     Attributes:
-        add: writes messages to the outbox through a connection, returns the ids of the rows.
-        hand_off: is told the ids of rows that may have been committed.
+        add: writes messages through a connection, returns a ticket for each.
+        hand_off: is told the tickets of what may have been committed.
         add_apart: writes messages in a short transaction of its own, and hands them off.
     """
 
-    add: Callable[[Connection, Sequence[Message]], list[int]]
-    hand_off: Callable[[list[int]], None]
+    add: Callable[[Connection, Sequence[Message]], Sequence[Ticket]]
+    hand_off: Callable[[list[Ticket]], None]
     add_apart: Callable[[Sequence[Message]], None]
 
 
@@ -39,13 +43,13 @@ class Transaction(Capturing):
 
     Attributes:
         captured: not written yet.
-        written: ids of the outbox rows written, but not yet known to be committed.
+        written: tickets of what is written, but not yet known to be committed.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.captured: list[Message] = []
-        self.written: list[int] = []
+        self.written: list[Ticket] = []
         self._heir: ref[Transaction] | None = None
 
     def capture(self, message: Message) -> None:
@@ -58,7 +62,7 @@ class Transaction(Capturing):
         return held or (heir is not None and heir.holds(identity))
 
     def write(self, connection: Connection) -> None:
-        """Write what was captured to the outbox, through the transaction's own connection.
+        """Write what was captured, through the transaction's own connection.
 
         The buffer is emptied only after the INSERT succeeded: if that fails, a second attempt
         to commit fails too instead of committing the work without its messages.

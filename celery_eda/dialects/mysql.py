@@ -57,6 +57,7 @@ class MySQL(Dialect):
         }
 
     def prepare(self, engine: Engine, patience: float) -> None:
+        super().prepare(engine, patience)
         seconds = math.ceil(patience)
 
         @event.listens_for(engine, "connect")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import (
+    URL,
     BigInteger,
     ColumnElement,
     Connection,
     Engine,
+    Integer,
     Table,
     cast,
     event,
@@ -21,8 +23,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from celery_eda.dialects.base import Values
+from celery_eda.dialects.base import Presence, Values
+from celery_eda.dialects.postgresql_presence import Listening, channel_of, key_of
 from celery_eda.dialects.upserting import Upserting
+from celery_eda.tables import Tables
 
 _ARRAYS = {
     "message_id": "uuid", "revision": "int4", "body": "bytea", "delay": "float8",
@@ -46,6 +50,7 @@ class PostgreSQL(Upserting):
         }
 
     def prepare(self, engine: Engine, patience: float) -> None:
+        super().prepare(engine, patience)
         milliseconds = int(patience * 1000)
 
         @event.listens_for(engine, "connect")
@@ -63,6 +68,10 @@ class PostgreSQL(Upserting):
     def exclusive(self, connection: Connection, name: str) -> Iterator[None]:
         connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
         yield
+
+    def moment(self) -> ColumnElement[Any]:
+        # By itself it would be asked for again at each row.
+        return select(self.now()).scalar_subquery()
 
     def later(self, seconds: float) -> ColumnElement[Any]:
         return func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)
@@ -83,6 +92,23 @@ class PostgreSQL(Upserting):
             tuple([row[name] for row in rows] for name in names),
         )
         return [row.id for row in result]
+
+    def require_queues(self, url: URL) -> None:
+        """It can: every PostgreSQL has LISTEN and advisory locks."""
+
+    def presence(self, engine: Engine, tables: Tables) -> Presence:
+        return Listening(tables)
+
+    def absent(self, connection: Connection, engine: Engine, tables: Tables, me: int) -> list[int]:
+        takers = tables.takers
+        # The lock is free once the connection that held it is gone, and ours until the commit.
+        free = func.pg_try_advisory_xact_lock(key_of(tables), cast(takers.c.id, Integer))
+        return list(connection.scalars(select(takers.c.id).where(takers.c.id != me, free)))
+
+    def wake(self, connection: Connection, tables: Tables, names: Iterable[str]) -> None:
+        channel = channel_of(tables)
+        for name in names:
+            connection.execute(select(func.pg_notify(channel, name)))
 
     def milliseconds(self) -> ColumnElement[int]:
         return cast(extract("epoch", func.clock_timestamp()) * 1000, BigInteger)

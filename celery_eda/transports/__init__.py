@@ -8,19 +8,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kombu import Connection
+from kombu.transport import TRANSPORT_ALIASES
 from kombu.utils.imports import symbol_by_name
+from sqlalchemy import URL
 
 from celery_eda.errors import ConfigurationError
+from celery_eda.tables import Tables
 from celery_eda.transports.base import ReplyQueues, Transport
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from celery_eda.transports.database import Shortcut
 
 #: By the ``driver_type`` of kombu's transport, so that ``rediss`` and ``sentinel`` are ``redis``.
 #: A broker from elsewhere is added as ``ALIASES["driver_type"] = "module:Class"``.
 ALIASES = {
     "amqp": "celery_eda.transports.rabbitmq:RabbitMQ",
     "redis": "celery_eda.transports.redis:Redis",
+    "eda": "celery_eda.transports.database:Database",
 }
 OTHERS = "celery_eda.transports.plain:Plain"
 #: What workers take their messages with, instead of kombu's transport of that name.
@@ -34,13 +43,26 @@ TAKING = {
 REPLY_QUEUES = {
     "amqp": "celery_eda.transports.rabbitmq_replies",
     "redis": "celery_eda.transports.redis_replies",
+    "eda": "celery_eda.transports.database_replies",
 }
+
+
+# Kombu has no entry point for transports: whoever imports this package has ours.
+TRANSPORT_ALIASES["eda"] = "celery_eda.transports.database_taking:Transport"
 
 
 class SafeConnection(Connection):
     """Kombu's connection; to some brokers, one that loses nothing when its worker dies, and that
     no message can break.
     """
+
+    @classmethod
+    def made(cls, tables: Callable[[], Tables], url: str, *args: Any, **options: Any) -> Self:
+        """A connection to the broker at *url*; if that is a database, with these *tables* in it."""
+        if is_database(url):
+            names = {"table_prefix": tables().prefix, "schema": tables().schema}
+            options["transport_options"] = {**names, **(options.get("transport_options") or {})}
+        return cls(url, *args, **options)
 
     def get_transport_cls(self) -> Any:
         transport = super().get_transport_cls()
@@ -61,6 +83,24 @@ def transport_of(app: Any, *, timeout: float, vendor: str | None = None) -> Tran
     return transport
 
 
+def is_database(url: str | None) -> bool:
+    """Whether the broker at *url* is a database."""
+    return str(url or "").startswith("eda+")
+
+
+def shortcut_of(app: Any, url: URL, tables: Tables) -> Shortcut | None:
+    """What puts messages straight into their queues; None where they have to be sent.
+
+    They need not be sent if the broker of *app* is the database at *url* itself.
+    """
+    if not is_database(app.conf.broker_write_url):
+        return None
+    found: Shortcut | None = import_module("celery_eda.transports.database").shortcut_of(
+        app, url, tables
+    )
+    return found
+
+
 def reply_queues_of(app: Any, *, expires: float) -> Callable[[], ReplyQueues]:
     """Makes what replies come in through; a queue goes when it was left for *expires* seconds.
 
@@ -79,7 +119,8 @@ def _replies_of(app: Any) -> Any:
     vendor = app.connection_for_write().transport.driver_type
     if vendor not in REPLY_QUEUES:
         raise ConfigurationError(
-            f"Replies to a process come over RabbitMQ or Redis, and this broker is {vendor!r}. "
+            "Replies to a process come over RabbitMQ, Redis or a database, and this broker is "
+            f"{vendor!r}. "
             'Ask with `address="durable"`: that works with every broker.'
         )
     return import_module(REPLY_QUEUES[vendor])

@@ -1,8 +1,9 @@
 """Replies over RabbitMQ: durable queues that the broker deletes when nobody has used them.
 
-They belong to no connection, so that a reply that comes while its process reconnects is kept.
-RabbitMQ's own direct reply-to cannot be used: who asks has to publish on the channel on which it
-waits, and what is committed first is published by another.
+They belong to no connection, so that a reply that comes while its process reconnects is kept. Nor
+is one lost that was on its way when the connection broke: it is acknowledged when it has been given
+on. RabbitMQ's own direct reply-to cannot be used: who asks has to publish on the channel on which
+it waits, and what is committed first is published by another.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Replies:
         self._broker = app.connection_for_read(heartbeat=HEARTBEAT)
         self._channel: Any = None
         self._arrived: list[Any] = []
+        self._given_on: Any = None
         self._alarm, self._bell = socket.socketpair()
         self._bell.setblocking(False)
         self._alarm.setblocking(False)
@@ -45,17 +47,20 @@ class Replies:
     def open(self, name: str) -> None:
         self._channel = self._channel or self._broker.channel()
         _queue(name, self._expires).bind(self._channel).declare()
-        self._channel.basic_consume(name, no_ack=True, callback=self._arrive, consumer_tag=name)
+        self._channel.basic_consume(name, callback=self._arrive, consumer_tag=name)
 
     def close(self, name: str) -> None:
+        self._acknowledge()
         self._channel.basic_cancel(name)
         self._channel.queue_delete(name)
 
     def take(self, timeout: float) -> list[Any]:
+        self._acknowledge()
         if not self._arrived and self._anything(timeout):
             self._hear()
         self._broker.heartbeat_check()
         arrived, self._arrived = self._arrived, []
+        self._given_on = arrived[-1] if arrived else None
         return arrived
 
     def wake(self) -> None:
@@ -68,6 +73,12 @@ class Replies:
         self._broker.collect()
         self._alarm.close()
         self._bell.close()
+
+    def _acknowledge(self) -> None:
+        """Let the broker forget what the last :meth:`take` has returned."""
+        if self._given_on is not None:
+            self._given_on.ack(multiple=True)
+            self._given_on = None
 
     def _hear(self) -> None:
         """Read all that the broker says at the moment."""

@@ -7,6 +7,7 @@ into the list.
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -61,11 +62,19 @@ class Replies:
         self._channel: Any = None
         self._names: list[str] = []
         self._renewed = 0.0
+        self._bell = threading.Event()
+        self._ringing: threading.Thread | None = None
+        self._dropped = False
 
     def open(self, name: str) -> None:
         self._channel = self._channel or self._broker.channel()
         _mark(self._channel.client, name, self._expires)
         self._names.append(name)
+        if self._ringing is None:
+            self._ringing = threading.Thread(
+                target=self._ring, name="celery_eda replies: bell", daemon=True
+            )
+            self._ringing.start()
 
     def close(self, name: str) -> None:
         self._names.remove(name)
@@ -74,20 +83,33 @@ class Replies:
     def take(self, timeout: float) -> list[Any]:
         self._renew()
         client = self._channel.client
-        if not (found := client.brpop(self._names, timeout=timeout)):
+        seconds = min(timeout, self._expires / RENEWALS)  # a mark is to be renewed in time
+        if not (found := client.brpop(self._names, timeout=seconds)):
             return []
         name, first = found
-        others = client.rpop(name.decode(), AT_ONCE) or []
-        return [self._read(each) for each in (first, *others) if each != NOTHING]
+        payloads = [first]
+        with suppress(Exception):  # what has come is not lost with it, and the next call raises
+            payloads += client.rpop(name.decode(), AT_ONCE) or []
+        return [self._read(each) for each in payloads if each != NOTHING]
 
     def wake(self) -> None:
-        with suppress(Exception):  # who is not connected does not wait
-            self._channel.client.lpush(self._names[0], NOTHING)
+        self._bell.set()
 
     def drop(self) -> None:
+        self._dropped = True
+        self._bell.set()
         self._broker.collect()
         self._channel = None
         self._names = []
+
+    def _ring(self) -> None:
+        """Wake whoever waits, in a thread of its own: who asks must not wait for the server."""
+        while self._bell.wait() and not self._dropped:
+            self._bell.clear()
+            with suppress(Exception):  # who is not connected does not wait
+                # Not a plain push: that would leave a list behind which nobody takes away.
+                _, script, arguments = push(self._channel, self._names[0], NOTHING.decode())
+                self._channel.client.eval(script, *arguments)
 
     def _renew(self) -> None:
         if time.monotonic() - self._renewed < self._expires / RENEWALS:

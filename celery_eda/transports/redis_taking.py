@@ -9,6 +9,7 @@ dead worker held, and workers without this, go on as before.
 
 from __future__ import annotations
 
+from functools import partial
 from queue import Empty
 from time import monotonic, time
 from typing import Any
@@ -21,8 +22,10 @@ from redis.exceptions import ConnectionError
 #: Where a payload goes that is no message, or one that could not be acknowledged or restored.
 MALFORMED = "celery_eda.malformed"
 
-#: Longest wait for a message of a lower priority, or of another queue, in seconds.
+#: Longest wait for a message of a lower priority, in seconds.
 GLANCE = 0.1
+#: Seconds that a bell waits before it is hung up again.
+BELL = 5.0
 
 # KEYS: unacknowledged messages, their index by time, the list for what is malformed, and the
 # lists to take from in the order of preference. ARGV: the worker's time, as kombu notes it, and the
@@ -115,11 +118,32 @@ class QoS(redis.QoS):
             raise ConnectionError("the connection that this message came over is lost")
 
 
+class Bell:
+    """A further connection of a channel, which waits at one more queue."""
+
+    def __init__(self, queue: str, connection: Any) -> None:
+        self.connection = connection
+        self.kind = f"BELL {queue}"
+        self.waits = False
+
+
+class Poller(redis.MultiChannelPoller):
+    """Kombu's poller, which hears bells also while no message may be taken."""
+
+    def on_readable(self, fileno: int) -> Any:
+        if registered := self._fd_to_chan.get(fileno):
+            channel, kind = registered
+            if kind in channel.bells:
+                return channel.handlers[kind]()
+        return super().on_readable(fileno)
+
+
 class Channel(redis.Channel):
     """Kombu's channel, taking and noting in one step.
 
     While the lists are empty it waits with ``BLMOVE`` from the end of one list to the same end,
-    which changes nothing and returns as soon as there is something.
+    which changes nothing and returns as soon as there is something. That waits for one list only,
+    so at each further queue a bell waits likewise, and ends the wait of the channel.
     """
 
     QoS = QoS
@@ -135,6 +159,9 @@ class Channel(redis.Channel):
         self._without_ack: set[str] = set()
         self._asked: list[str] = []
         self._empty = False
+        self.bells: dict[str, Bell] = {}
+        self._known: Any = None
+        self._client_id = 0
 
     def basic_consume(self, queue: str, no_ack: bool = False, *args: Any, **kwargs: Any) -> Any:
         if no_ack:
@@ -176,9 +203,58 @@ class Channel(redis.Channel):
         return ["EVAL", TAKE, len(keys), *prefixed, time(), *self._asked]
 
     def _wait(self, queues: list[str]) -> list[Any]:
-        self._queue_cycle.rotate(queues[0])
-        end = self.global_keyprefix + self._q_for_pri(queues[0], self.priority_steps[0])
-        return ["BLMOVE", end, end, "RIGHT", "RIGHT", GLANCE]
+        first, *others = queues
+        self._queue_cycle.rotate(first)
+        if others:
+            self._know_own_id()
+        for queue in others:
+            self._hang_up(queue)
+        return self._wait_at(first, GLANCE)
+
+    def _wait_at(self, queue: str, seconds: float) -> list[Any]:
+        end = self.global_keyprefix + self._q_for_pri(queue, self.priority_steps[0])
+        return ["BLMOVE", end, end, "RIGHT", "RIGHT", seconds]
+
+    # ── bells ───────────────────────────────────────────────────────────────────────────────
+
+    def _know_own_id(self) -> None:
+        """Ask what the server calls the connection that waits, once for each."""
+        connection = self.client.connection
+        if connection._sock is not self._known:
+            connection.send_command("CLIENT", "ID")
+            self._client_id = connection.read_response()
+            self._known = connection._sock
+
+    def _hang_up(self, queue: str) -> None:
+        """Have a bell wait at *queue*, unless one does."""
+        bell = self.bells.get(f"BELL {queue}")
+        if bell is None:
+            bell = Bell(queue, self.client.connection_pool.get_connection())
+            self.bells[bell.kind] = bell
+            self.handlers[bell.kind] = partial(self._hear, bell)
+        cycle = self.connection.cycle
+        if bell.connection._sock is None or (self, bell, bell.kind) not in cycle._chan_to_sock:
+            bell.waits = False
+            cycle._register(self, bell, bell.kind)
+        if not bell.waits:
+            bell.connection.send_command(*self._wait_at(queue, BELL))
+            bell.waits = True
+
+    def _hear(self, bell: Bell) -> None:
+        """A bell has rung, or has waited long enough."""
+        bell.waits = False
+        try:
+            if bell.connection.read_response() is not None and self._in_poll:
+                bell.connection.send_command("CLIENT", "UNBLOCK", self._client_id)
+                bell.connection.read_response()
+        except self.connection_errors:
+            bell.connection.disconnect()
+
+    def _poll_error(self, type: str, **options: Any) -> None:
+        if type in self.bells:
+            self.bells[type].connection.disconnect()
+        else:
+            super()._poll_error(type, **options)
 
     def _deliver_taken(self, position: int, payload: bytes, tag: bytes) -> None:
         queue = self._asked[position]
@@ -224,3 +300,7 @@ class Transport(redis.Transport):
     """Kombu's transport, with that channel."""
 
     Channel = Channel
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cycle = Poller()

@@ -404,3 +404,16 @@ def test_no_secret_reaches_the_last_error(database: Database, outbox: Outbox) ->
         why = connection.scalar(select(outbox.table.c.last_error))
 
     assert why == "amqp://u:[hidden]@h refused\\0\\ud800"
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+def test_a_claim_searches_the_index_for_what_is_due(database: Database) -> None:
+    dialect, table = database.dialect, database.tables.outbox
+    query = dialect._came_due(table).compile(
+        database.engine, compile_kwargs={"literal_binds": True}
+    )
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+        plan = "\n".join(connection.exec_driver_sql(f"EXPLAIN {query}").scalars())
+
+    assert "Index Cond: (available_at <=" in plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 from uuid import UUID, uuid4
@@ -51,6 +52,19 @@ def record(database: Database, requests: Requests, correlation_id: UUID, outcome
 def outcome(database: Database, requests: Requests, correlation_id: UUID) -> Any:
     with database.engine.connect() as connection:
         return requests.outcome(connection, correlation_id)
+
+
+@pytest.mark.parametrize("serializer", ["json", "msgpack", "pickle", "yaml"])
+def test_an_outcome_is_read_with_whatever_it_was_written(
+    database: Database, requests: Requests, serializer: str
+) -> None:
+    asked, said = uuid4(), {"result": [7, None, "a\u2028\U0001f600"]}
+    requests = replace(requests, serializer=serializer)
+    with database.engine.begin() as connection:
+        requests.note(connection, [request(asked)])
+    record(database, requests, asked, said)
+
+    assert outcome(database, requests, asked) == said
 
 
 def test_a_request_is_noted_once_and_only_if_it_is_ours(

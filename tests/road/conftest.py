@@ -33,7 +33,11 @@ ROADS = {
     "rabbitmq-postgresql": ("rabbitmq_url", "postgresql_url"),
     "redis-mariadb": ("redis_url", "mariadb_url"),
     "redis-sqlite": ("redis_url", "sqlite_url"),
+    "eda-sqlite": ("eda_sqlite_url", "sqlite_url"),
+    "eda-postgresql": ("eda_postgresql_url", "postgresql_url"),
 }
+#: Those on which a message waits in the database itself, so that no relay has to send it.
+SHORT = ("eda-sqlite", "eda-postgresql")
 
 
 def first_of(*roads: str) -> pytest.MarkDecorator:
@@ -50,6 +54,12 @@ on_servers = pytest.mark.parametrize(
     ],
     indirect=True,
 )
+
+
+by_relay = pytest.mark.parametrize(
+    "road", [each for each in ROADS if each not in SHORT], indirect=True
+)
+on_short_roads = pytest.mark.parametrize("road", SHORT, indirect=True)
 
 
 def expect_hits(number: int, what: str) -> None:
@@ -221,6 +231,10 @@ class Road:
         """Messages in the outbox."""
         return int(self._all(select(func.count()).select_from(self.tables.outbox))[0])
 
+    def queued(self) -> int:
+        """Messages in the queues of a database that is the broker."""
+        return int(self._all(select(func.count()).select_from(self.tables.queue))[0])
+
     def last_error(self) -> str | None:
         """Why the broker refused the first row of the outbox, if it did."""
         why = self._all(select(self.tables.outbox.c.last_error).order_by("id"))
@@ -275,6 +289,16 @@ def _nursery() -> Iterator[None]:
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'road.db'}"
+
+
+@pytest.fixture
+def eda_sqlite_url(sqlite_url: str) -> str:
+    return f"eda+{sqlite_url}"
+
+
+@pytest.fixture
+def eda_postgresql_url(postgresql_url: str) -> str:
+    return f"eda+{postgresql_url}"
 
 
 @pytest.fixture(params=ROADS)

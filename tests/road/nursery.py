@@ -40,6 +40,8 @@ MODULES = (
     "celery_eda.dialects.mysql",
     "celery_eda.dialects.postgresql",
     "celery_eda.dialects.sqlite",
+    "celery_eda.transports.database",
+    "celery_eda.transports.database_taking",
     "celery_eda.transports.rabbitmq",
     "celery_eda.transports.rabbitmq_replies",
     "celery_eda.transports.redis",

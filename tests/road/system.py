@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from celery_eda import EDA, RetryPolicy, checkpoints
 from celery_eda.refusals import Refusals
+from celery_eda.transports import redis_taking
 from tests.road import mutations
 from tests.road.tables import accounts, effects
 
@@ -52,6 +53,7 @@ if os.environ["ROAD_BROKER"].startswith("redis"):
         "unacked_restore_throttle": 1,
     }
 app.conf.update(json.loads(os.environ.get("ROAD_SETTINGS", "{}")))
+redis_taking.GLANCE = float(os.environ.get("ROAD_GLANCE", redis_taking.GLANCE))
 own_engine = os.environ.get("ROAD_ENGINE")
 eda = EDA(
     app,

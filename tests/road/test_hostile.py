@@ -13,7 +13,7 @@ import psutil
 import pytest
 from sqlalchemy import select
 
-from tests.road.conftest import Process, Road
+from tests.road.conftest import SHORT, Process, Road
 from tests.road.hostile import (
     CALL,
     MOST,
@@ -127,7 +127,7 @@ def batches(everything: list[Letter]) -> Iterator[list[Letter]]:
         yield everything[start : start + BATCH]
 
 
-@both_brokers
+@pytest.mark.parametrize("road", ["rabbitmq-postgresql", "redis-mariadb", *SHORT], indirect=True)
 def test_no_message_stops_a_worker_or_vanishes(road: Road, hand: Hand, tmp_path: Path) -> None:
     trap = tmp_path / "sprung"
     everything = list(letters(str(trap)))

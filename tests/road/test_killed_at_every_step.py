@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from celery_eda import checkpoints
-from tests.road.conftest import Process, Road, on_servers
+from tests.road.conftest import SHORT, Process, Road, by_relay, on_servers, on_short_roads
 
 ORDERS = 21
 PRODUCER = ("publish.captured", "outbox.written", "publish.committed")
@@ -19,6 +19,7 @@ WORKER = tuple(step for step in checkpoints.STEPS if step not in PRODUCER + RELA
 
 def expect_each_effect_once(road: Road) -> None:
     road.until(lambda: len(road.effects()) >= len(road.committed()), "all effects")
+    road.until(lambda: road.queued() == 0, "every message acknowledged")
     road.settle(3.0 if road.broker.startswith("redis") else 1.0)
 
     assert road.committed() == Counter(n for n in range(1, ORDERS + 1) if n % 3)
@@ -47,6 +48,21 @@ def test_a_producer_killed_while_publishing_neither_loses_nor_invents(
     expect_each_effect_once(road)
 
 
+@on_short_roads
+@pytest.mark.parametrize("step", PRODUCER)
+def test_a_producer_killed_while_it_fills_a_queue_neither_loses_nor_invents(
+    road: Road, step: str
+) -> None:
+    road.worker()
+    producer = road.producer(1, ORDERS, fault=road.fault(step))
+
+    assert producer.wait() == -signal.SIGKILL, road.logs()
+    road.place(1, ORDERS)
+
+    expect_each_effect_once(road)
+
+
+@by_relay
 @pytest.mark.parametrize("step", RELAY)
 def test_a_killed_relay_is_taken_over(road: Road, step: str) -> None:
     road.worker()
@@ -97,7 +113,14 @@ def test_a_worker_killed_while_it_counts_a_redelivery_is_taken_over(road: Road) 
     expect_each_effect_once(road)
 
 
-@on_servers
+@pytest.mark.parametrize(
+    "road",
+    [
+        *("rabbitmq-postgresql", "redis-mariadb", *SHORT),
+        pytest.param("redis-sqlite", marks=pytest.mark.soak),
+    ],
+    indirect=True,
+)
 @pytest.mark.parametrize("step", ["inbox.admitted", "delivery.handled"])
 def test_a_handler_frozen_longer_than_its_transaction_may_last_takes_effect_once(
     road: Road, step: str

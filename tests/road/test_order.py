@@ -13,14 +13,14 @@ import psutil
 import pytest
 from sqlalchemy import insert, select
 
-from tests.road.conftest import Process, Road, expect_hits
+from tests.road.conftest import SHORT, Process, Road, expect_hits
 from tests.road.tables import accounts, effects
 
 rabbitmq_and_redis = pytest.mark.parametrize(
     "road", ["rabbitmq-postgresql", "redis-mariadb"], indirect=True
 )
 on_all = pytest.mark.parametrize(
-    "road", ["rabbitmq-postgresql", "redis-mariadb", "redis-sqlite"], indirect=True
+    "road", ["rabbitmq-postgresql", "redis-mariadb", "redis-sqlite", *SHORT], indirect=True
 )
 
 

@@ -40,6 +40,8 @@ def expect_refusal(road: Road, worker: Process, *words: str) -> None:
         pytest.param("redis-mariadb", "gevent", marks=pytest.mark.soak),
         pytest.param("redis-sqlite", "prefork", marks=pytest.mark.soak),
         ("redis-sqlite", "threads"),
+        *(("eda-sqlite", pool) for pool in ("prefork", "threads", "solo")),
+        *(("eda-postgresql", pool) for pool in ("prefork", "threads", "solo", "gevent")),
     ],
     indirect=["road"],
 )
@@ -181,3 +183,16 @@ def connections(road: Road) -> set[int]:
     }[road.engine.name]
     with road.engine.connect() as connection:
         return set(connection.scalars(text(query)))
+
+
+@pytest.mark.parametrize("road", ["redis-mariadb"], indirect=True)
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_on_redis_a_worker_hears_at_once_of_a_message_in_any_of_its_queues(
+    road: Road, pool: str
+) -> None:
+    road.worker("-Q", "road,second,third", pool=pool, ROAD_GLANCE="120")
+    road.relay()
+
+    for number, queue in enumerate(("road", "third", "second", "third", "road")):
+        road.run(f"with eda.transaction(): charge.apply_async(({number},), queue={queue!r})")
+        road.until(lambda number=number: road.effects()[number], "the message", 30.0)  # type: ignore[misc]

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import select
 
 from celery_eda.dead_letters import State
-from tests.road.conftest import Process, Road, expect_hits
+from tests.road.conftest import SHORT, Process, Road, expect_hits
 from tests.road.tables import effects
 
 ACCOUNTS = 12
@@ -21,7 +21,7 @@ LETTERS = 50
 PLANTED = "hunter2-Zq9"
 
 pytestmark = pytest.mark.parametrize(
-    "road", ["rabbitmq-postgresql", "redis-mariadb"], indirect=True
+    "road", ["rabbitmq-postgresql", "redis-mariadb", *SHORT], indirect=True
 )
 
 

@@ -75,7 +75,7 @@ def test_a_request_gets_its_reply(road: Road, eda: EDA, address: str) -> None:
     assert road.effects("quote") == Counter(range(20))
 
 
-@both_brokers
+@first_of("rabbitmq-postgresql", "redis-mariadb")
 def test_a_thousand_requests_of_many_threads_get_their_own_replies(
     road: Road, eda: EDA, broker: Server
 ) -> None:
@@ -94,7 +94,7 @@ def test_a_thousand_requests_of_many_threads_get_their_own_replies(
     assert reply_queues(road, broker) == []
 
 
-@both_brokers
+@first_of("redis-mariadb", "rabbitmq-postgresql")
 def test_a_thousand_requests_of_one_event_loop_get_their_own_replies(
     road: Road, eda: EDA, broker: Server
 ) -> None:
@@ -136,7 +136,7 @@ def test_temporary_queues_are_gone_when_their_replies_have_come(
     road.until(lambda: set(reply_queues(road, broker)) <= own, "the temporary queues gone", GONE)
 
 
-@both_brokers
+@first_of("redis-mariadb", "rabbitmq-postgresql")
 def test_a_forked_child_asks_for_itself(road: Road) -> None:
     responders(road)
 
@@ -158,7 +158,7 @@ assert waiting.get() == 4
     )
 
 
-@both_brokers
+@first_of("rabbitmq-postgresql", "redis-mariadb")
 def test_several_answer_one(road: Road, eda: EDA) -> None:
     responders(road)
     quote = eda.app.signature
@@ -171,7 +171,7 @@ def test_several_answer_one(road: Road, eda: EDA) -> None:
 # ── whoever dies ────────────────────────────────────────────────────────────────────────────
 
 
-@both_brokers
+@first_of("rabbitmq-postgresql", "redis-mariadb")
 @pytest.mark.parametrize("step", [step for step in WORKER if step != "delivery.started"])
 def test_whatever_step_its_responder_dies_at_a_request_gets_one_reply(
     road: Road, eda: EDA, step: str
@@ -277,7 +277,7 @@ def test_replies_that_come_while_the_requester_has_no_broker_are_not_lost(
         leave(eda)
 
 
-@both_brokers
+@first_of("redis-mariadb", "rabbitmq-postgresql")
 def test_replies_outlive_the_broker(road: Road, broker: Server) -> None:
     eda = asking.make(road.broker, road.folder, eda_reply_expires=60.0)
     responders(road)

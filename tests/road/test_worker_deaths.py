@@ -63,6 +63,8 @@ def test_a_handler_that_takes_its_process_down_takes_effect_once(
         ("rabbitmq-postgresql", "prefork", "kill always"),
         ("redis-mariadb", "prefork", "kill always"),
         ("redis-sqlite", "prefork", "sys.exit always"),
+        ("eda-sqlite", "prefork", "kill always"),
+        ("eda-postgresql", "threads", "sys.exit always"),
         ("rabbitmq-postgresql", "threads", "sys.exit always"),
         pytest.param("redis-mariadb", "threads", "sys.exit always", marks=pytest.mark.soak),
     ],
@@ -171,6 +173,8 @@ ENDS = {
         ("rabbitmq-postgresql", "prefork"),
         pytest.param("rabbitmq-postgresql", "threads", marks=pytest.mark.soak),
         pytest.param("redis-mariadb", "prefork", marks=pytest.mark.soak),
+        ("eda-sqlite", "prefork"),
+        ("eda-postgresql", "threads"),
     ],
     indirect=["road"],
 )

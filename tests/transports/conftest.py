@@ -78,7 +78,22 @@ def sqlite_broker(tmp_path: Path) -> Broker:
     return Broker(f"sqla+sqlite:///{tmp_path}/broker")
 
 
-@pytest.fixture(params=["rabbitmq", "redis", "memory", "filesystem", "sqlite"])
+@pytest.fixture
+def eda_sqlite_broker(tmp_path: Path) -> Broker:
+    return Broker(f"eda+sqlite:///{tmp_path}/broker.db")
+
+
+@pytest.fixture
+def eda_postgresql_broker(postgresql_url: str) -> Broker:
+    return Broker(f"eda+{postgresql_url}")
+
+
+@pytest.fixture(
+    params=[
+        *("rabbitmq", "redis", "memory", "filesystem", "sqlite"),
+        *("eda_sqlite", "eda_postgresql"),
+    ]
+)
 def broker(request: pytest.FixtureRequest) -> Broker:
     """Every broker in turn."""
     found: Broker = request.getfixturevalue(f"{request.param}_broker")

@@ -160,7 +160,7 @@ def test_closing_twice_is_harmless_and_sending_afterwards_connects_again(
     assert len(broker.empty("letters")) == 2
 
 
-@pytest.mark.parametrize("scheme", ["amqp", "redis"])
+@pytest.mark.parametrize("scheme", ["amqp", "redis", "eda+postgresql"])
 def test_a_broker_that_is_not_there_makes_everything_unknown_at_once(
     scheme: str, transport_to: Callable[..., Transport]
 ) -> None:
@@ -207,6 +207,8 @@ def test_a_private_vendor_is_named_by_module_and_class() -> None:
         ("rediss://", "Redis"),
         ("sentinel://", "Redis"),
         ("memory://", "Plain"),
+        ("eda+sqlite:///queue.db", "Database"),
+        ("eda+postgresql://nowhere/queue", "Database"),
     ],
 )
 def test_the_url_of_the_broker_chooses_the_transport(url: str, transport: str) -> None:

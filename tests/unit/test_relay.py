@@ -12,7 +12,7 @@ from sqlalchemy import select, update
 
 from celery_eda import EDA, upgrading
 from celery_eda.inbox import Inbox, Outcome
-from celery_eda.message import Identity
+from celery_eda.message import Identity, Message
 from celery_eda.relay import Relay, Round
 from celery_eda.settings import DAY
 
@@ -186,3 +186,35 @@ def test_a_relay_of_an_app_keeps_its_tables_small(tmp_path: Path) -> None:
 
     with eda.engine.connect() as connection:
         assert connection.execute(select(inbox.table)).all() == []
+
+
+def test_what_cannot_be_prepared_holds_up_no_other(relay: Relay) -> None:
+    messages = [
+        Message(
+            identity=Identity.fresh(),
+            task="shop.quote",
+            body=b"[[], {}, {}]",
+            content_type="application/json",
+            content_encoding="utf-8",
+            headers={"id": name},
+            properties={},
+            exchange="",
+            routing_key="celery",
+            queue="celery",
+            preparation=(("declare", name),),
+        )
+        for name in ("refused", "taken")
+    ]
+    with relay.engine.begin() as connection:
+        relay.outbox.add(connection, messages)
+
+    def prepare(message: Message) -> None:
+        if message.headers["id"] == "refused":
+            raise LookupError("the queue is there already, but another one")
+
+    relay.prepare = prepare
+
+    assert relay.send() == Round(confirmed=1, refused=1)
+    with relay.engine.connect() as connection:
+        (why,) = connection.scalars(select(relay.outbox.table.c.last_error))
+    assert "another one" in why

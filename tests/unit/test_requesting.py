@@ -6,8 +6,11 @@ import asyncio
 import functools
 import gc
 import logging
+import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -18,7 +21,7 @@ from sqlalchemy import create_engine, func, select
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from celery_eda import EDA, outbox, upgrading
+from celery_eda import EDA, mailbox, outbox, upgrading
 from celery_eda.addresses import REPLY_HEADER
 from celery_eda.errors import (
     ConfigurationError,
@@ -95,6 +98,12 @@ class Shop:
     def close(self) -> None:
         self.eda.mailbox.close()
         self.eda.engine.dispose()
+
+
+@pytest.fixture(autouse=True)
+def _no_goodbyes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no broker to say goodbye to."""
+    monkeypatch.setattr(mailbox, "EXIT_PATIENCE", 0.05)
 
 
 @pytest.fixture
@@ -210,6 +219,14 @@ def test_where_publishing_outside_is_forbidden_asking_is_too(
 def test_nobody_chooses_a_correlation_id(shop: Shop, option: str) -> None:
     with pytest.raises(RequestError, match=option):
         shop.eda.request(shop.quote, (7,), **{option: "124"})
+
+    assert shop.sent() == []
+
+
+@pytest.mark.parametrize("option", ["task_id", "correlation_id", "reply_to"])
+def test_nor_does_a_signature_choose_a_correlation_id(shop: Shop, option: str) -> None:
+    with pytest.raises(RequestError, match=option):
+        shop.eda.request(shop.quote.s(7).set(**{option: "124"}))
 
     assert shop.sent() == []
 
@@ -330,12 +347,69 @@ def test_an_outcome_finds_whoever_waits_for_it(shop: Shop) -> None:
     assert asyncio.run(_await(replies[1])) == 1
 
 
+@pytest.mark.parametrize("ask", ["request", "scatter"])
+def test_the_time_out_of_a_responder_is_no_lack_of_a_reply(shop: Shop, ask: str) -> None:
+    if ask == "request":
+        waiting: Any = shop.quote.request(7)
+        correlation_id = waiting.correlation_id
+    else:
+        waiting = shop.eda.scatter([shop.quote.s(7), shop.quote.s(8)])
+        correlation_id = waiting.each[0].correlation_id
+    shop.eda.mailbox.settle(correlation_id, Failed(TimeoutError("the bank is slow")))
+
+    with pytest.raises(TimeoutError, match="bank"):
+        waiting.get(timeout=1)
+    with pytest.raises(TimeoutError, match="bank"):
+        asyncio.run(_await(waiting))
+
+
+@pytest.mark.parametrize("ask", ["request", "scatter"])
+def test_what_was_given_up_is_not_waited_for_again(shop: Shop, ask: str) -> None:
+    calls = [shop.quote.s(7)]
+    waiting: Any = shop.eda.request(*calls) if ask == "request" else shop.eda.scatter(calls)
+    waiting.cancel()
+    started = time.monotonic()
+
+    with pytest.raises(RequestTimeout):
+        waiting.get(timeout=10)
+    with pytest.raises(RequestTimeout):
+        asyncio.run(_await(waiting))
+    assert time.monotonic() - started < 5
+
+
+def test_where_every_task_is_eager_the_reply_is_there_at_once(
+    make_shop: Callable[..., Shop],
+) -> None:
+    shop = make_shop(task_always_eager=True)
+
+    @shop.eda.task(name="shop.fail")
+    def fail() -> None:
+        raise LookupError("no")
+
+    assert shop.quote.request(7).get(timeout=1) == 7
+    assert shop.eda.scatter([shop.quote.s(1), shop.quote.s(2)]).get(timeout=1) == [1, 2]
+    with pytest.raises(LookupError, match="no"):
+        fail.request().get(timeout=1)
+    assert shop.sent() == []
+
+
 def test_an_error_is_raised_where_it_is_waited_for(shop: Shop) -> None:
     reply = shop.quote.request(7)
     shop.eda.mailbox.settle(reply.correlation_id, Failed(LookupError("no")))
 
     with pytest.raises(LookupError, match="no"):
         reply.get()
+
+
+def test_all_threads_of_a_process_have_one_mailbox(shop: Shop) -> None:
+    ready = threading.Barrier(20)
+
+    def mailbox(_: int) -> Any:
+        ready.wait()
+        return shop.eda.mailbox
+
+    with ThreadPoolExecutor(20) as threads:
+        assert len(set(threads.map(mailbox, range(20)))) == 1
 
 
 def test_a_handle_that_is_dropped_leaves_nothing_behind(shop: Shop) -> None:
@@ -347,6 +421,37 @@ def test_a_handle_that_is_dropped_leaves_nothing_behind(shop: Shop) -> None:
 
     assert not shop.eda.mailbox.settle(correlation_id, 7)
     assert len(shop.eda.mailbox._wanted) == 1
+
+
+def test_a_handle_may_be_collected_wherever_garbage_is(shop: Shop) -> None:
+    ended = threading.Event()
+
+    def drop() -> None:
+        reply = shop.eda.request(shop.quote, (7,), address="temporary")
+        knot: list[Any] = [reply]
+        knot.append(knot)
+        with shop.eda.mailbox._lock:
+            del reply, knot
+            gc.collect()
+        ended.set()
+
+    threading.Thread(target=drop, daemon=True).start()
+
+    assert ended.wait(10.0)
+
+
+def test_whatever_fails_replies_are_tried_again(shop: Shop) -> None:
+    tried = threading.Semaphore(0)
+
+    def make_queues() -> Any:
+        tried.release()
+        raise OSError("too many open files")
+
+    shop.eda.mailbox._make_queues = make_queues
+    shop.quote.request(7)
+
+    assert tried.acquire(timeout=10.0)
+    assert tried.acquire(timeout=10.0)
 
 
 @pytest.mark.parametrize("address", VOLATILE)
@@ -503,3 +608,9 @@ def test_a_durable_reply_that_nobody_asked_for_is_dropped(
 
     assert shop.noted() == 0
     assert len([each for each in caplog.records if "is dropped" in each.message]) == 1
+
+
+def test_what_a_task_knows_of_its_call_can_be_pickled(shop: Shop) -> None:
+    shop.quote.request.id = "its own"
+
+    assert pickle.loads(pickle.dumps(shop.quote.request)).id == "its own"

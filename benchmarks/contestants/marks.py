@@ -1,0 +1,29 @@
+"""What tasks tell when they start, over a socket of this machine, to whoever measures."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from functools import cache
+
+
+def started(number: int) -> None:
+    """Tell that the task with this *number* starts now."""
+    if line := _line():
+        line.send(f"{number} {time.monotonic()}".encode())
+
+
+def told(word: str) -> None:
+    """Tell that this process has come to *word*, if somebody traces the road."""
+    if "BENCH_STEPS" in os.environ and (line := _line()):
+        line.send(f"{word} {os.getpid()} {time.monotonic()}".encode())
+
+
+@cache
+def _line() -> socket.socket | None:
+    if not (path := os.environ.get("BENCH_MARKS")):
+        return None
+    line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    line.connect(path)
+    return line

@@ -1,0 +1,230 @@
+"""celery_eda, with its default settings unless the stage says otherwise."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+from celery import Celery
+from sqlalchemy import create_engine, func, insert, select, text
+from sqlalchemy.orm import Session, sessionmaker
+
+from benchmarks.contestants import marks
+from benchmarks.contestants.serving import PAYLOAD, environment, serve
+from celery_eda import EDA, checkpoints
+from celery_eda.message import Identity
+from tests.road.tables import effects, orders
+
+app = Celery("ours", broker=environment("BROKER"), set_as_current=False)
+app.conf.update(
+    eda_database_url=environment("DATABASE"),
+    task_default_queue=environment("QUEUE") or "ours",
+    task_default_queue_type=environment("QUEUE_TYPE") or "classic",
+    worker_send_task_events=False,
+    broker_connection_retry_on_startup=True,
+    **json.loads(environment("SETTINGS") or "{}"),
+)
+eda = EDA(app)
+#: The user's own engine and sessions, as users have them.
+engine = create_engine(environment("DATABASE")) if environment("DATABASE") else None
+sessions = sessionmaker(engine)
+#: Seconds to wait for what has been handed off.
+PATIENCE = 60.0
+
+
+@eda.task(name="bench.quote")
+def quote(number: int) -> int:
+    """Replies with twice the number."""
+    return 2 * number
+
+
+@eda.task(name="bench.insert")
+def insert_one(session: Session, number: int) -> None:
+    """One row, in the transaction of its message."""
+    marks.started(number)
+    session.execute(insert(effects).values(name="bench", number=number))
+
+
+@eda.task(name="bench.start")
+def start(number: int) -> None:
+    """Tells when it starts."""
+    marks.started(number)
+
+
+@eda.task(name="bench.carry")
+def carry(payload: str) -> None:
+    """Carries about 1 KB, to nobody."""
+
+
+for step in checkpoints.STEPS if environment("STEPS") else ():
+    checkpoints.arm(step, partial(marks.told, step))
+
+
+# ── requests ────────────────────────────────────────────────────────────────────────────────────
+
+
+def ask(count: int, seconds: float, address: Any) -> list[float]:
+    """Seconds from each request to its reply, one after the other, for some *seconds* at most."""
+    taken: list[float] = []
+    for number in range(count):
+        marks.told("asked")
+        begun = time.perf_counter()
+        reply = eda.request("bench.quote", (number,), address=address).get(timeout=20)
+        taken.append(time.perf_counter() - begun)
+        marks.told("replied")
+        assert reply == 2 * number, "somebody else's reply"
+        if sum(taken) > seconds:
+            break
+    return taken
+
+
+def ask_slowly(count: int, address: Any, pause: float) -> None:
+    """The same with pauses, so that each request has the machine to itself."""
+    for _ in range(count):
+        ask(1, 60.0, address)
+        time.sleep(pause)
+
+
+def flood(count: int, address: Any) -> None:
+    """Ask *count* times, then wait for all replies."""
+    replies = [eda.request("bench.quote", (number,), address=address) for number in range(count)]
+    got = [reply.get(timeout=20) for reply in replies]
+    assert got == [2 * number for number in range(count)], "a reply is wrong"
+
+
+# ── publishing ──────────────────────────────────────────────────────────────────────────────────
+
+
+def fill(count: int) -> None:
+    """*count* messages in one transaction."""
+    with eda.transaction():
+        for _ in range(count):
+            carry.delay(PAYLOAD)
+
+
+def fill_beside_work(count: int, first: int) -> None:
+    """*count* transactions of the user's own session, with a row and a message each."""
+    for number in range(first, first + count):
+        with sessions() as session, eda.transaction(session):
+            session.execute(insert(orders).values(number=number))
+            carry.delay(PAYLOAD)
+            session.commit()
+
+
+def fill_and_notify(count: int, first: int) -> None:
+    """As :func:`fill_beside_work`, with a wake-up in each transaction, as others do it."""
+    for number in range(first, first + count):
+        with sessions() as session, eda.transaction(session):
+            session.execute(insert(orders).values(number=number))
+            carry.delay(PAYLOAD)
+            session.execute(text("NOTIFY outbox"))
+            session.commit()
+
+
+def work(count: int, first: int) -> None:
+    """The same without the messages."""
+    for number in range(first, first + count):
+        with sessions() as session:
+            session.execute(insert(orders).values(number=number))
+            session.commit()
+
+
+def start_after_commit(count: int, pause: float) -> list[list[float]]:
+    """Publish *count* messages with pauses; the moments just before and after each commit."""
+    moments = []
+    for number in range(count):
+        with sessions() as session, eda.transaction(session):
+            session.execute(insert(effects).values(name="start", number=number))
+            start.delay(number)
+            before = time.monotonic()
+            session.commit()
+        moments.append([before, time.monotonic()])
+        time.sleep(pause)
+    return moments
+
+
+def settle() -> None:
+    """Wait until this process has sent what it has handed off."""
+    deadline = time.monotonic() + PATIENCE
+    while eda.sender._busy():  # ``finish`` gives up after two seconds
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{waiting()} messages are still in the outbox")
+        time.sleep(0.005)
+
+
+def waiting() -> int:
+    """Messages in the outbox."""
+    with eda.engine.connect() as connection:
+        return int(connection.scalar(select(func.count()).select_from(eda.tables.outbox)) or 0)
+
+
+# ── relaying ────────────────────────────────────────────────────────────────────────────────────
+
+
+def drain() -> int:
+    """Send what is in the outbox, as ``celery eda relay --once`` does."""
+    return eda.relay().drain().confirmed
+
+
+def claim_and_clear(count: int) -> int:
+    """Take *count* messages out of the outbox in batches, as a relay whose broker costs nothing."""
+    left, batch, owner = count, eda.settings.relay_batch, "0" * 32
+    while left > 0:
+        with eda.relay_engine.begin() as connection:
+            pending = eda.outbox.claim(connection, owner, min(batch, left))
+            eda.outbox.clear(connection, owner, [each.id for each in pending])
+        if not pending:
+            break
+        left -= len(pending)
+    return count - left
+
+
+def relay_until_told() -> int:
+    """Send what comes, as ``celery eda relay`` does, until the next line says otherwise."""
+    relay = eda.relay()
+    thread = threading.Thread(target=relay.run)
+    thread.start()
+    sys.stdin.readline()
+    relay.stop()
+    thread.join()
+    return 0
+
+
+# ── handling ────────────────────────────────────────────────────────────────────────────────────
+
+
+def handle(count: int) -> None:
+    """Deliver *count* messages to a reliable task, as a worker's slot does, without a broker."""
+    for number in range(count):
+        task_id = str(uuid4())
+        insert_one.push_request(id=task_id, called_directly=False, **Identity.fresh().headers)
+        try:
+            insert_one(number)
+        finally:
+            insert_one.pop_request()
+
+
+def handle_bare(count: int) -> None:
+    """What that task does, in *count* transactions of the user's own."""
+    for number in range(count):
+        with sessions() as session:
+            session.execute(insert(effects).values(name="bench", number=number))
+            session.commit()
+
+
+VERBS: dict[str, Any] = {
+    each.__name__: each
+    for each in (
+        *(ask, ask_slowly, flood, fill, fill_beside_work, work, start_after_commit),
+        *(settle, waiting, drain, relay_until_told, fill_and_notify),
+        *(handle, handle_bare, claim_and_clear),
+    )
+}
+
+if __name__ == "__main__":
+    serve(VERBS)

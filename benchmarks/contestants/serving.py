@@ -1,0 +1,47 @@
+"""The contestant's side: do what the lines on standard input say, and time it.
+
+A line is ``["verb", [arguments]]``; the answer has the value, the seconds and the seconds of CPU.
+What the contestant prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+#: About 1 KB, as JSON: what the messages of all contestants carry.
+PAYLOAD = "x" * 1000
+
+
+def environment(name: str) -> str:
+    """What the stage said: ``DATABASE``, ``BROKER``, ``QUEUE``, …; empty if nothing."""
+    return os.environ.get(f"BENCH_{name}", "")
+
+
+def serve(verbs: Mapping[str, Callable[..., Any]]) -> None:
+    """Do what is asked until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        verb, arguments = json.loads(line)
+        try:
+            answer = _timed(verbs[verb], arguments)
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": repr(error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _timed(act: Callable[..., Any], arguments: list[Any]) -> dict[str, Any]:
+    gc.collect()
+    cpu, begun = time.process_time(), time.perf_counter()
+    value = act(*arguments)
+    seconds, used = time.perf_counter() - begun, time.process_time() - cpu
+    return {"value": value, "seconds": seconds, "cpu": used}

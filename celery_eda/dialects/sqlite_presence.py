@@ -1,0 +1,159 @@
+"""A taker on SQLite: a pipe beside the file, locked for as long as its process lives.
+
+The kernel drops the lock when the process ends, however it ends. Who has put something into a
+queue rings at every pipe; should nobody ring, the file itself tells that it was written to.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import URL, Connection, Engine
+
+from celery_eda.errors import ConfigurationError
+from celery_eda.tables import Tables
+
+#: File systems whose locks and pipes end at the machine, or that lie about them.
+REMOTE = frozenset(
+    (
+        *("9p", "afs", "beegfs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.s3fs"),
+        *("fuse.sshfs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "smb2", "smb3"),
+        *("smbfs", "virtiofs"),
+    )
+)
+#: Milliseconds that a taker waits for the write lock, each time.
+BUSY = 50
+MOUNTS = "/proc/self/mounts"
+
+
+def file_of(url: URL) -> Path:
+    """The file of the database at *url*.
+
+    Raises:
+        ConfigurationError: it has none.
+    """
+    if url.database in (None, "", ":memory:"):
+        raise ConfigurationError(
+            "A SQLite database in memory cannot be the broker: each connection would have its "
+            "own. Name a file: eda+sqlite:///queue.db."
+        )
+    return Path(os.path.abspath(str(url.database)))
+
+
+def folder_of(engine: Engine, tables: Tables) -> Path:
+    """Where the pipes of takers are."""
+    return Path(f"{file_of(engine.url)}-{tables.takers.fullname}")
+
+
+def refuse_remote(path: Path, mounts: str | None = None) -> None:
+    """Refuse a database whose file is on another machine, as far as the system says so.
+
+    Raises:
+        ConfigurationError: it is.
+    """
+    if (kind := _file_system(path, mounts)) in REMOTE:
+        raise ConfigurationError(
+            f"{path} is on a network file system ({kind}): locks do not hold there, and messages "
+            "would be lost or handled twice. Put the file on a local disk, or use PostgreSQL."
+        )
+
+
+def _file_system(path: Path, mounts: str | None) -> str:
+    if mounts is None:
+        try:
+            mounts = Path(MOUNTS).read_text(errors="replace")
+        except OSError:
+            return ""
+    found = [line.split(" ")[1:3] for line in mounts.splitlines() if line.count(" ") >= 2]
+    places = [path.resolve(), *path.resolve().parents]
+    kinds = {Path(where.replace("\\040", " ")): kind for where, kind in found}
+    return next((kinds[place] for place in places if place in kinds), "")
+
+
+class Doorbell:
+    """One taker: a locked pipe with its name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name = uuid4().hex
+        self._path = folder / self.name
+        self._seen: Any = None
+        folder.mkdir(exist_ok=True)
+        # Under its name only once it is locked: who finds it unlocked takes it for a dead one's.
+        hidden = folder / f".{self.name}"
+        os.mkfifo(hidden)
+        self._descriptor: int | None = os.open(hidden, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hidden.rename(self._path)
+
+    def announce(self, connection: Connection, taker: int) -> None:
+        # It is there already. A handler may hold the write lock for long; a worker has other
+        # things to do meanwhile, and tries again.
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY}")
+
+    def fileno(self) -> int:
+        if self._descriptor is None:
+            raise ConnectionResetError("this taker has ended")
+        return self._descriptor
+
+    def woken(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self.fileno(), 65536)
+
+    def heard(self) -> frozenset[str]:
+        return frozenset()
+
+    def missed(self, connection: Connection) -> bool:
+        before, self._seen = self._seen, connection.exec_driver_sql("PRAGMA data_version").scalar()
+        return bool(before != self._seen)
+
+    def disown(self) -> None:
+        # A lock on an open file ends when all who have it open have closed it.
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def end(self) -> None:
+        if self._descriptor is not None:
+            self._path.unlink(missing_ok=True)
+            self.disown()
+
+
+def is_gone(folder: Path, name: str) -> bool:
+    """Whether nobody holds the pipe of this *name*; it is removed then."""
+    path = folder / name
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    except PermissionError:  # it belongs to somebody else, who will see to it
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        path.unlink(missing_ok=True)
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def ring_all(folder: Path) -> None:
+    """Ring at every pipe in *folder* that somebody listens to."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            _ring(folder / name)
+
+
+def _ring(path: Path) -> None:
+    with suppress(OSError):  # nobody is there any more, or has been rung for already
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, b"!")
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,68 @@
+"""What becomes of replies on RabbitMQ that were under way when a connection broke."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from celery import Celery
+from kombu import Connection
+
+from celery_eda import addresses
+from celery_eda.transports.rabbitmq_replies import Replies
+
+NAME = addresses.of_process()
+
+
+def replies(url: str) -> Replies:
+    return Replies(Celery(broker=url, set_as_current=False), expires=60.0)
+
+
+def put(url: str, numbers: range) -> None:
+    with Connection(url) as connection:
+        for number in numbers:
+            connection.Producer().publish(json.dumps(number), routing_key=NAME)
+
+
+def taken(waiting: Replies, count: int) -> list[Any]:
+    """What comes, until there are *count* or nothing has come for a while."""
+    found: list[Any] = []
+    until = time.monotonic() + 5.0
+    while len(found) < count and time.monotonic() < until:
+        found += [json.loads(each.body) for each in waiting.take(0.5)]
+    return found
+
+
+def test_what_was_on_its_way_when_the_connection_broke_comes_over_the_next(
+    rabbitmq_url: str,
+) -> None:
+    broken = replies(rabbitmq_url)
+    broken.open(NAME)
+    put(rabbitmq_url, range(1))
+    assert taken(broken, 1) == [0]
+    put(rabbitmq_url, range(1, 101))
+    assert broken._anything(10.0)
+    broken.drop()
+
+    waiting = replies(rabbitmq_url)
+    waiting.open(NAME)
+    assert set(taken(waiting, 100)) >= set(range(1, 101))
+    waiting.drop()
+
+
+def test_what_was_taken_does_not_come_again(rabbitmq_url: str) -> None:
+    first = replies(rabbitmq_url)
+    first.open(NAME)
+    put(rabbitmq_url, range(10))
+    assert taken(first, 10) == [*range(10)]
+    assert first.take(0.0) == []
+    put(rabbitmq_url, range(10, 11))
+    assert taken(first, 1) == [10]
+    first.drop()
+
+    second = replies(rabbitmq_url)
+    second.open(NAME)
+    assert taken(second, 1) in ([], [10])
+    second.close(NAME)
+    second.drop()
