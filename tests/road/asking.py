@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from typing import Any
 
@@ -19,7 +20,7 @@ from celery_eda import EDA, upgrading
 
 
 def make(broker: str, folder: Any, **settings: Any) -> EDA:
-    """The service; it sends for itself, right after the commit."""
+    """The service; it sends right after the commit, and leaves the rest to a relay."""
     app = Celery("asker", broker=broker, set_as_current=False)
     app.conf.update(
         eda_database_url=f"sqlite:///{folder}/asker.db",
@@ -49,6 +50,7 @@ if __name__ == "__main__":
         from tests.road.system import eda
     else:
         eda = make(os.environ["ROAD_BROKER"], os.environ["ROAD_FOLDER"])
+    threading.Thread(target=eda.relay().run, daemon=True).start()
     with eda.transaction():
         replies = [ask(eda, number, address=address) for number in range(first, last + 1)]
     while address != "durable" and unsent(eda):

@@ -301,9 +301,17 @@ def eda_postgresql_url(postgresql_url: str) -> str:
     return f"eda+{postgresql_url}"
 
 
-@pytest.fixture(params=ROADS)
+@pytest.fixture(
+    params=[
+        *("rabbitmq-postgresql", "redis-mariadb", "eda-sqlite"),
+        *(
+            pytest.param(each, marks=pytest.mark.soak)
+            for each in ("redis-sqlite", "eda-postgresql")
+        ),
+    ]
+)
 def road(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Road]:
-    """A system on every pair of broker and database."""
+    """A system on every pair of broker and database; the last two in soak."""
     broker, database = (request.getfixturevalue(name) for name in ROADS[request.param])
     road = Road(broker, database, tmp_path)
     yield road

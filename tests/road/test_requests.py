@@ -18,6 +18,7 @@ from redis import Redis as Client
 from celery_eda import EDA, addresses
 from celery_eda.errors import RequestTimeout
 from celery_eda.replying import REPLY_TASK
+from celery_eda.worker import RelayThread
 from tests.road import asking
 from tests.road.asking import ask
 from tests.road.conftest import Process, Road, first_of
@@ -36,12 +37,24 @@ both_brokers = pytest.mark.parametrize(
 @pytest.fixture
 def eda(road: Road) -> Iterator[EDA]:
     """Whoever asks: this process, as a service of its own."""
-    eda = asking.make(road.broker, road.folder)
+    eda = make(road)
     yield eda
     leave(eda)
 
 
+def make(road: Road, broker: str = "", **settings: Any) -> EDA:
+    """A service that asks, with a relay in this process for what it cannot send at once."""
+    eda = asking.make(broker or road.broker, road.folder, **settings)
+    _relays[eda] = RelayThread(eda)
+    _relays[eda].start()
+    return eda
+
+
+_relays: dict[EDA, RelayThread] = {}
+
+
 def leave(eda: EDA) -> None:
+    _relays.pop(eda).stop()
     eda.mailbox.close()
     eda.engine.dispose()
     eda.relay_engine.dispose()
@@ -248,7 +261,7 @@ def test_a_durable_reply_outlives_whoever_asked(road: Road) -> None:
     process.kill()
     responders(road)
 
-    app = asking.make(road.broker, road.folder, eda_database_url=road.database)
+    app = make(road, eda_database_url=road.database)
     results = [app.reply(each).get() for each in ids]
     leave(app)
 
@@ -262,7 +275,7 @@ def test_replies_that_come_while_the_requester_has_no_broker_are_not_lost(
     road: Road, broker: Server
 ) -> None:
     with Proxy(broker.port) as wire:
-        eda = asking.make(wire.through(road.broker), road.folder, eda_reply_expires=60.0)
+        eda = make(road, wire.through(road.broker), eda_reply_expires=60.0)
         responders(road)
         assert ask(eda, 0).get() == 0
         replies = [ask(eda, number, seconds=1.0) for number in range(1, 4)]
@@ -279,7 +292,7 @@ def test_replies_that_come_while_the_requester_has_no_broker_are_not_lost(
 
 @first_of("redis-mariadb", "rabbitmq-postgresql")
 def test_replies_outlive_the_broker(road: Road, broker: Server) -> None:
-    eda = asking.make(road.broker, road.folder, eda_reply_expires=60.0)
+    eda = make(road, eda_reply_expires=60.0)
     responders(road)
     assert ask(eda, 0).get() == 0
     replies = [ask(eda, number, seconds=0.5) for number in range(1, 9)]
@@ -378,7 +391,7 @@ def test_with_everything_down_asking_costs_a_commit_and_the_reply_comes_later(
     road: Road, broker: Server
 ) -> None:
     broker.kill()
-    eda = asking.make(road.broker, road.folder, eda_reply_expires=60.0)
+    eda = make(road, eda_reply_expires=60.0)
     with eda.transaction():
         replies = [ask(eda, number) for number in range(10)]
     broker.start()
