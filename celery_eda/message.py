@@ -14,8 +14,6 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid5
 
-from celery_eda.event import Draft
-
 ID_HEADER = "eda_id"
 REVISION_HEADER = "eda_revision"
 ORDER_HEADER = "eda_order"
@@ -193,7 +191,6 @@ class Message:
         due: earliest time to send, by the publisher's clock; None for at once.
         preparation: calls on the result backend that have to precede the message.
         lane: whose next number the message gets when it is written to the outbox, or None.
-        draft: the event that goes to the event store together with the message, or None.
     """
 
     identity: Identity
@@ -209,7 +206,6 @@ class Message:
     due: datetime | None = None
     preparation: tuple[tuple[str, Any], ...] = field(default=())
     lane: Lane | None = None
-    draft: Draft | None = None
 
     def at(self, position: Position | None) -> Message:
         """This message at its place in its lane; None if it is to have none."""

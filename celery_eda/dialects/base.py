@@ -268,13 +268,7 @@ class Dialect:
         ]
 
     def _sequence(self, stream: str, key: str, count: int) -> Values:
-        return {
-            "stream": stream,
-            "key": key,
-            "epoch": self.milliseconds(),
-            "last": count,
-            "version": count,
-        }
+        return {"stream": stream, "key": key, "epoch": self.milliseconds(), "last": count}
 
     def _move_on(
         self, connection: Connection, table: Table, rows: Sequence[Values]
