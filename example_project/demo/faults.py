@@ -11,6 +11,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,13 +74,15 @@ class Faults:
     def kill_pool_child(self) -> str:
         """Kill a process of a worker's pool, in the middle of a task if there is one."""
         deadline = time.monotonic() + PATIENCE
-        while not (pool := self._busy_children() or self._children()):
-            if time.monotonic() > deadline:
-                return "no pool child killed: no worker answered"
-        node, pid, task = self.chance.choice(pool)
-        os.kill(pid, signal.SIGKILL)
-        self.kills += 1
-        return f"SIGKILL pool child {pid} of {node.split('@')[0]}, busy with {task}"
+        while time.monotonic() < deadline:
+            if not (pool := self._busy_children() or self._children()):
+                continue
+            node, pid, task = self.chance.choice(pool)
+            with suppress(ProcessLookupError):  # it has ended since its worker told of it
+                os.kill(pid, signal.SIGKILL)
+                self.kills += 1
+                return f"SIGKILL pool child {pid} of {node.split('@')[0]}, busy with {task}"
+        return "no pool child killed: no worker answered"
 
     def kill_broker(self) -> str:
         """Kill the broker."""

@@ -59,8 +59,8 @@ class Proxy:
 
     @property
     def lossy(self) -> bool:
-        """Whether a connection that is still there has lost bytes."""
-        return any(link.lossy for link in tuple(self._links))
+        """Whether a connection that is still there has lost bytes, not only its end."""
+        return any(link.lost_bytes for link in tuple(self._links))
 
     def one_way(self, direction: Direction) -> None:
         """Let bytes through in this direction, and swallow the others."""
@@ -145,6 +145,7 @@ class Proxy:
                 await asyncio.sleep(self._delay)
                 if direction not in self._passing:
                     link.lossy = True
+                    link.lost_bytes |= bool(chunk)
                 elif chunk:
                     sink.write(chunk)
                     await sink.drain()
@@ -180,7 +181,7 @@ class _Link:
     """One client's connection and the one to the server that belongs to it."""
 
     def __init__(self, client: asyncio.StreamWriter, server: asyncio.StreamWriter) -> None:
-        self.lossy = False
+        self.lossy = self.lost_bytes = False
         self._sides = (client, server)
 
     def reset(self) -> None:

@@ -376,6 +376,20 @@ def test_a_black_hole_swallows_bytes_and_the_end_of_a_client(
     assert peer.heard == b"hello"
 
 
+def test_a_client_that_only_left_has_lost_no_bytes(
+    proxy: Proxy, client: socket.socket, peer: Peer
+) -> None:
+    with connect(proxy) as another:
+        assert answer(another, b"hello") == b"hello"
+        proxy.black_hole()
+        client.close()
+        assert not peer.ended.wait(0.3)
+        assert not proxy.lossy
+
+        ask_in_vain(another, b"anybody?")
+        assert proxy.lossy
+
+
 def test_healing_resets_a_connection_that_lost_bytes(
     proxy: Proxy, client: socket.socket, peer: Peer
 ) -> None:
