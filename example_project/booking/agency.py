@@ -52,7 +52,7 @@ def order(customer: str) -> Reply[int]:
     return eda.request("orders.place", (customer, "a trip"))
 
 
-def book(customer: str, flight: str, address: str) -> Reply[str]:
+def book(customer: str, flight: str, address: str) -> Reply[dict[str, str]]:
     """Ask for a seat and note it, in one transaction: both happen, or neither."""
     with eda.transaction() as session:
         reply = eda.request("airline.book", (flight, customer), address=address)
@@ -64,7 +64,8 @@ def confirmation_of(customer: str) -> str:
     """The confirmation number of a seat asked for durably, by whichever process did."""
     with eda.transaction() as session:
         request = session.get_one(Trip, customer).request
-    return str(eda.reply(request).get())
+    confirmation: dict[str, str] = eda.reply(request).get()
+    return confirmation["number"]
 
 
 def open_for_business() -> None:

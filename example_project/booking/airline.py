@@ -44,8 +44,8 @@ class Booking(Base):
 
 
 @eda.task(name="airline.book")
-def book(session: Session, flight: str, passenger: str) -> str:
-    """Sell a seat. The confirmation number is sent if and only if the sale is committed.
+def book(session: Session, flight: str, passenger: str) -> dict[str, str]:
+    """Sell a seat. The confirmation is sent if and only if the sale is committed.
 
     Raises:
         SoldOut: there is none.
@@ -56,7 +56,7 @@ def book(session: Session, flight: str, passenger: str) -> str:
     booking = Booking(flight=flight, passenger=passenger)
     session.add(booking)
     session.flush()
-    return f"{flight}-{booking.id:04}"
+    return {"number": f"{flight}-{booking.id:04}", "passenger": passenger}
 
 
 def open_for_business() -> None:

@@ -212,6 +212,8 @@ def configured(broker: str, results: str, database: str, *, quorum: bool) -> Cel
         task_inherit_parent_priority=True,
         task_remote_tracebacks=False,
         accept_content=["json", "pickle", "msgpack", "yaml"],
+        # Plain Celery too is told when a message is in its queue: only then is it looked for there.
+        broker_transport_options={"confirm_publish": True},
         eda_database_url=database,
         eda_send_after_commit=False,
     )

@@ -25,7 +25,8 @@ def test_every_answer_comes_to_the_one_who_asked(tmp_path: Path) -> None:
     assert told.returncode == 0, told.stdout + told.stderr
     assert json.loads(told.stdout.splitlines()[-1]) == {
         "order_id": 124,
-        "confirmations": ["LH454-0001", "LH454-0002"],
+        "passengers": ["Ada", "Bob"],
+        "numbers": ["LH454-0001", "LH454-0002"],
         "after_a_crash": "LH454-0003",
         "sold_out": True,
         "reply_queues_left": 0,
