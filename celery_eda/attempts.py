@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Table, delete, select, update
 
 from celery_eda.dialects.base import Dialect
 from celery_eda.message import Identity
-from celery_eda.tables import is_attempt
+from celery_eda.tables import attempt, is_attempt
 
 #: The cause of a loss: the handler overran its hard time limit.
 TIME_LIMIT = "time limit"
@@ -27,44 +27,38 @@ class Attempts:
 
     def count(self, connection: Connection, consumer: str, identity: Identity) -> int:
         """Count one more redelivery; returns how many there were, this one included."""
-        columns = self.table.c
-        key = is_attempt(self.table, consumer, identity)
+        columns, key = self.table.c, is_attempt(self.table)
+        its = attempt(consumer, identity)
         if not self._insert(connection, consumer, identity, deliveries=1):
-            connection.execute(
-                update(self.table)
-                .where(key)
-                .values(deliveries=columns.deliveries + 1, cause=None, at=self.dialect.now())
+            one_more = update(self.table).where(key)
+            one_more = one_more.values(
+                deliveries=columns.deliveries + 1, cause=None, at=self.dialect.now()
             )
-        deliveries: int = connection.execute(select(columns.deliveries).where(key)).scalar_one()
+            connection.execute(one_more, its)
+        deliveries: int = connection.execute(
+            select(columns.deliveries).where(key), its
+        ).scalar_one()
         return deliveries
 
     def note(self, connection: Connection, consumer: str, identity: Identity, cause: str) -> None:
         """Note why the delivery in progress has no outcome, until the next one is counted."""
         if not self._insert(connection, consumer, identity, deliveries=0, cause=cause):
-            key = is_attempt(self.table, consumer, identity)
-            connection.execute(update(self.table).where(key).values(cause=cause))
+            noting = update(self.table).where(is_attempt(self.table)).values(cause=cause)
+            connection.execute(noting, attempt(consumer, identity))
 
     def cause(self, connection: Connection, consumer: str, identity: Identity) -> str | None:
         """Why the last delivery had no outcome, if that was noted."""
-        key = is_attempt(self.table, consumer, identity)
-        cause: str | None = connection.scalar(select(self.table.c.cause).where(key))
+        query = select(self.table.c.cause).where(is_attempt(self.table))
+        cause: str | None = connection.scalar(query, attempt(consumer, identity))
         return cause
 
     def _insert(
         self, connection: Connection, consumer: str, identity: Identity, **values: object
     ) -> bool:
-        return self.dialect.insert_once(
-            connection,
-            self.table,
-            {
-                "consumer": consumer,
-                "message_id": identity.id,
-                "revision": identity.revision,
-                "at": self.dialect.now(),
-                **values,
-            },
-        )
+        its = {"consumer": consumer, "message_id": identity.id, "revision": identity.revision}
+        return self.dialect.insert_once(connection, self.table, {**its, **values}, now="at")
 
     def forget(self, connection: Connection, consumer: str, identity: Identity) -> None:
         """Drop the count: the attempt had an outcome."""
-        connection.execute(delete(self.table).where(is_attempt(self.table, consumer, identity)))
+        its = attempt(consumer, identity)
+        connection.execute(delete(self.table).where(is_attempt(self.table)), its)

@@ -149,8 +149,8 @@ class Cursors:
                 "number": position.number,
                 "previous_epoch": epoch,
                 "previous_last": last,
-                "created_at": self.dialect.now(),
             },
+            now="created_at",
         )
         if fresh:
             self._count_parked(connection, consumer, position.lane, +1)

@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
+from functools import cached_property
+from typing import Any
 
-from sqlalchemy import Connection, Table, func, select, update
+from sqlalchemy import Connection, Select, Table, Update, bindparam, func, select, update
 
 from celery_eda.dialects.base import Dialect
 from celery_eda.message import Identity
-from celery_eda.tables import is_attempt
+from celery_eda.tables import attempt, is_attempt
 
 
 class Outcome(str, Enum):
@@ -88,11 +90,9 @@ class Inbox:
             if not self._insert(connection, consumer, identity, outcome, result):
                 raise GotAhead
         elif outcome is not Outcome.done or result is not None:
-            connection.execute(
-                update(self.table)
-                .where(is_attempt(self.table, consumer, identity))
-                .values(outcome=outcome.value, result=result)
-            )
+            its = attempt(consumer, identity)
+            values = {"its_outcome": outcome.value, "its_result": result}
+            connection.execute(self._completing, {**its, **values})
 
     def close(
         self,
@@ -111,13 +111,8 @@ class Inbox:
 
     def find(self, connection: Connection, consumer: str, identity: Identity) -> Handled | None:
         """The recorded outcome of this attempt, if there is one."""
-        columns = self.table.c
-        row = connection.execute(
-            select(columns.outcome, columns.result).where(
-                is_attempt(self.table, consumer, identity)
-            )
-        ).one_or_none()
-        return row and Handled(Outcome(row.outcome), row.result)
+        row = connection.execute(self._finding, attempt(consumer, identity)).one_or_none()
+        return None if row is None else Handled(Outcome(row.outcome), row.result)
 
     def first_at(
         self, connection: Connection, consumer: str, identity: Identity
@@ -139,15 +134,21 @@ class Inbox:
         outcome: Outcome,
         result: bytes | None = None,
     ) -> bool:
-        return self.dialect.insert_once(
-            connection,
-            self.table,
-            {
-                "consumer": consumer,
-                "message_id": identity.id,
-                "revision": identity.revision,
-                "outcome": outcome.value,
-                "result": result,
-                "at": self.dialect.now(),
-            },
-        )
+        values = {
+            "consumer": consumer,
+            "message_id": identity.id,
+            "revision": identity.revision,
+            "outcome": outcome.value,
+            "result": result,
+        }
+        return self.dialect.insert_once(connection, self.table, values, now="at")
+
+    @cached_property
+    def _completing(self) -> Update:
+        completing = update(self.table).where(is_attempt(self.table))
+        return completing.values(outcome=bindparam("its_outcome"), result=bindparam("its_result"))
+
+    @cached_property
+    def _finding(self) -> Select[Any]:
+        columns = self.table.c
+        return select(columns.outcome, columns.result).where(is_attempt(self.table))

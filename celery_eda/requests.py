@@ -41,12 +41,8 @@ class Requests:
         """
         for each in messages:
             if self.address and each.headers.get(REPLY_HEADER) == self.address:
-                values = {
-                    "correlation_id": UUID(each.headers["id"]),
-                    "task": each.task,
-                    "at": self.dialect.now(),
-                }
-                self.dialect.insert_once(connection, self.table, values)
+                values = {"correlation_id": UUID(each.headers["id"]), "task": each.task}
+                self.dialect.insert_once(connection, self.table, values, now="at")
 
     def record(self, connection: Connection, correlation_id: UUID, outcome: Any) -> bool:
         """Record the first *outcome*; returns False if there is one already.

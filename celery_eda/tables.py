@@ -25,6 +25,7 @@ from sqlalchemy import (
     TypeDecorator,
     Uuid,
     and_,
+    bindparam,
 )
 from sqlalchemy.dialects import mysql
 from sqlalchemy.sql import ColumnElement
@@ -363,14 +364,23 @@ def _attempt_columns() -> tuple[Column[Any], ...]:
     )
 
 
-def is_attempt(table: Table, consumer: str, identity: Identity) -> ColumnElement[bool]:
-    """The row of one consumer's attempt at one message, in the inbox or the attempts table."""
+def is_attempt(table: Table) -> ColumnElement[bool]:
+    """Whether a row, of the inbox or the attempts table, is that of an :func:`attempt`."""
     columns = table.c
     return and_(
-        columns.consumer == consumer,
-        columns.message_id == identity.id,
-        columns.revision == identity.revision,
+        columns.consumer == bindparam("its_consumer"),
+        columns.message_id == bindparam("its_message"),
+        columns.revision == bindparam("its_revision"),
     )
+
+
+def attempt(consumer: str, identity: Identity) -> dict[str, Any]:
+    """The parameters that name one consumer's attempt at one message."""
+    return {
+        "its_consumer": consumer,
+        "its_message": identity.id,
+        "its_revision": identity.revision,
+    }
 
 
 def _message_columns() -> tuple[Column[Any], ...]:

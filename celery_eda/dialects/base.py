@@ -14,13 +14,16 @@ from typing import Any, Protocol
 from sqlalchemy import (
     CTE,
     URL,
+    BindParameter,
     ColumnElement,
     Connection,
+    Delete,
     Engine,
     Insert,
     Row,
     Select,
     Table,
+    TextClause,
     and_,
     bindparam,
     delete,
@@ -32,6 +35,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, TimeoutError
 
 from celery_eda.dialects import idle
+from celery_eda.dialects.statements import made_once
 from celery_eda.errors import ConfigurationError
 from celery_eda.tables import Moment, Tables
 
@@ -98,6 +102,7 @@ class Dialect:
 
     def __init__(self, claim_timeout: float = 60.0) -> None:
         self.claim_timeout = claim_timeout
+        self.statements: dict[Any, Any] = {}
 
     # ── the engine ──────────────────────────────────────────────────────────────────────────
 
@@ -180,14 +185,23 @@ class Dialect:
         The claim lasts until this transaction ends; with *ids*, only those rows are looked at.
         Rows that waited until a due time go first and take at most half of the room.
         """
+        named, came_due, ready = self._claims(table)
         if ids:
-            return self._lock(connection, self._named(table, ids), limit)
-        waited = self._lock(connection, self._came_due(table), max(1, limit // 2))
-        return [*waited, *self._lock(connection, self._ready(table), limit - len(waited))]
+            return self._rows(connection, named, limit, ids=self._as_parameter(ids))
+        waited = self._rows(connection, came_due, max(1, limit // 2))
+        return [*waited, *self._rows(connection, ready, limit - len(waited))]
 
-    def _named(self, table: Table, ids: Sequence[int]) -> Select[Any]:
-        """The rows of *ids* that are due."""
-        return select(table).where(table.c.id.in_(ids), self._due(table)).order_by(table.c.id)
+    @made_once
+    def _claims(self, table: Table) -> tuple[Select[Any], ...]:
+        """What takes rows that are named, that waited and are due, and that need not wait."""
+        queries = self._named(table), self._came_due(table), self._ready(table)
+        return tuple(
+            query.limit(bindparam("room")).with_for_update(skip_locked=True) for query in queries
+        )
+
+    def _named(self, table: Table) -> Select[Any]:
+        """The rows of the parameter ``ids`` that are due."""
+        return select(table).where(self._is_named(table), self._due(table)).order_by(table.c.id)
 
     def _came_due(self, table: Table) -> Select[Any]:
         """The rows that waited and are due."""
@@ -209,16 +223,30 @@ class Dialect:
     def _due(self, table: Table) -> ColumnElement[bool]:
         return table.c.available_at.is_(None) | (table.c.available_at <= self.moment())
 
-    def _lock(self, connection: Connection, query: Select[Any], limit: int) -> Sequence[Row[Any]]:
+    def _is_named(self, table: Table) -> ColumnElement[bool]:
+        """Whether a row is one of the parameter ``ids``."""
+        return table.c.id.in_(bindparam("ids", expanding=True))
+
+    def _as_parameter(self, ids: Sequence[int]) -> Any:
+        """What the parameter ``ids`` takes."""
+        return list(ids)
+
+    def _rows(
+        self, connection: Connection, query: Select[Any], limit: int, **parameters: Any
+    ) -> Sequence[Row[Any]]:
         if limit < 1:
             return []
-        return connection.execute(query.limit(limit).with_for_update(skip_locked=True)).all()
+        return connection.execute(query, {"room": limit, **parameters}).all()
 
     def clear(self, connection: Connection, table: Table, owner: str, ids: Sequence[int]) -> int:
         """Delete claimed rows; returns how many of them were still the owner's."""
-        return connection.execute(
-            delete(table).where(and_(table.c.id.in_(ids), *self._owned(table, owner)))
-        ).rowcount
+        parameters = {"ids": self._as_parameter(ids), "its_owner": owner}
+        return connection.execute(self._clearing(table), parameters).rowcount
+
+    @made_once
+    def _clearing(self, table: Table) -> Delete | TextClause:
+        owned = self._owned(table, bindparam("its_owner"))
+        return delete(table).where(self._is_named(table), *owned)
 
     def postpone(
         self,
@@ -246,7 +274,9 @@ class Dialect:
     def release(self, connection: Connection, table: Table, owner: str, ids: Sequence[int]) -> None:
         """Give claimed rows back untouched; here the end of the transaction does."""
 
-    def _owned(self, table: Table, owner: str) -> Sequence[ColumnElement[bool]]:
+    def _owned(
+        self, table: Table, owner: str | BindParameter[str]
+    ) -> Sequence[ColumnElement[bool]]:
         """What says that *owner* still has its claim; here the row locks do."""
         return ()
 
@@ -278,8 +308,12 @@ class Dialect:
 
     # ── inbox ───────────────────────────────────────────────────────────────────────────────
 
-    def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
+    def insert_once(
+        self, connection: Connection, table: Table, values: Values, now: str | None = None
+    ) -> bool:
         """Insert a row unless its key is taken; a concurrent insert of the same key is waited for.
+
+        The column *now* gets the database's own time.
 
         Returns:
             False if the key was taken. The transaction is still usable then.

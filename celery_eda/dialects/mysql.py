@@ -16,6 +16,7 @@ from sqlalchemy import (
     Row,
     Select,
     Table,
+    TextClause,
     event,
     func,
     literal_column,
@@ -23,10 +24,12 @@ from sqlalchemy import (
     text,
     tuple_,
 )
-from sqlalchemy.dialects.mysql import insert
+from sqlalchemy.dialects.mysql import Insert, insert
+from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from celery_eda.dialects.base import Dialect, Values
+from celery_eda.dialects.statements import made_once
 from celery_eda.errors import SchemaOutdated
 from celery_eda.tables import Moment
 
@@ -34,6 +37,7 @@ from celery_eda.tables import Moment
 LOCK_TIMEOUT = 50
 #: A list of ids as a table.
 GIVEN = "JSON_TABLE(:ids, '$[*]' COLUMNS (id BIGINT PATH '$')) AS given"
+_PREPARER = MySQLDialect().identifier_preparer
 DUPLICATE_KEY = 1062
 #: After these the server has rolled back the whole transaction, not only the statement.
 GIVES_UP = ((1213,), (1020,))
@@ -91,12 +95,11 @@ class MySQL(Dialect):
     # InnoDB locks, and waits for, every row that a statement passes on its way. Left alone, the
     # server passes all of them when the table is small or the list of ids is long.
 
-    def _named(self, table: Table, ids: Sequence[int]) -> Select[Any]:
-        given = text(GIVEN).bindparams(ids=json.dumps(list(ids)))
+    def _named(self, table: Table) -> Select[Any]:
         return (
             select(table)
             .prefix_with("STRAIGHT_JOIN")
-            .select_from(given, table)
+            .select_from(text(GIVEN), table)
             .where(table.c.id == literal_column("given.id"), self._due(table))
             .order_by(table.c.id)
         )
@@ -109,10 +112,13 @@ class MySQL(Dialect):
         query = select(table).where(table.c.available_at.is_(None)).order_by(table.c.id)
         return _by_index(query, table)
 
-    def clear(self, connection: Connection, table: Table, owner: str, ids: Sequence[int]) -> int:
-        name = connection.dialect.identifier_preparer.format_table(table)
-        statement = f"DELETE {name} FROM {GIVEN} STRAIGHT_JOIN {name} ON {name}.id = given.id"
-        return connection.execute(text(statement), {"ids": json.dumps(list(ids))}).rowcount
+    @made_once
+    def _clearing(self, table: Table) -> TextClause:
+        name = _PREPARER.format_table(table)
+        return text(f"DELETE {name} FROM {GIVEN} STRAIGHT_JOIN {name} ON {name}.id = given.id")
+
+    def _as_parameter(self, ids: Sequence[int]) -> str:
+        return json.dumps(list(ids))
 
     def milliseconds(self) -> ColumnElement[int]:
         return func.floor(func.unix_timestamp(func.now(text("6"))) * 1000)
@@ -127,14 +133,20 @@ class MySQL(Dialect):
         wanted = tuple_(table.c.stream, table.c.key).in_(names)
         return connection.execute(select(table).where(wanted).with_for_update()).all()
 
-    def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
+    def insert_once(
+        self, connection: Connection, table: Table, values: Values, now: str | None = None
+    ) -> bool:
         try:
-            connection.execute(insert(table).values(**values))
+            connection.execute(self._inserting(table, now), values)
         except IntegrityError as error:
             if self.code_of(error) != DUPLICATE_KEY:
                 raise
             return False
         return True
+
+    @made_once
+    def _inserting(self, table: Table, now: str | None) -> Insert:
+        return insert(table).values({now: self.now()} if now else {})
 
     def _oldest(self, table: Table, old: ColumnElement[bool], limit: int) -> Select[Any]:
         query = super()._oldest(table, old, limit)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import (
+    ARRAY,
     URL,
     BigInteger,
     ColumnElement,
@@ -14,6 +15,7 @@ from sqlalchemy import (
     Engine,
     Integer,
     Table,
+    bindparam,
     cast,
     event,
     extract,
@@ -75,6 +77,10 @@ class PostgreSQL(Upserting):
 
     def later(self, seconds: float) -> ColumnElement[Any]:
         return func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)
+
+    def _is_named(self, table: Table) -> ColumnElement[bool]:
+        # One parameter for any number of ids, so that the statement stays the same to the server.
+        return table.c.id == func.any(bindparam("ids", type_=ARRAY(BigInteger)))
 
     def add(self, connection: Connection, table: Table, rows: Sequence[Values]) -> list[int]:
         if connection.dialect.driver != "psycopg":

@@ -15,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import (
     URL,
+    BindParameter,
     ColumnElement,
     Connection,
     Engine,
@@ -22,6 +23,7 @@ from sqlalchemy import (
     Integer,
     Row,
     Table,
+    bindparam,
     cast,
     delete,
     event,
@@ -31,6 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from celery_eda.dialects.base import Presence, Values
 from celery_eda.dialects.sqlite_presence import (
@@ -41,6 +44,7 @@ from celery_eda.dialects.sqlite_presence import (
     refuse_remote,
     ring_all,
 )
+from celery_eda.dialects.statements import made_once
 from celery_eda.dialects.upserting import Upserting
 from celery_eda.tables import Moment, Tables
 
@@ -111,16 +115,31 @@ class SQLite(Upserting):
         self, connection: Connection, table: Table, owner: str, limit: int, ids: Sequence[int] = ()
     ) -> Sequence[Row[Any]]:
         """As the base, but the claim is a lease: it is committed here and ends by the clock."""
-        due = self._due(table)
-        wanted = select(table.c.id).where(table.c.id.in_(ids) & due if ids else due)
-        taken = connection.execute(
-            update(table)
-            .where(table.c.id.in_(wanted.order_by(table.c.id).limit(limit)))
-            .values(claimed_by=owner, available_at=self.later(self.claim_timeout))
-            .returning(*table.c)
-        ).all()
+        named, due = self._leases(table)
+        owned = {"its_owner": owner, "room": limit}
+        if ids:
+            taken = connection.execute(named, {**owned, "ids": list(ids)}).all()
+        else:
+            taken = connection.execute(due, owned).all()
         connection.commit()
         return sorted(taken, key=lambda row: row.id)
+
+    @made_once
+    def _leases(self, table: Table) -> tuple[ReturningUpdate[Any], ...]:
+        """What leases rows that are named and due, and rows that are due."""
+        until = self.later(self.claim_timeout)
+        due = self._due(table)
+        return tuple(
+            update(table)
+            .where(
+                table.c.id.in_(
+                    select(table.c.id).where(which).order_by(table.c.id).limit(bindparam("room"))
+                )
+            )
+            .values(claimed_by=bindparam("its_owner"), available_at=until)
+            .returning(*table.c)
+            for which in (self._is_named(table) & due, due)
+        )
 
     def release(self, connection: Connection, table: Table, owner: str, ids: Sequence[int]) -> None:
         connection.execute(
@@ -129,7 +148,9 @@ class SQLite(Upserting):
             .values(claimed_by=None, available_at=None)
         )
 
-    def _owned(self, table: Table, owner: str) -> Sequence[ColumnElement[bool]]:
+    def _owned(
+        self, table: Table, owner: str | BindParameter[str]
+    ) -> Sequence[ColumnElement[bool]]:
         return (table.c.claimed_by == owner,)
 
     def require_queues(self, url: URL) -> None:

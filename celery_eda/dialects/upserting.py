@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Table
 
 from celery_eda.dialects.base import Dialect, Values
+from celery_eda.dialects.statements import made_once
 
 
 class Upserting(Dialect):
@@ -16,11 +17,17 @@ class Upserting(Dialect):
     #: SQLAlchemy's ``insert`` for this database.
     insert: Callable[[Table], Any]
 
-    def insert_once(self, connection: Connection, table: Table, values: Values) -> bool:
+    def insert_once(
+        self, connection: Connection, table: Table, values: Values, now: str | None = None
+    ) -> bool:
         # Not rowcount: SQLAlchemy keeps none for an INSERT.
+        return connection.execute(self._inserting(table, now), values).first() is not None
+
+    @made_once
+    def _inserting(self, table: Table, now: str | None) -> Any:
+        clock = {now: self.now()} if now else {}
         key = next(iter(table.primary_key))
-        statement = self.insert(table).values(**values).on_conflict_do_nothing().returning(key)
-        return connection.execute(statement).first() is not None
+        return self.insert(table).values(clock).on_conflict_do_nothing().returning(key)
 
     def _move_on(
         self, connection: Connection, table: Table, rows: Sequence[Values]

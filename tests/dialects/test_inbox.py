@@ -206,9 +206,7 @@ def test_a_row_that_the_table_refuses_is_an_error_and_not_a_copy(
     values = {"consumer": None, "message_id": Identity.fresh().id, "revision": 0, "outcome": "done"}
 
     with database.engine.connect() as connection, pytest.raises(DBAPIError):
-        database.dialect.insert_once(
-            connection, inbox.table, {**values, "at": database.dialect.now()}
-        )
+        database.dialect.insert_once(connection, inbox.table, values, now="at")
 
 
 # ── the attempts ────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,36 @@
+"""Statements that are made once for each table: making one costs more than having it run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Protocol, TypeVar
+
+Made = TypeVar("Made")
+
+
+class KeepsStatements(Protocol):
+    """What has methods that make statements.
+
+    Attributes:
+        statements: what was made, by the method and its arguments.
+    """
+
+    statements: dict[Any, Any]
+
+
+def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
+    """A method whose result depends on its arguments alone, a table among them.
+
+    Values go into a statement as parameters, so that it stays the same from call to call.
+    """
+
+    @wraps(make)
+    def made(keeper: KeepsStatements, *arguments: Any) -> Made:
+        key = (make, *arguments)
+        if (found := keeper.statements.get(key)) is None:
+            found = keeper.statements.setdefault(key, make(keeper, *arguments))
+        statement: Made = found
+        return statement
+
+    return made
