@@ -191,6 +191,8 @@ class Message:
         due: earliest time to send, by the publisher's clock; None for at once.
         preparation: calls on the result backend that have to precede the message.
         lane: whose next number the message gets when it is written to the outbox, or None.
+        envelope: headers and properties as the broker's protocol encodes them, None if they are to
+            be encoded when it is sent. A message that is made of this one has none.
     """
 
     identity: Identity
@@ -206,6 +208,14 @@ class Message:
     due: datetime | None = None
     preparation: tuple[tuple[str, Any], ...] = field(default=())
     lane: Lane | None = None
+    # Not among the arguments, so that `replace` never hands it on to other headers.
+    envelope: bytes | None = field(default=None, init=False, compare=False, repr=False)
+
+    def sealed(self, envelope: bytes | None) -> Message:
+        """This message, with its *envelope*."""
+        copy = replace(self)
+        object.__setattr__(copy, "envelope", envelope)
+        return copy
 
     def at(self, position: Position | None) -> Message:
         """This message at its place in its lane; None if it is to have none."""

@@ -7,9 +7,11 @@ has confirmed that very message.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property
+from json import loads
 from typing import Any
 
 from kombu.utils import json
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds that a row rests which cannot be read.
 UNREADABLE_REST = 3600.0
+#: The key under which kombu writes the type of what is no JSON.
+_TYPE = '"__type__"'
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,21 @@ class Pending:
 
 @dataclass(frozen=True)
 class Outbox:
-    """The outbox of one database."""
+    """The outbox of one database.
+
+    Attributes:
+        seal: encodes headers and properties for the broker, which spares whoever sends a message
+            to read and encode them; None leaves it to them.
+    """
 
     table: Table
     dialect: Dialect
+    seal: Callable[[Message], bytes | None] = lambda _: None
 
     def add(self, connection: Connection, messages: Sequence[Message]) -> list[int]:
         """Write *messages* in one go; returns the ids of the rows, in the same order."""
-        return self.dialect.add(connection, self.table, [to_row(each) for each in messages])
+        rows = [{**to_row(each), "envelope": self.seal(each)} for each in messages]
+        return self.dialect.add(connection, self.table, rows)
 
     def claim(
         self, connection: Connection, owner: str, limit: int, ids: Sequence[int] = ()
@@ -108,8 +119,8 @@ def to_row(message: Message) -> dict[str, Any]:
         "routing_key": message.routing_key,
         "content_type": message.content_type,
         "content_encoding": message.content_encoding,
-        "headers": json.dumps(message.headers),
-        "properties": json.dumps(message.properties),
+        "headers": _dumps(message.headers),
+        "properties": _dumps(message.properties),
         "body": message.body,
         "preparation": json.dumps(message.preparation) if message.preparation else None,
         "delay": _seconds_until(message.due),
@@ -117,22 +128,63 @@ def to_row(message: Message) -> dict[str, Any]:
 
 
 def from_row(row: Row[Any]) -> Message:
-    """The message in *row*, as it was captured."""
+    """The message in *row*, as it was captured.
+
+    Of one that has an envelope, headers and properties are read only if somebody asks for them.
+    """
+    envelope = getattr(row, "envelope", None)
+    read = _loads if envelope is None else Unread
+    message = _made(row, read(row.headers), read(row.properties))
+    return message if envelope is None else message.sealed(bytes(envelope))
+
+
+def _made(row: Row[Any], headers: Mapping[str, Any], properties: Mapping[str, Any]) -> Message:
     return Message(
         identity=Identity(row.message_id, row.revision),
         task=row.task,
         body=bytes(row.body),
         content_type=row.content_type,
         content_encoding=row.content_encoding,
-        headers=json.loads(row.headers, object_hook=_typed),
-        properties=json.loads(row.properties, object_hook=_typed),
+        headers=headers,
+        properties=properties,
         exchange=row.exchange,
         routing_key=row.routing_key,
         queue=row.queue,
-        preparation=tuple(
-            (name, arguments) for name, arguments in json.loads(row.preparation or "[]")
-        ),
+        preparation=tuple((name, arguments) for name, arguments in json.loads(row.preparation))
+        if row.preparation
+        else (),
     )
+
+
+class Unread(Mapping[str, Any]):
+    """Headers or properties as they are stored, read when somebody asks for them."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    @cached_property
+    def _read(self) -> dict[str, Any]:
+        return _loads(self._text)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+
+def _loads(text: str) -> dict[str, Any]:
+    # Only what is no JSON has a type written beside it, and looking for one takes its time.
+    hook = _typed if _TYPE in text else None
+    read: dict[str, Any] = loads(text, object_hook=hook)
+    return read
+
+
+def _dumps(mapping: Mapping[str, Any]) -> str:
+    return str(json.dumps(dict(mapping)))
 
 
 def _typed(value: dict[str, Any]) -> Any:

@@ -48,7 +48,7 @@ from celery_eda.settings import Settings
 from celery_eda.tables import Tables
 from celery_eda.task import ReliableTask
 from celery_eda.transaction import Store, Ticket
-from celery_eda.transports import reply_queues_of, shortcut_of, transport_of
+from celery_eda.transports import reply_queues_of, seal_of, shortcut_of, transport_of
 from celery_eda.unit_of_work import UnitsOfWork
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Parts:
     @made_once
     def outbox(self) -> Outbox:
         """Messages committed and not sent yet."""
-        return Outbox(self.tables.outbox, self.dialect)
+        return Outbox(self.tables.outbox, self.dialect, seal_of(self.app))
 
     @made_once
     def shortcut(self) -> Shortcut | None:

@@ -150,6 +150,7 @@ class Tables:
             Column("attempts", Integer, nullable=False, server_default="0"),
             Column("last_error", LongText),
             Column("claimed_by", String(32)),
+            Column("envelope", Bytes),
             schema=schema,
             sqlite_autoincrement=True,
             **_OPTIONS,

@@ -32,6 +32,7 @@ from celery_eda.tables import Tables
 
 _ARRAYS = {
     "message_id": "uuid", "revision": "int4", "body": "bytea", "delay": "float8",
+    "envelope": "bytea",
 }  # fmt: skip
 
 

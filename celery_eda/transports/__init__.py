@@ -16,6 +16,7 @@ from kombu.utils.imports import symbol_by_name
 from sqlalchemy import URL
 
 from celery_eda.errors import ConfigurationError
+from celery_eda.message import Message
 from celery_eda.tables import Tables
 from celery_eda.transports.base import ReplyQueues, Transport
 
@@ -81,6 +82,14 @@ def transport_of(app: Any, *, timeout: float, vendor: str | None = None) -> Tran
     factory = symbol_by_name(ALIASES.get(vendor, vendor if ":" in vendor else OTHERS))
     transport: Transport = factory(app, timeout=timeout)
     return transport
+
+
+def seal_of(app: Any) -> Callable[[Message], bytes | None]:
+    """What encodes headers and properties as the broker of *app* wants them; None leaves it."""
+    if app.connection_for_write().transport.driver_type != "amqp":
+        return lambda _: None
+    seal: Callable[[Message], bytes | None] = import_module("celery_eda.transports.frames").seal
+    return seal
 
 
 def is_database(url: str | None) -> bool:

@@ -129,9 +129,13 @@ class KeepsMalformed(Protocol):
         ...
 
 
-def publish_with(producer: Producer, message: Message) -> None:
-    """Let kombu's *producer* publish *message*, byte for byte as Celery would have."""
-    producer.publish(
+def publish_with(producer: Producer, message: Message) -> Any:
+    """Let kombu's *producer* publish *message*, byte for byte as Celery would have.
+
+    Returns:
+        What its channel says to that.
+    """
+    return producer.publish(
         message.body,
         content_type=message.content_type,
         content_encoding=message.content_encoding,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID
@@ -43,6 +44,24 @@ def rows(database: Database, outbox: Outbox) -> Any:
 
 def in_seconds(seconds: float) -> datetime:
     return datetime.now(timezone.utc) + timedelta(seconds=seconds)
+
+
+# ── envelopes ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_message_with_an_envelope_comes_back_with_it_and_is_otherwise_the_same(
+    database: Database, outbox: Outbox
+) -> None:
+    sealing = replace(outbox, seal=lambda each: each.task.encode() if "7" in each.task else None)
+    messages = [message(task=f"task {n}") for n in (6, 7)]
+    written(database, sealing, *messages)
+
+    with database.engine.connect() as connection:
+        claimed = [each.message for each in sealing.claim(connection, "me", 10)]
+
+    assert [each.envelope for each in claimed] == [None, b"task 7"]
+    assert claimed == messages
+    assert claimed[1].revised(task="other").headers == messages[1].revised(task="other").headers
 
 
 # ── add ─────────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timezone
 from decimal import Decimal
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from kombu.transport.pyamqp import Channel
 
 from celery_eda.message import Message
 from celery_eda.transports.base import publish_with
-from celery_eda.transports.frames import Frames
+from celery_eda.transports.frames import Frames, seal
 from tests.transports.letters import letter
 
 CHANNEL = 7
@@ -104,9 +105,21 @@ def by_us(*messages: Message) -> bytes:
     return bytes(frames.take())
 
 
+def in_envelope(message: Message) -> bytes:
+    """What is written of a message whose headers were encoded when it was captured."""
+    sealed = message.sealed(seal(message))
+    return by_us(sealed if sealed.envelope is None else blank(sealed))
+
+
+def blank(message: Message) -> Message:
+    """*message* with nothing to encode but its envelope."""
+    return replace(message, headers={}, properties={}).sealed(message.envelope)
+
+
 @pytest.mark.parametrize("message", LETTERS.values(), ids=LETTERS.keys())
 def test_the_frames_are_those_of_kombu_and_py_amqp(message: Message) -> None:
     assert by_us(message) == by_py_amqp(message)
+    assert in_envelope(message) == by_py_amqp(message)
 
 
 def test_the_frames_of_a_batch_are_those_of_its_messages_one_after_the_other() -> None:
@@ -132,6 +145,14 @@ def test_any_headers_are_encoded_as_py_amqp_does(found: dict[str, Any]) -> None:
     message = letter(headers=found)
 
     assert by_us(message) == by_py_amqp(message)
+    assert in_envelope(message) == by_py_amqp(message)
+
+
+def test_only_what_an_envelope_cannot_say_has_none() -> None:
+    cannot = letter(immediate=True), letter(headers={"bad": object()})
+
+    assert [seal(each) for each in cannot] == [None, None]
+    assert all(seal(each) for name, each in LETTERS.items() if "handed over" not in name)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 
 from celery_eda.message import Identity
+from tests.transports.letters import letter
 
 ID = UUID("0191d1d0-7bdc-7000-8000-000000000001")
 
@@ -79,3 +80,16 @@ def test_fresh_identities_are_uuids_of_version_7_that_grow_with_time() -> None:
 def test_an_identity_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         Identity(ID).revision = 1  # type: ignore[misc]
+
+
+def test_a_message_that_is_made_of_another_has_not_its_envelope() -> None:
+    sealed = letter().sealed(b"headers and properties")
+    body, headers = b"[]", {"id": "other"}
+
+    made = [
+        *(sealed.at(None), sealed.revised(), sealed.with_body(body, headers)),
+        replace(sealed, headers=headers),
+    ]
+
+    assert sealed.envelope == b"headers and properties"
+    assert [each.envelope for each in made] == [None] * 4
