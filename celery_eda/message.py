@@ -213,8 +213,8 @@ class Message:
 
     def sealed(self, envelope: bytes | None) -> Message:
         """This message, with its *envelope*."""
-        copy = replace(self)
-        object.__setattr__(copy, "envelope", envelope)
+        copy = object.__new__(Message)
+        vars(copy).update(vars(self), envelope=envelope)
         return copy
 
     def at(self, position: Position | None) -> Message:
