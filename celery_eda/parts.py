@@ -122,7 +122,9 @@ class Parts:
     @made_once
     def relay_engine(self) -> Engine:
         """The engine of the relays, whose claims end sooner than a handler's transaction."""
-        return self._prepared_engine(self.settings.claim_timeout)
+        engine = self._prepared_engine(self.settings.claim_timeout)
+        self.dialect.prepare_for_relays(engine)
+        return engine
 
     @made_once
     def url(self) -> URL:

@@ -121,6 +121,13 @@ class Dialect:
         """
         idle.ask(engine)
 
+    def prepare_for_relays(self, engine: Engine) -> None:
+        """Install what each new connection of a relay needs beside that.
+
+        A relay's commits need not be on disk when they return: were one lost with the power, its
+        messages would be sent once more, and their copies are known.
+        """
+
     def exclusive(self, connection: Connection, name: str) -> AbstractContextManager[None]:
         """A block that one connection at a time runs under this *name*; others wait for it.
 

@@ -67,6 +67,16 @@ class PostgreSQL(Upserting):
             cursor.close()
             dbapi_connection.commit()
 
+    def prepare_for_relays(self, engine: Engine) -> None:
+        @event.listens_for(engine, "connect")
+        def hurry(dbapi_connection: Any, record: Any) -> None:
+            cursor = dbapi_connection.cursor()
+            cursor.execute("SET synchronous_commit = off")
+            # A table that grows faster than its statistics would be read and sorted whole.
+            cursor.execute("SET enable_bitmapscan = off")
+            cursor.close()
+            dbapi_connection.commit()
+
     @contextmanager
     def exclusive(self, connection: Connection, name: str) -> Iterator[None]:
         connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))

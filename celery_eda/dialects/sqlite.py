@@ -89,6 +89,11 @@ class SQLite(Upserting):
             if not statement.lstrip().upper().startswith(_BEGINS_NOTHING):
                 self.stop_writers(connection)
 
+    def prepare_for_relays(self, engine: Engine) -> None:
+        @event.listens_for(engine, "connect")
+        def hurry(dbapi_connection: Any, record: Any) -> None:
+            dbapi_connection.execute("PRAGMA synchronous=NORMAL")
+
     @contextmanager
     def exclusive(self, connection: Connection, name: str) -> Iterator[None]:
         connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -229,7 +229,16 @@ class _ConfirmChannel:
                 self._proven |= not flight
 
     def _write(self, batch: _Batch, flight: Flight, window: int) -> None:
-        """Write messages until the window, or a chunk of bytes, is full."""
+        """Write messages until the window is full; between two chunks hear what has come."""
+        while batch.unsent and len(flight) < window:
+            self._fill(batch, flight, window)
+            self._connection.transport.write(self._frames.take())
+            checkpoints.reach("relay.published")
+            while flight and _readable(self._connection.sock):
+                self._connection.drain_events()
+
+    def _fill(self, batch: _Batch, flight: Flight, window: int) -> None:
+        """Encode messages until the window, or a chunk of bytes, is full."""
         while batch.unsent and len(flight) < window and self._frames.size < CHUNK:
             position = batch.unsent.popleft()
             message = batch.messages[position]
@@ -239,8 +248,6 @@ class _ConfirmChannel:
                 batch.answers[position] = refused(error)
             else:
                 flight.add(position, message)
-        self._connection.transport.write(self._frames.take())
-        checkpoints.reach("relay.published")
 
 
 def _closed_over_message(error: AMQPError) -> bool:
