@@ -10,11 +10,13 @@ EDAError
 │   ├── TwoEngines              the outbox would commit apart from the work
 │   ├── TwoSessions             cannot tell which open session a message belongs to
 │   ├── OutsideTransaction      published outside, where the settings forbid it
+│   ├── VersionConflict         somebody else has appended to the event stream
 │   └── BrokenTransaction       a handler ended the transaction of its own message
 ├── RepairError                 a dead letter cannot be treated like that
 │   ├── UnreadableBody          its arguments can be neither read nor changed here
 │   └── NotItsTurn              others of its key would be lost, or overtaken
 ├── InvalidKey                  no ordering key; also ValueError
+├── InvalidEvent                no event, name or pattern of one; also ValueError
 ├── OutOfSequence               why a message whose turn has passed is a dead letter
 ├── RequestError
 │   ├── RequestTimeout          no reply came in time; also TimeoutError
@@ -80,6 +82,21 @@ class BrokenTransaction(TransactionError):
     """A handler's work would not be committed together with the record that it was done."""
 
 
+class VersionConflict(TransactionError):
+    """A stream of events is not at the version that was expected; nothing may be committed.
+
+    Attributes:
+        stream, expected, actual: its name, and the versions.
+    """
+
+    def __init__(self, stream: str, expected: int, actual: int) -> None:
+        super().__init__(
+            f"The stream {stream} is at version {actual}, not {expected}: somebody else has "
+            "appended to it. Roll back, read it again and decide anew."
+        )
+        self.stream, self.expected, self.actual = stream, expected, actual
+
+
 class RepairError(EDAError):
     """A dead letter cannot be treated as was asked; nothing was changed."""
 
@@ -94,6 +111,10 @@ class NotItsTurn(RepairError):
 
 class InvalidKey(EDAError, ValueError):
     """What was given cannot be the ordering key of a message."""
+
+
+class InvalidEvent(EDAError, ValueError):
+    """What was given is no event, or no name, pattern or data of one."""
 
 
 class OutOfSequence(EDAError):

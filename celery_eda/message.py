@@ -14,6 +14,8 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid5
 
+from celery_eda.event import Draft
+
 ID_HEADER = "eda_id"
 REVISION_HEADER = "eda_revision"
 ORDER_HEADER = "eda_order"
@@ -191,6 +193,7 @@ class Message:
         due: earliest time to send, by the publisher's clock; None for at once.
         preparation: calls on the result backend that have to precede the message.
         lane: whose next number the message gets when it is written to the outbox, or None.
+        draft: the event that goes to the event store together with the message, or None.
         envelope: headers and properties as the broker's protocol encodes them, None if they are to
             be encoded when it is sent. A message that is made of this one has none.
     """
@@ -208,6 +211,7 @@ class Message:
     due: datetime | None = None
     preparation: tuple[tuple[str, Any], ...] = field(default=())
     lane: Lane | None = None
+    draft: Draft | None = None
     # Not among the arguments, so that `replace` never hands it on to other headers.
     envelope: bytes | None = field(default=None, init=False, compare=False, repr=False)
 

@@ -21,6 +21,7 @@ from celery_eda.cursors import Cursors
 from celery_eda.dead_letters import DeadLetters
 from celery_eda.dialects import Dialect, dialect_of
 from celery_eda.errors import ConfigurationError, UnsafeSetting
+from celery_eda.event_store import EventStore
 from celery_eda.failures import Failures
 from celery_eda.housekeeping import Housekeeping
 from celery_eda.inbox import Inbox
@@ -207,6 +208,11 @@ class Parts:
         return Sequences(self.tables.sequences, self.dialect)
 
     @made_once
+    def event_store(self) -> EventStore:
+        """Every event that this service has emitted."""
+        return EventStore(self.tables.events, self.dialect)
+
+    @made_once
     def cursors(self) -> Cursors:
         """The numbers awaited of each ordering key, and the messages parked."""
         return Cursors(self.tables.cursors, self.tables.parked, self.dialect)
@@ -354,6 +360,7 @@ class Parts:
         """
         queues: list[str] = []
         left = self.sequences.number(connection, messages)
+        self.event_store.append(connection, [each.draft for each in left if each.draft])
         if self.shortcut:
             queues, left = self.shortcut.put(connection, left)
         ids = self.outbox.add(connection, left) if left else []

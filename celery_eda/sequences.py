@@ -2,19 +2,20 @@
 
 A number is taken under its row's lock at the end of the producer's transaction, so the numbers
 of a key are in the order of the commits, without a gap: a transaction that rolls back gives its
-number back.
+number back. The version of a stream of events counts along, and no new epoch begins it again.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from sqlalchemy import Connection, Table, update
+from sqlalchemy import Connection, Row, Table, update
 
 from celery_eda.dialects.base import Dialect
-from celery_eda.message import Message, Position
+from celery_eda.message import Lane, Message, Position
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,14 @@ class Sequences:
         if not counts:
             return list(messages)
         wanted = {(lane.stream, lane.key): count for lane, count in counts.items()}
-        places: dict[tuple[str, str], Iterator[tuple[int, int, tuple[int, int] | None]]] = {}
-        for row in self.dialect.take_numbers(connection, self.table, dict(sorted(wanted.items()))):
-            name = (row.stream, row.key)
-            numbers = range(row.last - wanted[name] + 1, row.last + 1)
-            before = None
-            if row.previous_epoch is not None:
-                before = (row.previous_epoch, row.previous_last)
-            places[name] = iter(
-                [(row.epoch, number, before if number == 1 else None) for number in numbers]
+        places = {
+            (row.stream, row.key): _places(row, wanted[row.stream, row.key])
+            for row in self.dialect.take_numbers(
+                connection, self.table, dict(sorted(wanted.items()))
             )
+        }
         return [
-            message.at(Position(lane, *next(places[lane.stream, lane.key])))
+            _at(message, lane, *next(places[lane.stream, lane.key]))
             if (lane := message.lane)
             else message
             for message in messages
@@ -70,3 +67,27 @@ class Sequences:
             (columns.last, 0),
         )
         return connection.execute(statement).rowcount
+
+
+#: Epoch, number and what came before the epoch, as in a :class:`Position`; and the version.
+_Place = tuple[int, int, tuple[int, int] | None, int]
+
+
+def _places(row: Row[Any], count: int) -> Iterator[_Place]:
+    """The *count* places that end with those in *row*."""
+    before = None
+    if row.previous_epoch is not None:
+        before = (row.previous_epoch, row.previous_last)
+    for back in range(count - 1, -1, -1):
+        number = row.last - back
+        yield row.epoch, number, before if number == 1 else None, row.version - back
+
+
+def _at(
+    message: Message, lane: Lane, epoch: int, number: int, before: Any, version: int
+) -> Message:
+    """*message* at its place; its event, if it has one, is at *version* of its stream."""
+    placed = message.at(Position(lane, epoch, number, before))
+    if (draft := message.draft) is None:
+        return placed
+    return replace(placed, draft=replace(draft, event=replace(draft.event, version=version)))

@@ -103,6 +103,7 @@ class Tables:
         parked: messages that came before their predecessor, whole.
         audit: what was done to dead letters, by whom and why.
         requests: durable requests of this service, and what came of them.
+        events: every event that this service has emitted.
         queue: messages that wait for a worker, where the database itself is the broker.
         bindings: the queues there are, and what exchanges put into them.
         takers: who takes from those queues right now.
@@ -121,6 +122,7 @@ class Tables:
     parked: Table
     audit: Table
     requests: Table
+    events: Table
     queue: Table
     bindings: Table
     takers: Table
@@ -132,6 +134,7 @@ class Tables:
         return (
             *(self.outbox, self.inbox, self.attempts, self.dead_letters),
             *(self.sequences, self.cursors, self.parked, self.audit, self.requests),
+            self.events,
             *(self.queue, self.bindings, self.takers),
         )
 
@@ -213,6 +216,7 @@ class Tables:
             Column("last", BigInteger, nullable=False),
             Column("previous_epoch", BigInteger),
             Column("previous_last", BigInteger),
+            Column("version", BigInteger, nullable=False, server_default="0"),
             PrimaryKeyConstraint("stream", "key"),
             schema=schema,
             **_OPTIONS,
@@ -280,6 +284,37 @@ class Tables:
             **_OPTIONS,
         )
         Index(f"ix_{prefix}requests_at", requests.c.at)
+        events = Table(
+            f"{prefix}events",
+            metadata,
+            Column("id", Identifier, primary_key=True, autoincrement=True),
+            Column("position", BigInteger),
+            Column("event_id", MessageId, nullable=False),
+            Column("type", Name(KEY_BYTES), nullable=False),
+            Column("category", Name(KEY_BYTES), nullable=False),
+            Column("key", Name(KEY_BYTES)),
+            Column("version", BigInteger),
+            Column("source", Name(KEY_BYTES), nullable=False),
+            Column("data_version", Integer, nullable=False),
+            Column("data", LongText, nullable=False),
+            Column("time", Moment, nullable=False),
+            Column("at", Moment, nullable=False),
+            Column("correlation_id", String(NAME_LENGTH)),
+            Column("causation_id", String(NAME_LENGTH)),
+            schema=schema,
+            sqlite_autoincrement=True,
+            **_OPTIONS,
+        )
+        columns = events.c
+        Index(f"ix_{prefix}events_position", columns.position, unique=True)
+        Index(f"ix_{prefix}events_event", columns.event_id, unique=True)
+        Index(
+            f"ix_{prefix}events_stream",
+            *(columns.category, columns.key, columns.version),
+            unique=True,
+        )
+        Index(f"ix_{prefix}events_type", columns.type, columns.position)
+        Index(f"ix_{prefix}events_category", columns.category, columns.position)
         queue, bindings, takers = _queue_tables(metadata, prefix, schema)
         version = Table(
             f"{prefix}version",
@@ -291,6 +326,7 @@ class Tables:
         records = (
             *(outbox, inbox, attempts, dead_letters),
             *(sequences, cursors, parked, audit, requests),
+            events,
             *(queue, bindings, takers),
         )
         return cls(prefix, schema, metadata, *records, version)

@@ -305,7 +305,13 @@ class Dialect:
         ]
 
     def _sequence(self, stream: str, key: str, count: int) -> Values:
-        return {"stream": stream, "key": key, "epoch": self.milliseconds(), "last": count}
+        return {
+            "stream": stream,
+            "key": key,
+            "epoch": self.milliseconds(),
+            "last": count,
+            "version": count,
+        }
 
     def _move_on(
         self, connection: Connection, table: Table, rows: Sequence[Values]

@@ -127,7 +127,12 @@ class MySQL(Dialect):
         self, connection: Connection, table: Table, rows: Sequence[Values]
     ) -> Sequence[Row[Any]]:
         fresh = insert(table).values(rows)
-        connection.execute(fresh.on_duplicate_key_update(last=table.c.last + fresh.inserted.last))
+        connection.execute(
+            fresh.on_duplicate_key_update(
+                last=table.c.last + fresh.inserted.last,
+                version=table.c.version + fresh.inserted.version,
+            )
+        )
         # A locking read: at REPEATABLE READ another would see the rows as they were before.
         names = [(row["stream"], row["key"]) for row in rows]
         wanted = tuple_(table.c.stream, table.c.key).in_(names)

@@ -35,6 +35,9 @@ class Upserting(Dialect):
         fresh = self.insert(table).values(rows)
         statement = fresh.on_conflict_do_update(
             index_elements=list(table.primary_key),
-            set_={"last": table.c.last + fresh.excluded.last},
+            set_={
+                "last": table.c.last + fresh.excluded.last,
+                "version": table.c.version + fresh.excluded.version,
+            },
         )
         return connection.execute(statement.returning(*table.c)).all()

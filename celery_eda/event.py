@@ -1,0 +1,125 @@
+"""One event as a value: what changed, where, when, and because of what.
+
+On the wire and for other systems it has the attributes of CloudEvents 1.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+from uuid import UUID
+
+#: The task that an event's message calls, until it has come to a subscription.
+EVENT_TASK = "celery_eda.event"
+SPEC_VERSION = "1.0"
+
+
+@dataclass(frozen=True)
+class Event:
+    """A change of state that has been committed, or will be with its transaction.
+
+    Attributes:
+        id: the same wherever the event comes.
+        type: its name, as ``order.placed``.
+        source: the service that emitted it.
+        time: when it was emitted, by that service's clock.
+        data: what it says; an instance of the registered class, if there is one.
+        key: of what it is about; events of a category with the same key are a stream.
+        data_version: of the shape of *data*, as the registry counts.
+        correlation_id: shared by everything that followed from the same beginning.
+        causation_id: of the event or task that this one followed from.
+        version: place in its stream, from 1; known only to the store, None without a key.
+        position: place among all events of the store; None until a reader has asked for it.
+    """
+
+    id: UUID
+    type: str
+    source: str
+    time: datetime
+    data: Any = None
+    key: str | None = None
+    data_version: int = 1
+    correlation_id: str | None = None
+    causation_id: str | None = None
+    version: int | None = None
+    position: int | None = None
+
+    @property
+    def category(self) -> str:
+        """What is before the first dot of its type."""
+        return self.type.partition(".")[0]
+
+    @property
+    def stream(self) -> str | None:
+        """The stream that it belongs to, ``<category>.<key>``; None without a key."""
+        return None if self.key is None else f"{self.category}.{self.key}"
+
+    def to_cloud(self) -> dict[str, Any]:
+        """Its attributes as CloudEvents 1.0 name them; those that are None are left out."""
+        attributes = {
+            "specversion": SPEC_VERSION,
+            "id": str(self.id),
+            "source": self.source,
+            "type": self.type,
+            "subject": self.key,
+            "time": self.time.astimezone(timezone.utc).isoformat(),
+            "datacontenttype": "application/json",
+            "dataversion": self.data_version,
+            "correlationid": self.correlation_id,
+            "causationid": self.causation_id,
+            "streamversion": self.version,
+            "position": self.position,
+        }
+        known = {name: value for name, value in attributes.items() if value is not None}
+        return {**known, "data": self.data}
+
+    @classmethod
+    def of_cloud(cls, attributes: Any) -> Event:
+        """The event with these *attributes*.
+
+        Raises:
+            ValueError: they are not those of an event.
+        """
+        match attributes:
+            case {
+                "specversion": "1.0",
+                "id": str(id_),
+                "source": str(source),
+                "type": str(type_),
+                "time": str(time),
+            }:
+                return cls(
+                    id=UUID(id_),
+                    type=type_,
+                    source=source,
+                    time=datetime.fromisoformat(time),
+                    data=attributes.get("data"),
+                    key=_optional(attributes, "subject", str),
+                    data_version=_optional(attributes, "dataversion", int) or 1,
+                    correlation_id=_optional(attributes, "correlationid", str),
+                    causation_id=_optional(attributes, "causationid", str),
+                    version=_optional(attributes, "streamversion", int),
+                    position=_optional(attributes, "position", int),
+                )
+        raise ValueError("this is no event: it lacks attributes of CloudEvents 1.0")
+
+
+def _optional(attributes: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = attributes.get(name)
+    if value is None or type(value) is kind:
+        return value
+    raise ValueError(f"the attribute {name} of an event is malformed")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An event that is to be appended to the store.
+
+    Attributes:
+        expected: the version that its stream has to have before; None for any.
+    """
+
+    event: Event
+    expected: int | None = None

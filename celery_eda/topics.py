@@ -1,0 +1,66 @@
+"""Names of events, and the patterns that choose among them: words with dots between them.
+
+In a pattern ``*`` stands for exactly one word and ``#`` for any number of them, none included, as
+in AMQP. Every broker is held to the same meaning.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from celery_eda.errors import InvalidEvent
+
+#: Bytes of an event's name: a routing key of AMQP holds no more.
+NAME_BYTES = 255
+_WORD = "[A-Za-z0-9_-]+"
+_NAME = re.compile(rf"{_WORD}(\.{_WORD})*")
+_PATTERN = re.compile(rf"({_WORD}|\*|#)(\.({_WORD}|\*|#))*")
+
+
+def category_of(name: str) -> str:
+    """What is before the first dot of an event's *name*, or of a stream's."""
+    return name.partition(".")[0]
+
+
+def checked_name(name: str) -> str:
+    """*name*, if an event can have it.
+
+    Raises:
+        InvalidEvent: it cannot.
+    """
+    if not isinstance(name, str) or len(name) > NAME_BYTES or not _NAME.fullmatch(name):
+        raise InvalidEvent(
+            f"{name!r} is no name of an event: words of letters, digits, - and _ with dots "
+            f"between them, {NAME_BYTES} characters at the most, as in 'order.placed'."
+        )
+    return name
+
+
+def checked_pattern(pattern: str) -> str:
+    """*pattern*, if events can be chosen with it.
+
+    Raises:
+        InvalidEvent: it is none.
+    """
+    if not isinstance(pattern, str) or len(pattern) > NAME_BYTES or not _PATTERN.fullmatch(pattern):
+        raise InvalidEvent(
+            f"{pattern!r} is no pattern of events: words with dots between them, of which * is any "
+            "one word and # any number of words, as in 'order.*'."
+        )
+    return pattern
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether *pattern* chooses the event *name*."""
+    return _matches(tuple(pattern.split(".")), tuple(name.split(".")))
+
+
+@lru_cache(maxsize=4096)
+def _matches(pattern: tuple[str, ...], words: tuple[str, ...]) -> bool:
+    if not pattern:
+        return not words
+    first, rest = pattern[0], pattern[1:]
+    if first == "#":
+        return _matches(rest, words) or (bool(words) and _matches(pattern, words[1:]))
+    return bool(words) and first in ("*", words[0]) and _matches(rest, words[1:])

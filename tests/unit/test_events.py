@@ -1,0 +1,133 @@
+"""Events as values: their names and patterns, their attributes, and the shape of their data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from celery_eda.errors import ConfigurationError, InvalidEvent
+from celery_eda.event import Event
+from celery_eda.event_types import EventTypes
+from celery_eda.topics import checked_name, checked_pattern, matches
+
+EVENT = Event(
+    UUID("0197e1a0-0000-7000-8000-000000000007"),
+    "order.placed",
+    "shop",
+    datetime(2026, 5, 17, 12, 30, tzinfo=timezone.utc),
+    {"total": 5},
+    key="7",
+    correlation_id="c",
+)
+
+
+@dataclass
+class Placed:
+    """Data of an event."""
+
+    total: int
+    currency: str
+
+
+@pytest.mark.parametrize(
+    ("pattern", "chosen", "left"),
+    [
+        ("order.placed", ["order.placed"], ["order.paid", "order", "order.placed.late"]),
+        ("order.*", ["order.placed"], ["order", "order.placed.late", "orders.placed"]),
+        ("order.#", ["order", "order.placed", "order.placed.late"], ["orders.placed"]),
+        ("#.failed", ["failed", "a.failed", "a.b.failed"], ["failed.a"]),
+        ("*.#.*", ["a.b", "a.b.c"], ["a"]),
+        ("#", ["a", "a.b"], []),
+    ],
+)
+def test_a_pattern_chooses_as_in_amqp(pattern: str, chosen: list[str], left: list[str]) -> None:
+    assert [each for each in chosen + left if matches(pattern, each)] == chosen
+
+
+@pytest.mark.parametrize("name", ["", ".", "a.", "a..b", "a b", "order.*", "ä", "a" * 256, None, 7])
+def test_what_no_event_can_be_called_is_refused(name: Any) -> None:
+    with pytest.raises(InvalidEvent, match="no name of an event"):
+        checked_name(name)
+
+
+@pytest.mark.parametrize("pattern", ["", "order.", "order.pl*", "##", "a b", None])
+def test_what_is_no_pattern_is_refused(pattern: Any) -> None:
+    with pytest.raises(InvalidEvent, match="no pattern of events"):
+        checked_pattern(pattern)
+
+
+def test_an_event_has_the_attributes_of_cloudevents_and_is_made_of_them_again() -> None:
+    attributes = EVENT.to_cloud()
+
+    assert attributes == {
+        "specversion": "1.0",
+        "id": "0197e1a0-0000-7000-8000-000000000007",
+        "source": "shop",
+        "type": "order.placed",
+        "subject": "7",
+        "time": "2026-05-17T12:30:00+00:00",
+        "datacontenttype": "application/json",
+        "dataversion": 1,
+        "correlationid": "c",
+        "data": {"total": 5},
+    }
+    assert Event.of_cloud(attributes) == EVENT
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"specversion": "2.0"}, {"id": "x"}, {"type": None}, {"time": "noon"}, {"subject": 7}],
+)
+def test_what_is_no_event_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  # of whatever reads the attribute
+        Event.of_cloud({**EVENT.to_cloud(), **change})
+
+
+def test_old_data_are_brought_to_the_latest_version_step_by_step() -> None:
+    types = EventTypes()
+    types.register("order.placed", Placed, version=3)
+    types.upcast("order.placed", 1, lambda data: {"amount": data["total"]})
+    types.upcast("order.placed", 2, lambda data: {"total": data["amount"], "currency": "EUR"})
+
+    restored = types.restored(EVENT)
+
+    assert (restored.data, restored.data_version) == (Placed(5, "EUR"), 3)
+    assert types.to_plain("order.placed", restored.data) == {"total": 5, "currency": "EUR"}
+
+
+def test_data_of_a_later_version_than_this_service_knows_are_refused() -> None:
+    types = EventTypes()
+    types.register("order.placed", Placed)
+
+    with pytest.raises(InvalidEvent, match="data of version 2, and this service knows 1"):
+        types.restored(replace(EVENT, data_version=2))
+
+
+@pytest.mark.parametrize("data", [{"total": 5}, [5], "5"])
+def test_data_that_make_no_registered_class_are_refused(data: Any) -> None:
+    types = EventTypes()
+    types.register("order.placed", Placed)
+
+    with pytest.raises(InvalidEvent, match="Placed"):
+        types.to_plain("order.placed", data)
+
+
+def test_data_of_an_event_that_is_not_registered_are_left_alone() -> None:
+    types = EventTypes()
+
+    assert types.to_plain("order.placed", {"total": 5}) == {"total": 5}
+    assert types.restored(replace(EVENT, data_version=4)) == replace(EVENT, data_version=4)
+
+
+def test_an_event_has_one_class_only() -> None:
+    types = EventTypes()
+    types.register("order.placed", Placed)
+
+    with pytest.raises(ConfigurationError, match="registered already, as Placed"):
+        types.register("order.placed", Placed, version=2)
+    with pytest.raises(ConfigurationError, match="neither a dataclass nor a pydantic model"):
+        types.register("order.paid", dict)
