@@ -2,10 +2,21 @@
 
 from celery_eda.app import EDA
 from celery_eda.errors import EDAError
+from celery_eda.event import Event
 from celery_eda.repairers import Answer, Failure
 from celery_eda.reply import Replies, Reply
 from celery_eda.retry import RetryPolicy
 from celery_eda.tables import Tables
 
-__all__ = ["EDA", "Answer", "EDAError", "Failure", "Replies", "Reply", "RetryPolicy", "Tables"]
+__all__ = [
+    "EDA",
+    "Answer",
+    "EDAError",
+    "Event",
+    "Failure",
+    "Replies",
+    "Reply",
+    "RetryPolicy",
+    "Tables",
+]
 __version__ = "0.1.0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 from celery import Celery, Signature, Task
@@ -14,13 +14,16 @@ from sqlalchemy.orm import Session
 
 from celery_eda import attachment, context, joining, publishing, redaction, results, schema
 from celery_eda.errors import NoDelivery, UnknownRequest
+from celery_eda.event import Event
 from celery_eda.parts import Parts
 from celery_eda.reply import Replies, Reply
 from celery_eda.replying import REPLY_TASK
 from celery_eda.settings import register
+from celery_eda.subscribing import SubscriptionDecorator
 from celery_eda.task import TaskDecorator, finishing, made_reliable
 
 register()
+T = TypeVar("T")
 log = redaction.logger(__name__)
 
 #: Celery's own tasks that run, or publish, tasks of the user's.
@@ -46,6 +49,7 @@ class EDA(Parts):
     def __init__(self, app: Celery | None = None, *, engine: Engine | None = None) -> None:
         super().__init__(engine)
         self.task = TaskDecorator(self)
+        self.on = SubscriptionDecorator(self)
         if app is not None:
             self.init_app(app)
 
@@ -108,6 +112,76 @@ class EDA(Parts):
         if progress.session is None:
             progress.session = Session(progress.connection, join_transaction_mode="rollback_only")
         return progress.session
+
+    # ── events ──────────────────────────────────────────────────────────────────────────────────
+
+    def emit(
+        self,
+        name: str,
+        data: Any = None,
+        *,
+        key: Any = None,
+        expected_version: int | None = None,
+        correlation_id: str | None = None,
+    ) -> Event:
+        """Say that something has happened: ``eda.emit("order.placed", {"id": 7}, key=7)``.
+
+        The event is kept in the event store, and comes to every subscription, if and only if the
+        transaction commits in which it is emitted. Outside of any it has one of its own, unless
+        ``eda_outside`` is ``raise``.
+
+        Args:
+            name: words with dots between them; what is before the first is its category.
+            data: what JSON can say, or an instance of the class that is registered for it.
+            key: of what it is about. Events of a category with the same key are a stream, and
+                come to ordered subscriptions in the order of their commits.
+            expected_version: the version that the stream has to have before.
+            correlation_id: by default that of the event or task in progress.
+
+        Returns:
+            The event; its version is known once it is stored.
+
+        Raises:
+            InvalidEvent: its name or its data are of no use.
+            InvalidKey: the key is.
+            VersionConflict: when the transaction commits, if somebody else was quicker.
+            OutsideTransaction: ``eda_outside`` forbids it here.
+        """
+        return self.emitting.emit(
+            name,
+            data,
+            key=key,
+            expected_version=expected_version,
+            correlation_id=correlation_id,
+        )
+
+    def event(self, name: str, version: int = 1) -> Callable[[type[T]], type[T]]:
+        """``@eda.event("order.placed")``: lets its data be of a dataclass or pydantic model.
+
+        Args:
+            name: of the event.
+            version: of the shape of the data, to be counted up when it changes.
+
+        Raises:
+            ConfigurationError: it has a class already, or this one is of no use.
+        """
+
+        def register(kind: type[T]) -> type[T]:
+            self.event_types.register(name, kind, version)
+            return kind
+
+        return register
+
+    def upcaster(
+        self, name: str, version: int
+    ) -> Callable[[Callable[[dict[str, Any]], dict[str, Any]]], Any]:
+        """``@eda.upcaster("order.placed", 1)``: makes data of that version into the next one's."""
+
+        def register(upcast: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+            self.event_types.upcast(name, version, upcast)
+            return upcast
+
+        return register
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────
 

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from celery_eda.errors import TwoSessions
 
 if TYPE_CHECKING:
+    from celery_eda.event import Event
     from celery_eda.message import Identity, Message, Position
 
 
@@ -160,6 +161,20 @@ class InProgress:
 
 
 in_progress: ContextVar[InProgress | None] = ContextVar("celery_eda_in_progress", default=None)
+
+
+#: The event that a subscription handles right now; what is emitted here follows from it.
+handled_event: ContextVar[Event | None] = ContextVar("celery_eda_event", default=None)
+
+
+@contextmanager
+def handling(event: Event) -> Iterator[None]:
+    """Let what is emitted inside the block follow from *event*."""
+    token = handled_event.set(event)
+    try:
+        yield
+    finally:
+        handled_event.reset(token)
 
 
 # The identities of what is published right here, where that has to have the same ones each time.

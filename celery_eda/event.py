@@ -13,6 +13,8 @@ from uuid import UUID
 
 #: The task that an event's message calls, until it has come to a subscription.
 EVENT_TASK = "celery_eda.event"
+#: The exchange that all services publish their events to.
+EVENT_EXCHANGE = "eda.events"
 SPEC_VERSION = "1.0"
 
 

@@ -52,6 +52,7 @@ class Intake(bootsteps.StartStopStep):
         self.consumer = consumer
         self.limits = Limits(settings.max_message_bytes, settings.max_nesting)
         self.refusals = consumer.app.eda.refusals
+        self.subscriptions = consumer.app.eda.subscriptions
         self.is_away = consumer.app.eda.dialect.is_outage
         self.waiting: deque[tuple[Any, Refused]] = deque()
         self.delays = delays(*WAIT)
@@ -140,6 +141,7 @@ class Intake(bootsteps.StartStopStep):
 
     def give_up(self, message: Any, *_: Any) -> None:
         """Keep *message*, which a queue of the broker gave up, as a dead letter."""
+        self.subscriptions.address(message, undelivered.queue_in(message.headers))
         self._keep_soon(message, given_up(message))
 
     def _keep_soon(self, message: Any, what: Refused) -> None:

@@ -20,8 +20,10 @@ from celery_eda.consumer import Consumer
 from celery_eda.cursors import Cursors
 from celery_eda.dead_letters import DeadLetters
 from celery_eda.dialects import Dialect, dialect_of
+from celery_eda.emitting import Emitting
 from celery_eda.errors import ConfigurationError, UnsafeSetting
 from celery_eda.event_store import EventStore
+from celery_eda.event_types import EventTypes
 from celery_eda.failures import Failures
 from celery_eda.housekeeping import Housekeeping
 from celery_eda.inbox import Inbox
@@ -46,10 +48,17 @@ from celery_eda.retry import Policy, checked
 from celery_eda.sender import Sender
 from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings
+from celery_eda.subscriptions import Subscriptions
 from celery_eda.tables import Tables
 from celery_eda.task import ReliableTask
 from celery_eda.transaction import Store, Ticket
-from celery_eda.transports import reply_queues_of, seal_of, shortcut_of, transport_of
+from celery_eda.transports import (
+    reply_queues_of,
+    seal_of,
+    shortcut_of,
+    transport_of,
+    undelivered,
+)
 from celery_eda.unit_of_work import UnitsOfWork
 
 if TYPE_CHECKING:
@@ -213,6 +222,21 @@ class Parts:
         return EventStore(self.tables.events, self.dialect)
 
     @made_once
+    def event_types(self) -> EventTypes:
+        """What the data of events look like."""
+        return EventTypes()
+
+    @made_once
+    def subscriptions(self) -> Subscriptions:
+        """Who wants which events."""
+        return Subscriptions(lambda: self.service, self._queue_arguments)
+
+    @made_once
+    def emitting(self) -> Emitting:
+        """Emits events."""
+        return Emitting(self.app, self.publisher, lambda: self.service, self.event_types)
+
+    @made_once
     def cursors(self) -> Cursors:
         """The numbers awaited of each ordering key, and the messages parked."""
         return Cursors(self.tables.cursors, self.tables.parked, self.dialect)
@@ -360,7 +384,8 @@ class Parts:
         """
         queues: list[str] = []
         left = self.sequences.number(connection, messages)
-        self.event_store.append(connection, [each.draft for each in left if each.draft])
+        if drafts := [each.draft for each in left if each.draft]:
+            self.event_store.append(connection, drafts)
         if self.shortcut:
             queues, left = self.shortcut.put(connection, left)
         ids = self.outbox.add(connection, left) if left else []
@@ -373,6 +398,14 @@ class Parts:
             self.shortcut.ring()
         if ids and self.settings.send_after_commit:
             self.sender.hand_off(ids)
+
+    def _queue_arguments(self) -> dict[str, Any]:
+        """Those of a queue that an app with the same settings would make by itself."""
+        if self.app.conf.task_default_queue_type != "quorum":
+            return {}
+        limit = self.settings.delivery_limit
+        limits = undelivered.limits(limit, self.service) if limit else {}
+        return {**limits, "x-queue-type": "quorum"}
 
     def _prepared_engine(self, patience: float) -> Engine:
         """An engine with the time-outs of the road.

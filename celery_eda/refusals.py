@@ -18,6 +18,7 @@ from sqlalchemy import Engine
 
 from celery_eda.dead_letters import DeadLetters, Reason, text_of
 from celery_eda.errors import Malformed, WorkersLost
+from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.inbox import Inbox, Outcome
 from celery_eda.inspection import Refusal
 from celery_eda.message import PROPERTIES, Identity, Message
@@ -139,6 +140,8 @@ def given_up(message: Any) -> Refused:
     It is known as the consumer of its task knows it, who may have recorded its end before.
     """
     why, exchange, routing_key = undelivered.origin_of(message.headers)
+    if exchange == EVENT_EXCHANGE:  # only the one subscription has given it up
+        exchange, routing_key = "", undelivered.queue_in(message.headers)
     error = WorkersLost(f"the broker gave it up: {why}")
     kept = refused(message, Refusal(_GIVEN_UP.get(why, Reason.rejected), error))
     letter = replace(kept.letter, exchange=_name(exchange), routing_key=_name(routing_key))

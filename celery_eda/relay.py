@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from celery_eda import addresses, checkpoints, redaction
 from celery_eda.dead_letters import DeadLetters, Reason
+from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.message import Message
 from celery_eda.outbox import Outbox, Pending
 from celery_eda.retry import backoff
@@ -37,7 +38,8 @@ PROMPT = 0.5
 class Round:
     """What became of the messages of one round.
 
-    ``dropped`` ones are replies for whom nobody waits any more. ``refused`` ones rest for a while:
+    ``dropped`` ones are replies for whom nobody waits any more, and events to which nobody
+    subscribes. ``refused`` ones rest for a while:
     the broker did not take them, or what has to precede one of them could not be done. ``unknown``
     ones stay in the outbox as they were: the broker was away.
     """
@@ -192,8 +194,7 @@ class Relay:
         unwanted = [each for each, answer in refused if _is_unwanted(each, answer)]
         gone = [*(each for each, _ in confirmed), *unwanted]
         self.outbox.clear(connection, self.owner, [each.id for each in gone])
-        if unwanted:
-            log.warning("%d replies are dropped: who asked for them is gone", len(unwanted))
+        _tell_of(unwanted)
         for each, answer in refused:
             if each not in unwanted:
                 self._refuse(connection, each, answer.why)
@@ -271,5 +272,19 @@ class Relay:
 
 
 def _is_unwanted(pending: Pending, answer: Answer) -> bool:
-    """Whether it is a reply to a process that is gone, and its queue with it."""
-    return answer.unroutable and addresses.is_volatile(pending.message.routing_key)
+    """Whether it may go unheard: a reply to a process that is gone, or an event."""
+    message = pending.message
+    unheard = _is_event(pending) or addresses.is_volatile(message.routing_key)
+    return answer.unroutable and unheard
+
+
+def _is_event(pending: Pending) -> bool:
+    return pending.message.exchange == EVENT_EXCHANGE
+
+
+def _tell_of(unwanted: Sequence[Pending]) -> None:
+    events = sum(map(_is_event, unwanted))
+    if replies := len(unwanted) - events:
+        log.warning("%d replies are dropped: who asked for them is gone", replies)
+    if events:
+        log.info("%d events have no subscriber", events)

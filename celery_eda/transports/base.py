@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
@@ -10,6 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 from kombu.common import Broadcast
 from kombu.messaging import Producer
 
+from celery_eda import topics
+from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.message import Message
 
 #: In place of its headers, those of a message whose own could not be read: why, and its octets.
@@ -43,9 +45,13 @@ class Answer:
 CONFIRMED = Answer(Verdict.confirmed)
 
 
+class Unroutable(LookupError):
+    """No queue would get a message."""
+
+
 def refused(error: BaseException) -> Answer:
     """The answer to a message that is itself the reason of *error*."""
-    return Answer(Verdict.refused, _words(error))
+    return Answer(Verdict.refused, _words(error), unroutable=isinstance(error, Unroutable))
 
 
 def unknown(error: BaseException) -> Answer:
@@ -149,19 +155,32 @@ def publish_with(producer: Producer, message: Message) -> Any:
 def declare(app: Any, channel: Any, name: str) -> None:
     """Declare the queue that *app* knows as *name*, with its exchange and binding.
 
-    Of a broadcast only the exchange: every consumer declares a queue of its own.
+    Of a broadcast only the exchange: every consumer declares a queue of its own. By the name of
+    the exchange of events, that and the subscriptions of *app*.
 
     Raises:
         KeyError: there is no such queue, and the app does not create missing ones.
     """
+    if name == EVENT_EXCHANGE:
+        app.eda.subscriptions.declare(channel)
+        return
     queue = app.amqp.queues[name]
     entity = queue.exchange if isinstance(queue, Broadcast) else queue
     entity.bind(channel).declare()
 
 
-def unroutable(message: Message) -> LookupError:
+def subscribers(bindings: Iterable[tuple[str, Any, str]], name: str) -> list[str]:
+    """The queues that the event *name* goes to, by kombu's *bindings* of the exchange of events.
+
+    Kombu's own look-up is not asked: to it `order.#` does not choose `order`.
+    """
+    chosen = (queue for pattern, _, queue in bindings if topics.matches(pattern, name))
+    return list(dict.fromkeys(chosen))
+
+
+def unroutable(message: Message) -> Unroutable:
     """The error for a message that no queue would get, where the broker itself says nothing."""
-    return LookupError(
+    return Unroutable(
         f"No queue is bound to exchange {message.exchange!r} "
         f"with routing key {message.routing_key!r}."
     )

@@ -14,6 +14,7 @@ from sqlalchemy import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_eda import addresses, checkpoints
+from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.message import Message
 from celery_eda.queues import Waiting
 from celery_eda.tables import Tables
@@ -22,6 +23,7 @@ from celery_eda.transports.base import (
     Answer,
     declare,
     refused,
+    subscribers,
     unknown,
     unroutable,
 )
@@ -77,8 +79,7 @@ class Database:
             queues = _queues_of(channel, message)
             if not queues:
                 if not _is_heard_by_chance(channel, message):
-                    error = unroutable(message)
-                    return Answer(refused(error).verdict, refused(error).why, unroutable=True)
+                    return refused(unroutable(message))
                 return []
             prepared = prepared_for(message)
             return [waiting(queue, prepared) for queue in queues]
@@ -95,6 +96,8 @@ def _queues_of(channel: Any, message: Message) -> list[str]:
         gone = addresses.is_volatile(name) and not channel._has_queue(name)
         return [] if gone else [name]
     exchange, table = channel.typeof(message.exchange), channel.get_table(message.exchange)
+    if message.exchange == EVENT_EXCHANGE:
+        return subscribers(table, message.routing_key)
     return sorted(exchange.lookup(table, message.exchange, message.routing_key, None))
 
 

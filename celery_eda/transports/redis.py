@@ -8,6 +8,8 @@ Confirmed is what the server has answered; whether that survives a loss of power
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from kombu.exceptions import OperationalError
@@ -15,6 +17,7 @@ from kombu.messaging import Producer
 from redis import exceptions
 
 from celery_eda import addresses, checkpoints
+from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.message import Message
 from celery_eda.transports import redis_replies
 from celery_eda.transports.base import (
@@ -24,6 +27,7 @@ from celery_eda.transports.base import (
     declare,
     publish_with,
     refused,
+    subscribers,
     unknown,
     unroutable,
 )
@@ -137,13 +141,25 @@ class _Pipeline:
         """Add *message*; returns the places of its commands.
 
         Raises:
-            LookupError: no queue would get it.
+            Unroutable: no queue would get it.
         """
         self._used = []
-        publish_with(self._producer, message)
+        if message.exchange == EVENT_EXCHANGE:
+            # One by one: of kombu's copies the acknowledgement of one would forget the others,
+            # since they have one delivery tag.
+            for queue in subscribers(self._bindings, message.routing_key):
+                publish_with(self._producer, replace(message, exchange="", routing_key=queue))
+        else:
+            publish_with(self._producer, message)
         if not self._used:
             raise unroutable(message)
         return self._used
+
+    @cached_property
+    def _bindings(self) -> list[tuple[str, str, str]]:
+        """Those of the exchange of events, as they are while this batch is sent."""
+        bindings: list[tuple[str, str, str]] = self._channel.get_table(EVENT_EXCHANGE)
+        return bindings
 
     def basic_publish(self, message: Any, exchange: str, routing_key: str, **_: Any) -> None:
         self._channel.basic_publish(

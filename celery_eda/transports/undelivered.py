@@ -29,9 +29,9 @@ def queue_of(service: str) -> Queue:
     )
 
 
-def limiting(base: type[Queues], limit: int, service: str) -> type[Queues]:
-    """*base*, Celery's collection of queues, whose quorum queues deliver *limit* times at most."""
-    arguments = {
+def limits(limit: int, service: str) -> dict[str, Any]:
+    """The arguments of a quorum queue of *service* that delivers *limit* times at most."""
+    return {
         "x-delivery-limit": limit,
         "x-dead-letter-exchange": EXCHANGE,
         "x-dead-letter-routing-key": service,
@@ -39,6 +39,11 @@ def limiting(base: type[Queues], limit: int, service: str) -> type[Queues]:
         "x-dead-letter-strategy": "at-least-once",
         "x-overflow": "reject-publish",
     }
+
+
+def limiting(base: type[Queues], limit: int, service: str) -> type[Queues]:
+    """*base*, Celery's collection of queues, whose quorum queues have such a limit."""
+    arguments = limits(limit, service)
 
     class LimitingQueues(base):
         def __setitem__(self, name: str, queue: Queue) -> None:
@@ -49,11 +54,20 @@ def limiting(base: type[Queues], limit: int, service: str) -> type[Queues]:
     return LimitingQueues
 
 
+def queue_in(headers: Mapping[str, Any]) -> str:
+    """The queue that gave a message up."""
+    return str(_last_death(headers).get("queue", ""))
+
+
 def origin_of(headers: Mapping[str, Any]) -> tuple[str, str, str]:
     """Why a message was given up, and the exchange and routing key that it had come with."""
-    deaths = headers.get("x-death")
-    last = deaths[0] if isinstance(deaths, list) and deaths else {}
-    last = last if isinstance(last, Mapping) else {}
+    last = _last_death(headers)
     keys = last.get("routing-keys")
     key = keys[0] if isinstance(keys, list) and keys else ""
     return str(last.get("reason", "")), str(last.get("exchange", "")), str(key)
+
+
+def _last_death(headers: Mapping[str, Any]) -> Mapping[str, Any]:
+    deaths = headers.get("x-death")
+    last = deaths[0] if isinstance(deaths, list) and deaths else {}
+    return last if isinstance(last, Mapping) else {}

@@ -1,0 +1,115 @@
+"""Emitting an event: into the event store and to whoever subscribes to it, in one transaction.
+
+Its message is one that Celery's own publishing makes, captured like any other; only its route is
+ours. Who handles it is not known here, and need not be there yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import EncodeError
+
+from celery_eda import context, ordering
+from celery_eda.errors import InvalidEvent
+from celery_eda.event import EVENT_EXCHANGE, EVENT_TASK, Draft, Event
+from celery_eda.event_types import EventTypes
+from celery_eda.message import Identity, Message
+from celery_eda.publishing import Publisher
+from celery_eda.topics import category_of, checked_name
+
+
+@dataclass(frozen=True)
+class Emitting:
+    """Emits events on behalf of one app.
+
+    Attributes:
+        service: asks for the name of this service, which every event has for its source.
+        types: what the data of its events look like.
+    """
+
+    app: Celery
+    publisher: Publisher
+    service: Callable[[], str]
+    types: EventTypes
+
+    def emit(
+        self,
+        name: str,
+        data: Any,
+        *,
+        key: Any,
+        expected_version: int | None,
+        correlation_id: str | None,
+    ) -> Event:
+        """Emit one event; see :meth:`celery_eda.EDA.emit`."""
+        checked_name(name)
+        if expected_version is not None and key is None:
+            raise InvalidEvent(
+                f"{name} is emitted without a key, so it belongs to no stream that could have a "
+                "version. Give the key too, or leave expected_version out."
+            )
+        service = self.service()
+        stream = f"{category_of(name)}.#"
+        lane = None if key is None else ordering.lane(service, stream, key)
+        identity = Identity.fresh()
+        correlation, causation = self._origin()
+        event = Event(
+            id=identity.id,
+            type=name,
+            source=service,
+            time=datetime.now(timezone.utc),
+            data=self.types.to_plain(name, data),
+            key=None if lane is None else lane.key,
+            data_version=self.types.version_of(name),
+            correlation_id=correlation_id or correlation or str(identity.id),
+            causation_id=causation,
+        )
+        with self.publisher.stored(f"The event {name}", self.publisher.store):
+            message = self._captured(event, identity)
+            draft = Draft(event, expected_version)
+            transaction = context.current_transaction()
+            assert transaction is not None, "the publisher has opened one"
+            transaction.capture(replace(message, lane=lane, draft=draft))
+        return event
+
+    def _captured(self, event: Event, identity: Identity) -> Message:
+        """What Celery would send as a call with *event*, to the exchange of events.
+
+        Raises:
+            InvalidEvent: its data cannot be written as JSON.
+        """
+        collected = context.Collected()
+        try:
+            with context.scope_of(collected), context.identified(iter([identity])):
+                self.app.send_task(
+                    EVENT_TASK,
+                    (event.to_cloud(),),
+                    task_id=str(event.id),
+                    exchange=EVENT_EXCHANGE,
+                    routing_key=event.type,
+                    serializer="json",
+                    argsrepr=f"({event.type!r},)",
+                    ignore_result=True,
+                )
+        except EncodeError as error:
+            raise InvalidEvent(
+                f"The data of {event.type} cannot be written as JSON: {error}. Give texts, "
+                "numbers, lists and dictionaries, or a class that is registered for the event."
+            ) from error
+        message: Message = collected.messages[0]
+        # Whoever sends it makes the exchange, and the queues of its own subscriptions.
+        return replace(message, queue=EVENT_EXCHANGE, preparation=())
+
+    def _origin(self) -> tuple[str | None, str | None]:
+        """Correlation and causation of what is emitted right here."""
+        if (handled := context.handled_event.get()) is not None:
+            return handled.correlation_id or str(handled.id), str(handled.id)
+        task = self.app.current_worker_task
+        if task is None or context.in_progress.get() is None:
+            return None, None
+        return task.request.root_id, task.request.id

@@ -1,0 +1,155 @@
+"""Events between processes: each subscription takes effect once with each of them, on its own."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections import Counter
+
+import pytest
+from sqlalchemy import func, select
+
+from celery_eda import checkpoints
+from tests.road.conftest import Process, Road
+from tests.road.tables import effects
+from tests.road.test_killed_at_every_step import RELAY
+from tests.servers.base import Server
+
+ORDERS = 15
+CUSTOMERS = 3
+PLACED = Counter(number for number in range(1, ORDERS + 1) if number % 3)
+#: What happens to a message in the worker; the first delivery counts nothing.
+WORKER = ("delivery.received", "inbox.admitted", "delivery.handled", "delivery.committed")
+
+pytestmark = pytest.mark.parametrize(
+    "road", ["rabbitmq-postgresql", "redis-mariadb", "eda-sqlite"], indirect=True
+)
+
+
+@pytest.fixture(autouse=True)
+def eventful(road: Road) -> None:
+    road.app = "tests.road.eventful"
+
+
+def emitter(road: Road, fault: str | None = None) -> Process:
+    return road._run(["tests.road.eventful", "1", str(ORDERS)], fault)
+
+
+def emit(road: Road) -> None:
+    assert emitter(road).wait() == 0, road.logs()
+
+
+def subscribe(road: Road) -> Process:
+    """Start a worker; its queues are there before anything is emitted."""
+    worker = road.worker()
+    road.until(lambda: road.logged("celery@") and road.logged(" ready."), "a worker")
+    return worker
+
+
+def expect_each_event_once(road: Road) -> None:
+    road.until(lambda: road.effects("charge") == PLACED, "each order charged")
+    road.until(lambda: sum(map(len, ledgers(road))) == 2 * len(PLACED), "whole ledgers")
+    road.until(lambda: len(road.dead()) == len(PLACED), "the dead letters of the broken one")
+    road.settle(3.0 if road.broker.startswith("redis") else 1.0)
+
+    assert road.committed() == PLACED
+    for name in ("order.placed", "order.paid", "cooked", "charge"):
+        assert road.effects(name) == PLACED, name
+    assert not road.effects("order.looked.at")
+    assert ledgers(road) == [
+        [2 * n + paid for n in sorted(PLACED) if n % CUSTOMERS == customer for paid in (0, 1)]
+        for customer in range(CUSTOMERS)
+    ]
+    assert road.dead() == [("road.broken", "failed")] * len(PLACED)
+    assert not road.effects("mended")
+
+
+def ledgers(road: Road) -> list[list[int]]:
+    """What each customer's ledger says, in the order in which it was written."""
+    numbers = select(effects.c.number).order_by(effects.c.id)
+    return [
+        road._all(numbers.where(effects.c.name == f"ledger {customer}"))
+        for customer in range(CUSTOMERS)
+    ]
+
+
+def stored(road: Road) -> Counter[str]:
+    """How many events of each name are in the store."""
+    events = road.tables.events
+    query = select(events.c.type, func.count()).group_by(events.c.type)
+    with road.engine.connect() as connection:
+        return Counter({row[0]: row[1] for row in connection.execute(query)})
+
+
+def test_each_subscription_takes_effect_once_with_each_committed_event(road: Road) -> None:
+    subscribe(road)
+    road.relay()
+
+    emit(road)
+
+    expect_each_event_once(road)
+    number = len(PLACED)
+    assert stored(road) == {
+        **dict.fromkeys(("order.placed", "order.paid", "order.looked.at"), number),
+        **dict.fromkeys(("weather.changed", "kitchen.cooked"), number),
+    }
+
+
+def test_what_fails_for_good_is_redriven_to_its_own_subscription(road: Road) -> None:
+    broken = subscribe(road)
+    road.relay()
+    emit(road)
+    expect_each_event_once(road)
+
+    broken.kill()
+    road.worker(ROAD_MENDED="1")
+    command = ["celery", "-A", road.app, "eda", "dead-letters", "redrive", "--yes", "--json"]
+    redrive = road._run([*command, "--task", "road.broken"], None)
+
+    assert redrive.wait() == 0, redrive.log.read_text()
+    road.until(lambda: road.effects("mended") == PLACED, "all of them mended")
+    road.settle(3.0 if road.broker.startswith("redis") else 1.0)
+    assert road.effects("mended") == road.effects("cooked") == road.effects("charge") == PLACED
+
+
+@pytest.mark.parametrize("step", RELAY)
+def test_a_killed_relay_loses_no_event(road: Road, step: str) -> None:
+    subscribe(road)
+    relay = road.relay(fault=road.fault(step))
+    emit(road)
+
+    road.until(road.struck(step).exists, f"a relay at {step}")
+    assert relay.wait() == -signal.SIGKILL, road.logs()
+    road.relay()
+
+    expect_each_event_once(road)
+
+
+@pytest.mark.parametrize("step", WORKER)
+def test_a_killed_worker_loses_no_event_and_repeats_none(road: Road, step: str) -> None:
+    assert step in checkpoints.STEPS
+    road.relay()
+    road.worker(fault=road.fault(step))
+    road.until(lambda: road.logged(" ready."), "a worker")
+    emit(road)
+
+    road.until(road.struck(step).exists, f"a worker at {step}")
+
+    expect_each_event_once(road)
+
+
+def test_events_wait_for_a_broker_that_is_away(road: Road, request: pytest.FixtureRequest) -> None:
+    if road.broker.startswith("eda"):
+        pytest.skip("the database is the broker")
+    broker: Server = request.getfixturevalue("broker")
+    worker = subscribe(road)
+    worker.kill()
+    broker.kill()
+
+    emit(road)
+    road.relay()
+    road.until(lambda: road.logged("stay in the outbox"), "a relay that waits")
+    broker.start()
+    road.worker()
+
+    expect_each_event_once(road)
