@@ -70,14 +70,14 @@ class Emitting:
             causation_id=causation,
         )
         with self.publisher.stored(f"The event {name}", self.publisher.store):
-            message = self._captured(event, identity)
+            message = self.message_of(event, identity)
             draft = Draft(event, expected_version)
             transaction = context.current_transaction()
             assert transaction is not None, "the publisher has opened one"
             transaction.capture(replace(message, lane=lane, draft=draft))
         return event
 
-    def _captured(self, event: Event, identity: Identity) -> Message:
+    def message_of(self, event: Event, identity: Identity) -> Message:
         """What Celery would send as a call with *event*, to the exchange of events.
 
         Raises:

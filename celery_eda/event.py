@@ -34,6 +34,7 @@ class Event:
         causation_id: of the event or task that this one followed from.
         version: place in its stream, from 1; known only to the store, None without a key.
         position: place among all events of the store; None until a reader has asked for it.
+        order: place in its key's order as its message says it; known only to the store.
     """
 
     id: UUID
@@ -47,6 +48,7 @@ class Event:
     causation_id: str | None = None
     version: int | None = None
     position: int | None = None
+    order: tuple[Any, ...] | None = None
 
     @property
     def category(self) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, TypeVar
+from uuid import UUID
 
 from kombu.utils import json
 from sqlalchemy import (
@@ -80,6 +81,12 @@ class EventStore:
         if drafts:
             statement = insert(self.table).values(at=self.dialect.now())
             connection.execute(statement, [_to_row(draft.event) for draft in drafts])
+
+    def find(self, connection: Connection, event_id: UUID) -> Event | None:
+        """The event with that id."""
+        query = select(self.table).where(self.table.c.event_id == event_id)
+        row = connection.execute(query).one_or_none()
+        return None if row is None else _from_row(row)
 
     def version(self, connection: Connection, stream: str) -> int:
         """The version of *stream*; 0 if nothing was ever appended to it."""
@@ -208,6 +215,7 @@ def _to_row(event: Event) -> dict[str, Any]:
         "time": _utc(event.time),
         "correlation_id": event.correlation_id,
         "causation_id": event.causation_id,
+        "ordered_at": None if event.order is None else json.dumps(event.order),
     }
 
 
@@ -224,6 +232,7 @@ def _from_row(row: Row[Any]) -> Event:
         causation_id=row.causation_id,
         version=row.version,
         position=row.position,
+        order=None if row.ordered_at is None else tuple(json.loads(row.ordered_at)),
     )
 
 

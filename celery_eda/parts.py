@@ -41,6 +41,7 @@ from celery_eda.relay import Relay
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.repair import Repair
 from celery_eda.repairers import Repairers, RepairTasks
+from celery_eda.replaying import Replaying
 from celery_eda.replying import Replies
 from celery_eda.requesting import Requesting
 from celery_eda.requests import Requests
@@ -235,6 +236,11 @@ class Parts:
     def emitting(self) -> Emitting:
         """Emits events."""
         return Emitting(self.app, self.publisher, lambda: self.service, self.event_types)
+
+    @made_once
+    def replaying(self) -> Replaying:
+        """Sends events once more."""
+        return Replaying(self.engine, self.event_store, self.emitting.message_of, self.store_apart)
 
     @made_once
     def cursors(self) -> Cursors:

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Table, update
 
 from celery_eda.dialects.base import Dialect
-from celery_eda.message import Lane, Message, Position
+from celery_eda.message import ORDER_HEADER, Lane, Message, Position
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,10 @@ def _at(
     message: Message, lane: Lane, epoch: int, number: int, before: Any, version: int
 ) -> Message:
     """*message* at its place; its event, if it has one, is at *version* of its stream."""
-    placed = message.at(Position(lane, epoch, number, before))
+    position = Position(lane, epoch, number, before)
+    placed = message.at(position)
     if (draft := message.draft) is None:
         return placed
-    return replace(placed, draft=replace(draft, event=replace(draft.event, version=version)))
+    order = tuple(position.headers[ORDER_HEADER])
+    event = replace(draft.event, version=version, order=order)
+    return replace(placed, draft=replace(draft, event=event))

@@ -13,6 +13,7 @@ from typing import Any
 from uuid import UUID, uuid5
 
 from kombu import Exchange, Queue, binding
+from kombu.transport import virtual
 
 from celery_eda import topics
 from celery_eda.errors import ConfigurationError
@@ -121,6 +122,15 @@ class Subscriptions:
         EXCHANGE.bind(channel).declare()
         for each in self.known.values():
             self.queue_of(each).bind(channel).declare()
+
+    def drop(self, channel: Any, queue: str) -> None:
+        """Delete a *queue*, with what is in it and what binds it. Repeating it is harmless."""
+        if isinstance(channel, virtual.Channel):
+            EXCHANGE.bind(channel).declare()
+            for pattern, _, bound in channel.get_table(EVENT_EXCHANGE):
+                if bound == queue:  # kombu takes away the bindings that it has seen
+                    channel.queue_bind(queue, EVENT_EXCHANGE, pattern)
+        channel.queue_delete(queue)
 
     def address(self, message: Any, queue: str) -> None:
         """Make *message*, kombu's, that came to *queue*, a call of the subscription's own task.

@@ -301,6 +301,7 @@ class Tables:
             Column("at", Moment, nullable=False),
             Column("correlation_id", String(NAME_LENGTH)),
             Column("causation_id", String(NAME_LENGTH)),
+            Column("ordered_at", LongText),
             schema=schema,
             sqlite_autoincrement=True,
             **_OPTIONS,

@@ -6,9 +6,11 @@ import click
 from celery.bin.base import handle_preload_options
 
 from celery_eda.cli.dead_letters import dead_letters
+from celery_eda.cli.events import events
 from celery_eda.cli.housekeeping import housekeeping
 from celery_eda.cli.order import order
 from celery_eda.cli.relay import relay
+from celery_eda.cli.subscriptions import subscriptions
 from celery_eda.cli.tables import db
 
 
@@ -16,8 +18,8 @@ from celery_eda.cli.tables import db
 @click.pass_context
 @handle_preload_options  # type: ignore[untyped-decorator]  # Celery is untyped
 def eda(context: click.Context) -> None:
-    """Transactional outbox, idempotent inbox, relay, dead letters."""
+    """Transactional outbox, idempotent inbox, relay, dead letters, events."""
 
 
-for command in (relay, db, dead_letters, order, housekeeping):
+for command in (relay, db, dead_letters, order, events, subscriptions, housekeeping):
     eda.add_command(command)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import getpass
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_eda import redaction
 from celery_eda.arguments import Arguments
 from celery_eda.audit import Author, Entry
+from celery_eda.cli.options import MOMENT, JSONValue, Rate, options
 from celery_eda.cli.service import confirm, printable, service_of
 from celery_eda.dead_letters import Filter, Letter, State
 from celery_eda.errors import RepairError, UnreadableBody
@@ -50,63 +50,12 @@ def dead_letters() -> None:
 # ── options ─────────────────────────────────────────────────────────────────────────────────
 
 
-class Rate(click.ParamType):  # type: ignore[type-arg]  # generic in later versions alone
-    """So many in a second, a minute or an hour: ``10/s``, ``30/m``, ``100/h``, ``5``."""
-
-    name = "rate"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        """Seconds between two."""
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(?:/([smh]))?", value)
-        if match is None or float(match[1]) <= 0:
-            self.fail(f"{value!r} is no rate. Say e.g. 10/s, 30/m or 100/h.", param, ctx)
-        return {"s": 1, "m": 60, "h": 3600}[match[2] or "s"] / float(match[1])
-
-
-class JSONValue(click.ParamType):  # type: ignore[type-arg]  # as above
-    """A JSON text of one type."""
-
-    def __init__(self, type_: type, name: str) -> None:
-        self.type = type_
-        self.name = name
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """What *value* says; dates and UUIDs as Celery writes them are read as such."""
-        if isinstance(value, self.type):
-            return value
-        try:
-            read = kombu_json.loads(value)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            self.fail(f"no JSON: {error}", param, ctx)
-        if not isinstance(read, self.type):
-            self.fail(
-                f"must be {self.name}, e.g. {'[7]' if self.type is list else '{}'}", param, ctx
-            )
-        return read
-
-
 LETTER_ID = click.IntRange(1, 2**63 - 1)
-MOMENT = click.DateTime(
-    ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%d %H:%M:%S"]
-)
-
-
-def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several options as one decorator."""
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
 
 
 def filters(state: str) -> Callable[[Command], Command]:
     """Which letters; by default those in *state*."""
-    return _options(
+    return options(
         click.option("--task", help="Of this task."),
         click.option("--queue", help="From this queue, or with this routing key."),
         click.option("--error", help="With an error of this type, e.g. ValueError."),
@@ -124,11 +73,11 @@ def filters(state: str) -> Callable[[Command], Command]:
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-authorship = _options(
+authorship = options(
     click.option("--why", default="", help="The reason, for the audit."),
     click.option("--actor", default=None, help="Who does it; by default the system's user."),
 )
-in_bulk = _options(
+in_bulk = options(
     click.argument("ids", nargs=-1, type=LETTER_ID),
     filters("open"),
     click.option("--all", "everything", is_flag=True, help="All open letters."),

@@ -80,7 +80,11 @@ def test_an_event_is_read_as_it_was_appended(database: Database, store: EventSto
 
     with database.engine.connect() as connection:
         (found,) = store.stream(connection, "order.7")
-    assert found == replace(given, version=1)
+        assert store.find(connection, given.id) == found
+        assert store.find(connection, uuid4()) is None
+    assert replace(found, order=None) == replace(given, version=1)
+    assert found.order
+    assert found.order[1:3] == ("order.#", "7")
 
 
 def test_the_events_of_a_stream_count_from_one_across_their_types(

@@ -47,19 +47,18 @@ def subscribe(road: Road) -> Process:
 
 
 def expect_each_event_once(road: Road) -> None:
-    road.until(lambda: road.effects("charge") == PLACED, "each order charged")
+    names = ("order.placed", "order.paid", "cooked", "charge")
+    for name in names:
+        road.until(lambda name=name: len(road.effects(name)) >= len(PLACED), f"each {name}")
     road.until(lambda: sum(map(len, ledgers(road))) == 2 * len(PLACED), "whole ledgers")
     road.until(lambda: len(road.dead()) == len(PLACED), "the dead letters of the broken one")
     road.settle(3.0 if road.broker.startswith("redis") else 1.0)
 
     assert road.committed() == PLACED
-    for name in ("order.placed", "order.paid", "cooked", "charge"):
+    for name in names:
         assert road.effects(name) == PLACED, name
     assert not road.effects("order.looked.at")
-    assert ledgers(road) == [
-        [2 * n + paid for n in sorted(PLACED) if n % CUSTOMERS == customer for paid in (0, 1)]
-        for customer in range(CUSTOMERS)
-    ]
+    assert ledgers(road) == ledgers_of(PLACED)
     assert road.dead() == [("road.broken", "failed")] * len(PLACED)
     assert not road.effects("mended")
 
@@ -69,6 +68,14 @@ def ledgers(road: Road) -> list[list[int]]:
     numbers = select(effects.c.number).order_by(effects.c.id)
     return [
         road._all(numbers.where(effects.c.name == f"ledger {customer}"))
+        for customer in range(CUSTOMERS)
+    ]
+
+
+def ledgers_of(placed: Counter[int]) -> list[list[int]]:
+    """What the ledgers have to say after these orders."""
+    return [
+        [2 * n + paid for n in sorted(placed) if n % CUSTOMERS == customer for paid in (0, 1)]
         for customer in range(CUSTOMERS)
     ]
 
@@ -136,6 +143,64 @@ def test_a_killed_worker_loses_no_event_and_repeats_none(road: Road, step: str) 
     road.until(road.struck(step).exists, f"a worker at {step}")
 
     expect_each_event_once(road)
+
+
+def test_a_new_subscription_gets_what_happened_before_and_goes_on_without_gap_or_repetition(
+    road: Road,
+) -> None:
+    road.app = "tests.road.system"  # whose relay knows of no subscription
+    road.relay()
+    emit(road)
+    road.until(lambda: not road.waiting(), "all sent, to nobody")
+    assert not road.dead()
+    road.app = "tests.road.eventful"
+    subscribe(road)
+    later = road._run(["tests.road.eventful", str(ORDERS + 1), str(2 * ORDERS)], None)
+    assert later.wait() == 0, road.logs()
+    road.until(road.parked, "what comes in order, but waits for what was before")
+
+    for queue in ("road.ledger", "road.audit", "road.ledger"):  # the ledger twice: it is harmless
+        command = [*("events", "replay", "--to", f"eda.on.road.{queue}"), "--yes", "--json"]
+        replay = road._run(["celery", "-A", road.app, "eda", *command], None)
+        assert replay.wait() == 0, replay.log.read_text()
+
+    everything = Counter(number for number in range(1, 2 * ORDERS + 1) if number % 3)
+    road.until(lambda: len(road.effects("order.paid")) == len(everything), "all of them audited")
+    road.until(lambda: sum(map(len, ledgers(road))) >= 2 * len(everything), "whole ledgers")
+    road.settle(3.0 if road.broker.startswith("redis") else 1.0)
+    assert ledgers(road) == ledgers_of(everything)
+    assert road.effects("order.placed") == road.effects("order.paid") == everything
+    assert road.effects("cooked") == everything - PLACED
+    assert not road.parked()
+
+
+def test_a_dropped_subscription_gets_no_more_events(road: Road) -> None:
+    command = ["celery", "-A", road.app, "eda", "subscriptions"]
+    declare = road._run([*command, "declare"], None)
+    assert declare.wait() == 0, declare.log.read_text()
+    emit(road)
+    road.relay()
+    road.until(lambda: not road.waiting(), "all sent")
+    assert waiting(road) == {"audit": 2, "kitchen": 1, "broken": 1, "ledger": 3}
+
+    still_here = road._run([*command, "drop", "eda.on.road.road.audit", "--yes"], None)
+    assert still_here.wait() == 1, "a worker of this app would make it again"
+    road.app = command[2] = "tests.road.system"  # which has no subscriptions
+    full = road._run([*command, "drop", "eda.on.road.road.audit", "--yes"], None)
+    assert full.wait() == 1, "messages wait in it"
+    drop = road._run([*command, "drop", "eda.on.road.road.audit", "--yes", "--force"], None)
+    assert drop.wait() == 0, drop.log.read_text()
+
+    road.app = "tests.road.eventful"
+    assert waiting(road) == {"audit": 0, "kitchen": 1, "broken": 1, "ledger": 3}
+
+
+def waiting(road: Road) -> dict[str, int]:
+    """How many events wait in each queue for each order that was placed."""
+    listed = road._run(["celery", "-A", road.app, "eda", "subscriptions", "list", "--json"], None)
+    assert listed.wait() == 0, listed.log.read_text()
+    found = json.loads(listed.log.read_text().splitlines()[-1])
+    return {each["task"].partition(".")[2]: each["waiting"] / len(PLACED) for each in found}
 
 
 def test_events_wait_for_a_broker_that_is_away(road: Road, request: pytest.FixtureRequest) -> None:

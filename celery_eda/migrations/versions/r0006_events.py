@@ -43,6 +43,7 @@ def upgrade(prefix: str, schema: str | None) -> None:
         sa.Column("at", MOMENT, nullable=False),
         sa.Column("correlation_id", TEXT),
         sa.Column("causation_id", TEXT),
+        sa.Column("ordered_at", LONG_TEXT),
         sqlite_autoincrement=True,
         **options,
     )

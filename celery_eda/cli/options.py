@@ -1,0 +1,64 @@
+"""What the options of several commands have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from kombu.utils import json as kombu_json
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+MOMENT = click.DateTime(
+    ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%d %H:%M:%S"]
+)
+
+
+def options(*given: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(given):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+class Rate(click.ParamType):  # type: ignore[type-arg]  # generic in later versions alone
+    """So many in a second, a minute or an hour: ``10/s``, ``30/m``, ``100/h``, ``5``."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """Seconds between two."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(?:/([smh]))?", value)
+        if match is None or float(match[1]) <= 0:
+            self.fail(f"{value!r} is no rate. Say e.g. 10/s, 30/m or 100/h.", param, ctx)
+        return {"s": 1, "m": 60, "h": 3600}[match[2] or "s"] / float(match[1])
+
+
+class JSONValue(click.ParamType):  # type: ignore[type-arg]  # as above
+    """A JSON text of one type."""
+
+    def __init__(self, type_: type, name: str) -> None:
+        self.type = type_
+        self.name = name
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """What *value* says; dates and UUIDs as Celery writes them are read as such."""
+        if isinstance(value, self.type):
+            return value
+        try:
+            read = kombu_json.loads(value)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            self.fail(f"no JSON: {error}", param, ctx)
+        if not isinstance(read, self.type):
+            self.fail(
+                f"must be {self.name}, e.g. {'[7]' if self.type is list else '{}'}", param, ctx
+            )
+        return read

@@ -1,0 +1,129 @@
+"""``celery -A … eda subscriptions``: the queues to which events come.
+
+Exit codes: 0 all is as asked, 1 there is none or it cannot be done, 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from amqp.exceptions import NotFound
+from celery.bin.base import CeleryCommand
+from kombu.exceptions import ChannelError, OperationalError
+
+from celery_eda.cli.service import confirm, printable, service_of
+from celery_eda.subscriptions import PREFIX
+
+#: Seconds that the broker may take to answer.
+PATIENCE = 10.0
+
+
+@click.group(name="subscriptions")
+def subscriptions() -> None:
+    """The handlers of events, and their queues."""
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@subscriptions.command(cls=CeleryCommand, name="list")
+@as_json
+@click.pass_context
+def list_(context: click.Context, as_json: bool) -> None:
+    """Show the subscriptions of this app, and how many messages wait for each."""
+    found = []
+    for queue, subscription in sorted(service_of(context).subscriptions.by_queue.items()):
+        waiting = _waiting(context, queue)
+        found.append(
+            {
+                "task": subscription.task,
+                "patterns": list(subscription.patterns),
+                "ordered": subscription.ordered,
+                "queue": queue,
+                "declared": waiting is not None,
+                "waiting": waiting or 0,
+            }
+        )
+    if as_json:
+        click.echo(json.dumps(found))
+    for each in () if as_json else found:
+        order = ", in order" if each["ordered"] else ""
+        there = f"{each['waiting']} waiting" if each["declared"] else "no queue, or an empty one"
+        patterns = " ".join(map(str, each["patterns"]))
+        click.echo(printable(f"{each['task']}: {patterns}{order}; {each['queue']}: {there}"))
+    if not found:
+        click.echo("This app subscribes to nothing.", err=True)
+        sys.exit(1)
+
+
+@subscriptions.command(cls=CeleryCommand)
+@click.pass_context
+def declare(context: click.Context) -> None:
+    """Make the queues of this app's subscriptions, before any worker has started.
+
+    From then on events wait there. Workers and relays do the same.
+    """
+    service = service_of(context)
+    with _channel(context) as channel:
+        service.subscriptions.declare(channel)
+    click.echo(f"{len(service.subscriptions.known)} subscriptions are declared.")
+
+
+@subscriptions.command(cls=CeleryCommand)
+@click.argument("queue")
+@click.option("--force", is_flag=True, help="Even if messages wait in it, which are lost then.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_context
+def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
+    """Delete the queue of a subscription that is gone from the code: it would fill for ever."""
+    if not queue.startswith(PREFIX):
+        raise click.ClickException(f"{queue} is no queue of a subscription: {PREFIX}… are.")
+    service = service_of(context)
+    if queue in service.subscriptions.by_queue:
+        raise click.ClickException(
+            f"This app still subscribes by {queue}. Remove the handler first, or its worker "
+            "makes the queue again."
+        )
+    waiting = _waiting(context, queue) or 0
+    if waiting and not force:
+        raise click.ClickException(
+            f"{waiting} messages wait in {queue}. Let a worker handle them, or add --force to "
+            "lose them."
+        )
+    confirm(f"Delete {printable(queue)}?", yes=yes)
+    with _channel(context) as channel:
+        service.subscriptions.drop(channel, queue)
+    click.echo(f"{queue} is deleted.")
+
+
+def _waiting(context: click.Context, queue: str) -> int | None:
+    """How many messages wait there; None if there is no such queue."""
+    try:
+        with _channel(context) as channel:
+            return int(channel.queue_declare(queue, passive=True).message_count)
+    except (NotFound, ChannelError):
+        return None
+
+
+@contextmanager
+def _channel(context: click.Context) -> Iterator[Any]:
+    """A channel of a connection of its own.
+
+    Raises:
+        ClickException: the broker is away.
+    """
+    connection = context.obj.app.connection_for_write()
+    try:
+        connection.ensure_connection(max_retries=1, timeout=PATIENCE)
+        channel = connection.channel()
+    except (OperationalError, OSError) as error:
+        raise click.ClickException(f"The broker cannot be reached: {error}") from error
+    try:
+        yield channel
+    finally:
+        connection.collect()
