@@ -109,8 +109,9 @@ def replay(
 ) -> None:
     """Send events once more to one subscription, e.g. one that is new.
 
-    It takes effect only with those that it has not handled yet. A command that was killed half-way
-    is given again, or goes on with --after and the last position that it told.
+    It takes effect only with those that it has not handled yet, unless that was longer ago than
+    its inbox remembers (eda_inbox_retention). A command that was killed half-way is given again,
+    or goes on with --after and the last position that it told.
     """
     service = service_of(context)
     if dry_run:

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import func, select
 
 from celery_eda import checkpoints
-from tests.road.conftest import Process, Road
+from tests.road.conftest import Process, Road, first_of, on_servers
 from tests.road.tables import effects
 from tests.road.test_killed_at_every_step import RELAY
 from tests.servers.base import Server
@@ -21,7 +21,7 @@ PLACED = Counter(number for number in range(1, ORDERS + 1) if number % 3)
 #: What happens to a message in the worker; the first delivery counts nothing.
 WORKER = ("delivery.received", "inbox.admitted", "delivery.handled", "delivery.committed")
 
-pytestmark = pytest.mark.parametrize(
+everywhere = pytest.mark.parametrize(
     "road", ["rabbitmq-postgresql", "redis-mariadb", "eda-sqlite"], indirect=True
 )
 
@@ -88,6 +88,7 @@ def stored(road: Road) -> Counter[str]:
         return Counter({row[0]: row[1] for row in connection.execute(query)})
 
 
+@everywhere
 def test_each_subscription_takes_effect_once_with_each_committed_event(road: Road) -> None:
     subscribe(road)
     road.relay()
@@ -102,6 +103,7 @@ def test_each_subscription_takes_effect_once_with_each_committed_event(road: Roa
     }
 
 
+@first_of("rabbitmq-postgresql", "redis-mariadb", "eda-sqlite")
 def test_what_fails_for_good_is_redriven_to_its_own_subscription(road: Road) -> None:
     broken = subscribe(road)
     road.relay()
@@ -119,6 +121,7 @@ def test_what_fails_for_good_is_redriven_to_its_own_subscription(road: Road) -> 
     assert road.effects("mended") == road.effects("cooked") == road.effects("charge") == PLACED
 
 
+@first_of("rabbitmq-postgresql", "redis-mariadb", "eda-sqlite")
 @pytest.mark.parametrize("step", RELAY)
 def test_a_killed_relay_loses_no_event(road: Road, step: str) -> None:
     subscribe(road)
@@ -132,6 +135,7 @@ def test_a_killed_relay_loses_no_event(road: Road, step: str) -> None:
     expect_each_event_once(road)
 
 
+@first_of("redis-mariadb", "rabbitmq-postgresql", "eda-sqlite")
 @pytest.mark.parametrize("step", WORKER)
 def test_a_killed_worker_loses_no_event_and_repeats_none(road: Road, step: str) -> None:
     assert step in checkpoints.STEPS
@@ -145,6 +149,7 @@ def test_a_killed_worker_loses_no_event_and_repeats_none(road: Road, step: str) 
     expect_each_event_once(road)
 
 
+@everywhere
 def test_a_new_subscription_gets_what_happened_before_and_goes_on_without_gap_or_repetition(
     road: Road,
 ) -> None:
@@ -174,6 +179,7 @@ def test_a_new_subscription_gets_what_happened_before_and_goes_on_without_gap_or
     assert not road.parked()
 
 
+@everywhere
 def test_a_dropped_subscription_gets_no_more_events(road: Road) -> None:
     command = ["celery", "-A", road.app, "eda", "subscriptions"]
     declare = road._run([*command, "declare"], None)
@@ -203,10 +209,8 @@ def waiting(road: Road) -> dict[str, int]:
     return {each["task"].partition(".")[2]: each["waiting"] / len(PLACED) for each in found}
 
 
-def test_events_wait_for_a_broker_that_is_away(road: Road, request: pytest.FixtureRequest) -> None:
-    if road.broker.startswith("eda"):
-        pytest.skip("the database is the broker")
-    broker: Server = request.getfixturevalue("broker")
+@on_servers
+def test_events_wait_for_a_broker_that_is_away(road: Road, broker: Server) -> None:
     worker = subscribe(road)
     worker.kill()
     broker.kill()
