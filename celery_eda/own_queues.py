@@ -50,11 +50,12 @@ class OwnQueues(bootsteps.StartStopStep):
         self.consumers = []
 
     def _addressing(self, queue: str, handle: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """*handle*, behind what makes an event a call of the subscription's own task."""
-        address = self.subscriptions.address
+        """*handle*; for a subscription's *queue* behind what makes events calls of its own task."""
+        if (subscription := self.subscriptions.by_queue.get(queue)) is None:
+            return handle
 
         def handle_addressed(message: Any) -> Any:
-            address(message, queue)
+            self.subscriptions.address(message, subscription)
             return handle(message)
 
         return handle_addressed

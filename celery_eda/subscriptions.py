@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid5
 
+from amqp.exceptions import NotFound
 from kombu import Exchange, Queue, binding
 from kombu.transport import virtual
 
@@ -123,6 +124,17 @@ class Subscriptions:
         for each in self.known.values():
             self.queue_of(each).bind(channel).declare()
 
+    def waiting(self, channel: Any, queue: str) -> int | None:
+        """How many messages wait in a *queue*; None if nobody has declared it."""
+        if isinstance(channel, virtual.Channel):
+            if queue not in {bound for _, _, bound in channel.get_table(EVENT_EXCHANGE)}:
+                return None
+            return int(channel._size(queue))
+        try:
+            return int(channel.queue_declare(queue, passive=True).message_count)
+        except NotFound:
+            return None
+
     def drop(self, channel: Any, queue: str) -> None:
         """Delete a *queue*, with what is in it and what binds it. Repeating it is harmless."""
         if isinstance(channel, virtual.Channel):
@@ -132,15 +144,14 @@ class Subscriptions:
                     channel.queue_bind(queue, EVENT_EXCHANGE, pattern)
         channel.queue_delete(queue)
 
-    def address(self, message: Any, queue: str) -> None:
-        """Make *message*, kombu's, that came to *queue*, a call of the subscription's own task.
+    def address(self, message: Any, subscription: Subscription) -> None:
+        """Make *message*, kombu's, that came to *subscription*, a call of its own task.
 
         From then on it has that queue for its origin, where its retries and redrives go.
         """
-        subscription = self.by_queue.get(queue)
-        if subscription is None or not isinstance(message.delivery_info, dict):
+        if not isinstance(message.delivery_info, dict):
             return
-        message.delivery_info.update(exchange="", routing_key=queue)
+        message.delivery_info.update(exchange="", routing_key=self.name_of(subscription))
         headers = message.headers
         if not isinstance(headers, dict) or headers.get("task") != EVENT_TASK:
             return

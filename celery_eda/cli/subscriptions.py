@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
-from amqp.exceptions import NotFound
 from celery.bin.base import CeleryCommand
-from kombu.exceptions import ChannelError, OperationalError
+from kombu.exceptions import OperationalError
 
 from celery_eda.cli.service import confirm, printable, service_of
 from celery_eda.subscriptions import PREFIX
@@ -36,9 +35,10 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def list_(context: click.Context, as_json: bool) -> None:
     """Show the subscriptions of this app, and how many messages wait for each."""
-    found = []
-    for queue, subscription in sorted(service_of(context).subscriptions.by_queue.items()):
-        waiting = _waiting(context, queue)
+    found, known = [], service_of(context).subscriptions
+    for queue, subscription in sorted(known.by_queue.items()):
+        with _channel(context) as channel:  # its own: RabbitMQ closes it if there is no queue
+            waiting = known.waiting(channel, queue)
         found.append(
             {
                 "task": subscription.task,
@@ -53,7 +53,7 @@ def list_(context: click.Context, as_json: bool) -> None:
         click.echo(json.dumps(found))
     for each in () if as_json else found:
         order = ", in order" if each["ordered"] else ""
-        there = f"{each['waiting']} waiting" if each["declared"] else "no queue, or an empty one"
+        there = f"{each['waiting']} waiting" if each["declared"] else "not declared yet"
         patterns = " ".join(map(str, each["patterns"]))
         click.echo(printable(f"{each['task']}: {patterns}{order}; {each['queue']}: {there}"))
     if not found:
@@ -89,7 +89,10 @@ def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
             f"This app still subscribes by {queue}. Remove the handler first, or its worker "
             "makes the queue again."
         )
-    waiting = _waiting(context, queue) or 0
+    with _channel(context) as channel:
+        waiting = service.subscriptions.waiting(channel, queue)
+    if waiting is None:
+        raise click.ClickException(f"The broker has no queue {queue}.")
     if waiting and not force:
         raise click.ClickException(
             f"{waiting} messages wait in {queue}. Let a worker handle them, or add --force to "
@@ -99,15 +102,6 @@ def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
     with _channel(context) as channel:
         service.subscriptions.drop(channel, queue)
     click.echo(f"{queue} is deleted.")
-
-
-def _waiting(context: click.Context, queue: str) -> int | None:
-    """How many messages wait there; None if there is no such queue."""
-    try:
-        with _channel(context) as channel:
-            return int(channel.queue_declare(queue, passive=True).message_count)
-    except (NotFound, ChannelError):
-        return None
 
 
 @contextmanager

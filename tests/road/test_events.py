@@ -198,15 +198,29 @@ def test_a_dropped_subscription_gets_no_more_events(road: Road) -> None:
     assert drop.wait() == 0, drop.log.read_text()
 
     road.app = "tests.road.eventful"
-    assert waiting(road) == {"audit": 0, "kitchen": 1, "broken": 1, "ledger": 3}
+    assert waiting(road) == {"audit": None, "kitchen": 1, "broken": 1, "ledger": 3}
 
 
-def waiting(road: Road) -> dict[str, int]:
-    """How many events wait in each queue for each order that was placed."""
+def waiting(road: Road) -> dict[str, float | None]:
+    """How many events wait in each queue for each order; None if there is no such queue."""
     listed = road._run(["celery", "-A", road.app, "eda", "subscriptions", "list", "--json"], None)
     assert listed.wait() == 0, listed.log.read_text()
     found = json.loads(listed.log.read_text().splitlines()[-1])
-    return {each["task"].partition(".")[2]: each["waiting"] / len(PLACED) for each in found}
+    return {
+        each["task"].partition(".")[2]: each["waiting"] / len(PLACED) if each["declared"] else None
+        for each in found
+    }
+
+
+@everywhere
+def test_a_worker_takes_from_the_subscriptions_that_it_is_told_to(road: Road) -> None:
+    road.relay()
+    road.worker("-Q", "eda.on.road.road.audit")
+    road.until(lambda: road.logged(" ready."), "a worker")
+    emit(road)
+
+    road.until(lambda: road.effects("order.paid") == PLACED, "all of them audited")
+    assert waiting(road) == {"audit": 0, "kitchen": 1, "broken": 1, "ledger": 3}
 
 
 @on_servers

@@ -291,9 +291,9 @@ def test_an_event_becomes_a_call_of_the_subscription_it_came_to(shop: Shop) -> N
     headers = {"task": EVENT_TASK, "id": id_, ORDER_HEADER: ["shop", "order.#", "7", 1, 1]}
 
     ids = set()
-    for name in ("shop.one", "shop.two"):
+    for name, subscription in shop.eda.subscriptions.known.items():
         message = arrived(dict(headers), redelivered=True)
-        shop.eda.subscriptions.address(message, f"eda.on.shop.{name}")
+        shop.eda.subscriptions.address(message, subscription)
         assert message.headers["task"] == name
         assert (ORDER_HEADER in message.headers) == (name == "shop.two")
         route = {"exchange": "", "routing_key": f"eda.on.shop.{name}", "redelivered": True}
@@ -307,7 +307,7 @@ def test_what_is_no_event_is_left_to_the_inspection(shop: Shop, headers: Any) ->
     shop.eda.on("order.*", name="shop.one")(lambda event: None)
     message = arrived(headers)
 
-    shop.eda.subscriptions.address(message, "eda.on.shop.shop.one")
+    shop.eda.subscriptions.address(message, shop.eda.subscriptions.known["shop.one"])
 
     assert message.delivery_info["routing_key"] == "eda.on.shop.shop.one"
 
