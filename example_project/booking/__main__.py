@@ -7,23 +7,19 @@ asked for it, every seat was sold once, and no reply queue is left.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import redis
 
-from example_project.demo import processes
-from example_project.demo.broker import PrivateBroker
-from example_project.demo.processes import Failed, Process, python
+from example_project.demo.processes import Failed
+from example_project.town import PATIENCE, Town
 
 SERVICES = ("orders", "airline", "agency")
 PACKAGE = "example_project.booking"
-PATIENCE = 40.0
 FLIGHT = "LH454"
 
 
@@ -51,55 +47,6 @@ EXPECTED = {
     "sold_out": True,
     "reply_queues_left": 0,
 }
-
-
-class Town:
-    """The services, and the broker between them."""
-
-    def __init__(self, folder: Path, broker: str) -> None:
-        self.folder = folder
-        self.broker = broker
-        self.environment = {
-            **os.environ,
-            "SHOP_BROKER": broker,
-            "SHOP_NAME": "town",
-            **{
-                f"SHOP_{name.upper()}_DATABASE": f"sqlite:///{folder / name}.db"
-                for name in SERVICES
-            },
-        }
-        os.environ.update(self.environment)
-
-    def run(self, name: str, *command: str) -> Process:
-        """Start a process that logs to the file of that *name*."""
-        return Process(name, [sys.executable, *command], self.environment, self.folder / name)
-
-    def finish(self, name: str, *command: str) -> None:
-        """Run a process to its end.
-
-        Raises:
-            Failed: it ended with an error.
-        """
-        process = self.run(name, *command)
-        if process.wait(PATIENCE):
-            raise Failed(f"{name} failed:\n{process.tail()}")
-
-    def open(self) -> Iterator[Process]:
-        """Make the databases and start a worker for each service."""
-        for name in SERVICES:
-            app = f"{PACKAGE}.{name}"
-            self.finish(f"{name}-tables", "-m", "celery", "-A", app, "eda", "db", "upgrade")
-            self.finish(f"{name}-opening", "-c", f"import {app} as it; it.open_for_business()")
-            # The agency takes the answers to its durable requests; it has no tasks of its own.
-            queue = "eda.replies.agency" if name == "agency" else f"town.{name}"
-            words = ("worker", "-c2", "-l", "INFO", "-n", f"{name}@%h", "-Q", queue)
-            command = python("celery", "-A", app, *words)
-            yield Process(name, command, self.environment, self.folder / f"{name}.log")
-
-    def reply_queues(self) -> int:
-        """How many reply queues of processes the broker has."""
-        with redis.Redis.from_url(self.broker) as client:
-            return len(client.keys("eda.reply.*"))
 
 
 def tell(town: Town) -> dict[str, object]:
@@ -136,17 +83,22 @@ def tell(town: Town) -> dict[str, object]:
         "numbers": sorted(each["number"] for each in confirmations),
         "after_a_crash": recovered,
         "sold_out": sold_out,
-        "reply_queues_left": town.reply_queues(),
+        "reply_queues_left": reply_queues(town),
     }
 
 
 def _opened(folder: Path, ends: ExitStack) -> Town:
-    broker = PrivateBroker(folder / "broker")
-    ends.callback(processes.end, [broker.process])
-    broker.wait_until_ready()
-    town = Town(folder, broker.url)
-    ends.callback(processes.end, list(town.open()))
+    town = Town(folder, ends, PACKAGE)
+    for name in SERVICES:
+        # The agency takes the answers to its durable requests; it has no tasks of its own.
+        town.open([name], "-Q", "eda.replies.agency" if name == "agency" else f"town.{name}")
     return town
+
+
+def reply_queues(town: Town) -> int:
+    """How many reply queues of processes the broker has."""
+    with redis.Redis.from_url(town.broker) as client:
+        return len(client.keys("eda.reply.*"))
 
 
 if __name__ == "__main__":

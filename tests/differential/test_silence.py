@@ -268,7 +268,13 @@ def in_memory(app: Celery) -> int:
 
 @pytest.fixture
 def memory() -> Iterator[str]:
+    """The broker in this process's memory, without what other tests have left there."""
+    forget_memory()
     yield "memory://"
+    forget_memory()
+
+
+def forget_memory() -> None:
     memory_transport.Channel.queues.clear()
     memory_transport.Transport.global_state.clear()
 

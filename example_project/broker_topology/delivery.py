@@ -1,0 +1,38 @@
+"""Delivery: brings what was made."""
+
+from __future__ import annotations
+
+from sqlalchemy import String
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from celery_eda import Event
+from example_project.broker_topology.service import service
+
+app, eda = service("delivery")
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {str: String(60)}  # noqa: RUF012  # as SQLAlchemy wants it
+
+
+class Delivery(Base):
+    """A drink that was brought to its customer."""
+
+    __tablename__ = "deliveries"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    order_id: Mapped[int]
+    customer: Mapped[str]
+
+
+@eda.on("kitchen.made", name="delivery.deliver")
+def deliver(session: Session, event: Event) -> None:
+    """Bring it, and say so."""
+    order = event.data
+    session.add(Delivery(order_id=order["order"], customer=order["customer"]))
+    eda.emit("delivery.delivered", order, key=order["order"])
+
+
+def open_for_business() -> None:
+    """Make the service's own table."""
+    Base.metadata.create_all(eda.engine)

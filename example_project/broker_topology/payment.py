@@ -1,0 +1,64 @@
+"""Payment: the customers' accounts. What went wrong elsewhere is undone from its own events."""
+
+from __future__ import annotations
+
+from sqlalchemy import String, update
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from celery_eda import Event
+from celery_eda.event_store import fold
+from example_project.broker_topology.service import service
+
+app, eda = service("payment")
+
+CUSTOMERS = ("ada", "ben", "chen")
+OPENING_BALANCE = 10_000
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {str: String(60)}  # noqa: RUF012  # as SQLAlchemy wants it
+
+
+class Account(Base):
+    """A customer's money, in cents."""
+
+    __tablename__ = "accounts"
+
+    customer: Mapped[str] = mapped_column(primary_key=True)
+    balance: Mapped[int]
+
+
+@eda.on("order.placed", name="payment.charge")
+def charge(session: Session, event: Event) -> None:
+    """Take the price from the customer's account, and say so."""
+    order = event.data
+    customer, price = order["customer"], order["price"]
+    # Counted by the database, since another order of this customer may be paid right now.
+    can_pay = update(Account).where(Account.customer == customer, Account.balance >= price)
+    paid = session.execute(can_pay.values(balance=Account.balance - price)).rowcount
+    eda.emit("payment.taken" if paid else "payment.failed", order, key=order["order"])
+
+
+@eda.on("stock.failed", name="payment.refund")
+def refund(session: Session, event: Event) -> None:
+    """Give back what this service's own events say that it took for the order."""
+    order = event.data["order"]
+    past = eda.event_store.stream(session.connection(), f"payment.{order}")
+    owed, customer = fold(past, (0, ""), _owed)
+    account = update(Account).where(Account.customer == customer)
+    session.execute(account.values(balance=Account.balance + owed))
+    what = {"order": order, "customer": customer, "price": owed}
+    eda.emit("payment.refunded", what, key=order)
+
+
+def _owed(state: tuple[int, str], event: Event) -> tuple[int, str]:
+    amount = {"payment.taken": 1, "payment.refunded": -1}.get(event.type, 0) * event.data["price"]
+    return state[0] + amount, event.data["customer"]
+
+
+def open_for_business() -> None:
+    """Make the table and open the customers' accounts."""
+    Base.metadata.create_all(eda.engine)
+    with eda.transaction() as session:
+        for customer in CUSTOMERS:
+            session.merge(Account(customer=customer, balance=OPENING_BALANCE))
