@@ -12,8 +12,8 @@ from typing import Any
 
 from celery_eda.queues import BY_NAME
 from celery_eda.transports.database_broker import Broker
+from celery_eda.transports.database_channel import AT_ONCE, payload_of
 from celery_eda.transports.database_taker import Busy, Taker
-from celery_eda.transports.database_taking import AT_ONCE, payload_of
 
 
 def declare(app: Any, name: str, expires: float) -> None:

@@ -21,7 +21,7 @@ from celery_eda.replying import REPLY_TASK
 from celery_eda.worker import RelayThread
 from tests.road import asking
 from tests.road.asking import ask
-from tests.road.conftest import Process, Road, first_of
+from tests.road.conftest import PATIENCE, Process, Road, first_of
 from tests.road.test_killed_at_every_step import RELAY, WORKER
 from tests.servers.base import Server
 from tests.servers.proxy import Proxy
@@ -44,8 +44,9 @@ def eda(road: Road) -> Iterator[EDA]:
 
 def make(road: Road, broker: str = "", **settings: Any) -> EDA:
     """A service that asks, with a relay in this process for what it cannot send at once."""
-    # A busy machine must not keep it from saying in time that it is still there.
-    settings = {"eda_reply_expires": 60.0, **settings}
+    # A busy machine must not keep it from saying in time that it is still there, nor make of late
+    # replies lost ones.
+    settings = {"eda_reply_expires": 60.0, "eda_request_timeout": PATIENCE, **settings}
     eda = asking.make(broker or road.broker, road.folder, **settings)
     _relays[eda] = RelayThread(eda)
     _relays[eda].start()
