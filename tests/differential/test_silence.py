@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 import pytest
 from celery import Celery, chain, chord, group
 from celery.beat import ScheduleEntry, Scheduler
-from kombu.transport import memory as memory_transport
 from sqlalchemy import Engine, event, select
 
 from celery_eda import EDA, results
@@ -266,27 +265,14 @@ def in_memory(app: Celery) -> int:
         return int(connection.SimpleQueue("celery").qsize())
 
 
-@pytest.fixture
-def memory() -> Iterator[str]:
-    """The broker in this process's memory, without what other tests have left there."""
-    forget_memory()
-    yield "memory://"
-    forget_memory()
-
-
-def forget_memory() -> None:
-    memory_transport.Channel.queues.clear()
-    memory_transport.Transport.global_state.clear()
-
-
 @pytest.mark.parametrize(
     ("outside", "stored", "sent"),
     [(None, ["shop.add"], 1), ("store", ["shop.add", "shop.plain"], 0), ("send", [], 2)],
 )
 def test_outside_any_transaction_a_setting_decides(
-    database: Database, memory: str, outside: str | None, stored: list[str], sent: int
+    database: Database, outside: str | None, stored: list[str], sent: int
 ) -> None:
-    app = make_app(database.engine, memory, None, eda_outside=outside)
+    app = make_app(database.engine, "memory://", None, eda_outside=outside)
     add, _ = declare_tasks(app)
 
     @app.task(name="shop.plain", shared=False)
@@ -300,10 +286,8 @@ def test_outside_any_transaction_a_setting_decides(
     assert in_memory(app) == sent
 
 
-def test_outside_any_transaction_publishing_can_be_forbidden(
-    database: Database, memory: str
-) -> None:
-    app = make_app(database.engine, memory, None, eda_outside="raise")
+def test_outside_any_transaction_publishing_can_be_forbidden(database: Database) -> None:
+    app = make_app(database.engine, "memory://", None, eda_outside="raise")
     add, _ = declare_tasks(app)
 
     with pytest.raises(OutsideTransaction, match="add was published"):
