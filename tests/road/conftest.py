@@ -149,6 +149,8 @@ class Road:
                 [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
             ),
             "PYTHONUNBUFFERED": "1",
+            # What a killed process leaves in it goes with the folder.
+            "TMPDIR": str(folder),
         }
 
     # ── processes ───────────────────────────────────────────────────────────────────────────

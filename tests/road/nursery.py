@@ -200,6 +200,7 @@ def begin(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # it may have been looked up before
     for number, path in ((0, os.devnull), (1, output), (2, errors)):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
