@@ -46,7 +46,7 @@ clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info
 
 .venv/demo: setup.cfg .venv/bin/python
-	.venv/bin/python -m pip install --quiet --editable '.[quickstart]'
+	.venv/bin/python -m pip install --quiet --editable .
 	touch $@
 
 .venv/test: setup.cfg .venv/bin/python

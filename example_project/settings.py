@@ -11,9 +11,10 @@ import os
 
 SERVICES = ("order", "payment", "kitchen", "delivery")
 
-broker_url = os.environ.get("SHOP_BROKER", "redis://127.0.0.1:6379/0")
+# Without a server: one SQLite file between the services. Another broker is another URL.
+broker_url = os.environ.get("SHOP_BROKER", "eda+sqlite:///broker.db")
 broker_connection_retry_on_startup = True
-# For Redis; RabbitMQ takes no notice. What a killed worker had in hand comes back when its
+# For Redis; others take no notice. What a killed worker had in hand comes back when its
 # visibility timeout is over, so it is short here, but longer than any task takes.
 broker_transport_options = {
     "visibility_timeout": 5,

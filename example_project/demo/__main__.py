@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import shutil
@@ -29,8 +30,9 @@ from example_project.demo.shop import RELAYS, WORKERS, Shop
 
 #: Seconds that the shop may take to serve everybody after the last order, on a slow machine.
 PATIENCE = 60.0
-#: Seconds in which a copy of a message that is still under way comes back.
-LAST_COPIES = settings.broker_transport_options["visibility_timeout"] + 2
+#: Seconds in which a copy of a message that is still under way comes back: from Redis when its
+#: visibility timeout is over, from others at once.
+LAST_COPIES = {True: settings.broker_transport_options["visibility_timeout"] + 2, False: 2}
 SECONDS_BETWEEN_LINES = 2.0
 #: Faults that are named one by one.
 LONGEST_LIST = 20
@@ -41,6 +43,8 @@ Say = Callable[[str], None]
 def main() -> int:
     """Run the demo in a folder of its own, which is kept if something went wrong."""
     options = _options()
+    # What the demo itself notices of the processes that it kills is no news to who reads its lines.
+    logging.getLogger("celery_eda").addHandler(logging.NullHandler())
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     folder = Path(tempfile.mkdtemp(prefix="celery-eda-demo-"))
@@ -73,9 +77,13 @@ def run(options: argparse.Namespace, folder: Path, say: Say) -> Verdict:
         f"about 1 in 5 rolled back, --seed {options.seed}"
     )
     with ExitStack() as ends:
-        broker = None
+        broker, is_ours = None, True
         if url := os.environ.get("SHOP_BROKER"):
+            is_ours = False
             say("broker: that of SHOP_BROKER, so it is not killed")
+        elif options.broker == "embedded":
+            url = f"eda+sqlite:///{folder / 'broker.db'}"
+            say(f"broker: no server, one SQLite file between the services, {url}")
         else:
             broker = PrivateBroker(folder / "broker")
             ends.callback(processes.end, [broker.process])
@@ -83,7 +91,7 @@ def run(options: argparse.Namespace, folder: Path, say: Say) -> Verdict:
             url = broker.url
             say(f"broker: {broker.program.name}, appendfsync always, {url}")
         shop = Shop(url, folder)
-        ends.callback(shop.close if broker else shop.close_and_remove_queues)
+        ends.callback(shop.close if is_ours else shop.close_and_remove_queues)
         faults = Faults(shop, broker, random.Random(options.seed))
         books = Books(shop.databases)
         shop.make_tables()
@@ -130,8 +138,9 @@ def wait_until_served(shop: Shop, books: Books, say: Say) -> None:
             say(_standing(books))
             next_line = time.monotonic() + SECONDS_BETWEEN_LINES
         time.sleep(0.2)
-    say(f"everybody is served; copies still under way would arrive in the next {LAST_COPIES} s")
-    time.sleep(LAST_COPIES)
+    seconds = LAST_COPIES[shop.broker.startswith("redis")]
+    say(f"everybody is served; copies still under way would arrive in the next {seconds} s")
+    time.sleep(seconds)
 
 
 def supervise(shop: Shop, say: Say) -> None:
@@ -191,6 +200,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--orders", type=int, default=320, help="orders to place (%(default)s)")
     parser.add_argument(
         "--seconds", type=float, default=14.0, help="time to place them in (%(default)s)"
+    )
+    parser.add_argument(
+        "--broker",
+        choices=("embedded", "valkey"),
+        default="embedded",
+        help="what is between the services: a SQLite file, or a private Valkey or Redis that is "
+        "killed too (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=1, help="chooses who is killed (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print only the last line")

@@ -1,4 +1,4 @@
-"""What is done to the shop while it trades: SIGKILLs, and one restart of the broker.
+"""What is done to the shop while it trades: SIGKILLs, and one restart of whatever is in the middle.
 
 Nobody is warned. Who was killed is started again, as a supervisor would; a pool child is replaced
 by its own worker.
@@ -26,7 +26,7 @@ PATIENCE = 8.0
 
 @dataclass
 class Faults:
-    """Strikes *shop* and, if it is ours, its *broker*; *chance* chooses whom.
+    """Strikes *shop* and, if there is one of ours, its *broker*; *chance* chooses whom.
 
     Attributes:
         kills: processes killed so far, the broker included.
@@ -48,7 +48,7 @@ class Faults:
             (0.12, self.kill_worker),
             (0.22, self.kill_pool_child),
             (0.32, self.kill_relay),
-            # The broker is away: all new orders are in the outbox of this relay.
+            # If the broker is away, all new orders are in the outbox of this relay.
             (0.46, self.kill_relay_of_the_counter),
             (0.65, self.kill_pool_child),
             (0.75, self.kill_worker),
@@ -57,11 +57,23 @@ class Faults:
         ]
         if self.broker:
             strikes += [(0.40, self.kill_broker), (0.50, self.start_broker)]
+        else:
+            strikes += [(0.40, self.kill_everybody)]
         return sorted(strikes, key=lambda strike: strike[0])
 
     def kill_worker(self) -> str:
         """Kill a worker's main process, its pool with it."""
         return self._replace(self.chance.choice(WORKERS), "worker")
+
+    def kill_everybody(self) -> str:
+        """Kill all workers and relays at once: nobody is left who has a database open."""
+        staff = [*WORKERS, *RELAYS]
+        for name in staff:
+            self.shop.staff[name].kill()
+        for name in staff:
+            self.shop.staff[name].start()
+        self.kills += len(staff)
+        return f"SIGKILL all {len(staff)} workers and relays; started again"
 
     def kill_relay(self) -> str:
         """Kill a relay."""
