@@ -10,14 +10,18 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import psutil
+
 from benchmarks import figures
 
 PACKAGES = (
     *("celery", "kombu", "amqp", "redis", "sqlalchemy", "psycopg", "celery-eda"),
     *("django-celery-outbox", "faststream-outbox", "procrastinate"),
 )
-#: Load of the machine at the start, per core, above which a run counts as disturbed.
-QUIET = 0.25
+#: How busy the machine may be just before a goal, in percent; above that the run is disturbed.
+QUIET = 25.0
+#: Seconds for which it is looked at. Its load average still knows of the goal before.
+LOOK = 1.0
 
 
 @dataclass(frozen=True)
@@ -130,10 +134,10 @@ class Result:
 
 def machine() -> dict[str, Any]:
     """What was measured on; to be asked before the run."""
-    load = os.getloadavg()[0]
+    busy = psutil.cpu_percent(LOOK)
     return {
-        "disturbed": load > QUIET * (os.cpu_count() or 1),
-        "load_before": round(load, 2),
+        "disturbed": busy > QUIET,
+        "busy_before": busy,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
