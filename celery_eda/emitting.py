@@ -12,7 +12,6 @@ from datetime import datetime, timezone
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import EncodeError
 
 from celery_eda import context, ordering
 from celery_eda.errors import InvalidEvent
@@ -78,29 +77,19 @@ class Emitting:
         return event
 
     def message_of(self, event: Event, identity: Identity) -> Message:
-        """What Celery would send as a call with *event*, to the exchange of events.
-
-        Raises:
-            InvalidEvent: its data cannot be written as JSON.
-        """
+        """What Celery would send as a call with *event*, to the exchange of events."""
         collected = context.Collected()
-        try:
-            with context.scope_of(collected), context.identified(iter([identity])):
-                self.app.send_task(
-                    EVENT_TASK,
-                    (event.to_cloud(),),
-                    task_id=str(event.id),
-                    exchange=EVENT_EXCHANGE,
-                    routing_key=event.type,
-                    serializer="json",
-                    argsrepr=f"({event.type!r},)",
-                    ignore_result=True,
-                )
-        except EncodeError as error:
-            raise InvalidEvent(
-                f"The data of {event.type} cannot be written as JSON: {error}. Give texts, "
-                "numbers, lists and dictionaries, or a class that is registered for the event."
-            ) from error
+        with context.scope_of(collected), context.identified(iter([identity])):
+            self.app.send_task(
+                EVENT_TASK,
+                (event.to_cloud(),),
+                task_id=str(event.id),
+                exchange=EVENT_EXCHANGE,
+                routing_key=event.type,
+                serializer="json",
+                argsrepr=f"({event.type!r},)",
+                ignore_result=True,
+            )
         message: Message = collected.messages[0]
         # Whoever sends it makes the exchange, and the queues of its own subscriptions.
         return replace(message, queue=EVENT_EXCHANGE, preparation=())

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any
 
+from kombu.utils import json
+
 from celery_eda.errors import ConfigurationError, InvalidEvent
 from celery_eda.event import Event
 from celery_eda.topics import checked_name
@@ -57,11 +59,21 @@ class EventTypes:
         return max(upcast, self.kinds[name][1] if name in self.kinds else 1)
 
     def to_plain(self, name: str, data: Any) -> Any:
-        """*data* of the event *name* as JSON will have them.
+        """*data* of the event *name* as JSON has them; what is changed in them later is not.
 
         Raises:
-            InvalidEvent: they are not what is registered.
+            InvalidEvent: they are not what is registered, or cannot be written as JSON.
         """
+        plain = self._plain(name, data)
+        try:
+            return json.loads(json.dumps(plain))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidEvent(
+                f"The data of {name} cannot be written as JSON: {error}. Give texts, numbers, "
+                "lists and dictionaries, or a class that is registered for the event."
+            ) from error
+
+    def _plain(self, name: str, data: Any) -> Any:
         if name in self.kinds and isinstance(data, Mapping):
             data = self._made(name, data)
         if name in self.kinds and not isinstance(data, self.kinds[name][0]):

@@ -64,7 +64,7 @@ class Replaying:
             return self.store.read(connection, choice, after=after, limit=AT_ONCE)
 
     def _to(self, queue: str, event: Event) -> Message:
-        message = self.message_of(replace(event, order=None), Identity(event.id))
+        message = self.message_of(event, Identity(event.id))
         message = replace(message, exchange="", routing_key=queue, queue=None)
         if event.order is None:
             return message

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import click
@@ -23,8 +23,6 @@ from celery_eda.cli.service import confirm, printable, service_of
 from celery_eda.errors import InvalidEvent
 from celery_eda.event import Event
 from celery_eda.event_store import Choice
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 #: Events after which the progress is told.
 STEP = 1000

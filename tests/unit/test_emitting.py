@@ -171,6 +171,17 @@ def test_the_data_may_be_of_a_registered_class(shop: Shop) -> None:
     assert (stored.data, stored.data_version) == ({"total": 5}, 2)
 
 
+def test_what_is_changed_in_the_data_after_it_was_emitted_is_not_in_the_event(shop: Shop) -> None:
+    data = {"lines": [1]}
+
+    with shop.eda.transaction():
+        shop.eda.emit("order.placed", data)
+        data["lines"].append(2)
+
+    (message,), (stored,) = shop.sent(), shop.stored()
+    assert stored.data == json.loads(message.body)[0][0]["data"] == {"lines": [1]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "words"),
     [
