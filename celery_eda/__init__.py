@@ -3,6 +3,7 @@
 from celery_eda.app import EDA
 from celery_eda.errors import EDAError
 from celery_eda.event import Event
+from celery_eda.projections import Projection
 from celery_eda.repairers import Answer, Failure
 from celery_eda.reply import Replies, Reply
 from celery_eda.retry import RetryPolicy
@@ -14,6 +15,7 @@ __all__ = [
     "EDAError",
     "Event",
     "Failure",
+    "Projection",
     "Replies",
     "Reply",
     "RetryPolicy",

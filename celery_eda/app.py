@@ -9,13 +9,14 @@ from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 from celery import Celery, Signature, Task
-from sqlalchemy import Engine
+from sqlalchemy import Engine, Table
 from sqlalchemy.orm import Session
 
 from celery_eda import attachment, context, joining, publishing, redaction, results, schema
 from celery_eda.errors import NoDelivery, UnknownRequest
 from celery_eda.event import Event
 from celery_eda.parts import Parts
+from celery_eda.projections import Apply, Projection
 from celery_eda.reply import Replies, Reply
 from celery_eda.replying import REPLY_TASK
 from celery_eda.settings import register
@@ -182,6 +183,32 @@ class EDA(Parts):
             return upcast
 
         return register
+
+    def projection(
+        self, *patterns: str, table: Table, name: str | None = None, **options: Any
+    ) -> Callable[[Apply], Projection]:
+        """``@eda.projection("order.#", table=orders)``: keeps a table of what events tell.
+
+        The function gets the row that has the event's key, as a dictionary, or None, and the
+        :class:`celery_eda.Event`; it returns the row as it is from then on, or None for no row.
+        It is an ordered subscription: each row is the fold of its stream. It can publish nothing,
+        and is to look at nothing else, so that ``eda projections rebuild`` makes the same rows of
+        the same events, at any time.
+
+        Args:
+            patterns: which events, as in :meth:`on`; each begins with a category.
+            table: with a primary key of one column, in the service's own database.
+            name: of the task; by default that of the function.
+            options: those of ``@eda.task``.
+
+        Returns:
+            The projection; called with a row and an event it gives the next row.
+
+        Raises:
+            ConfigurationError: it cannot be made so.
+            InvalidEvent: a pattern is none.
+        """
+        return self.on.projection(*patterns, table=table, name=name, **options)
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────
 

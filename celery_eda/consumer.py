@@ -30,7 +30,14 @@ from celery_eda.attempts import TIME_LIMIT, Attempts
 from celery_eda.cursors import Turn
 from celery_eda.dead_letters import Reason
 from celery_eda.delivery import Delivery, foreign
-from celery_eda.errors import NoNextAttempt, OutOfSequence, TimeLimit, Unwanted, WorkersLost
+from celery_eda.errors import (
+    NoNextAttempt,
+    OutOfSequence,
+    PublishingForbidden,
+    TimeLimit,
+    Unwanted,
+    WorkersLost,
+)
 from celery_eda.failures import Failures
 from celery_eda.handling import Ending
 from celery_eda.inbox import GotAhead, Handled, Inbox, Outcome
@@ -48,7 +55,7 @@ T = TypeVar("T")
 #: About these no policy is asked: the handler has decided, or it is not to blame.
 DECIDED = (
     *(Ignore, Reject, MaxRetriesExceededError),
-    *(MemoryError, Passing, GotAhead, OutOfSequence, Unwanted),
+    *(MemoryError, Passing, GotAhead, OutOfSequence, PublishingForbidden, Unwanted),
 )
 
 

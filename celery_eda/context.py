@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, RootTransaction
 from sqlalchemy.orm import Session
 
-from celery_eda.errors import TwoSessions
+from celery_eda.errors import PublishingForbidden, TwoSessions
 
 if TYPE_CHECKING:
     from celery_eda.event import Event
@@ -175,6 +175,34 @@ def handling(event: Event) -> Iterator[None]:
         yield
     finally:
         handled_event.reset(token)
+
+
+# Why nothing may be published right here; None if it may.
+_silence: ContextVar[str | None] = ContextVar("celery_eda_silence", default=None)
+
+
+@contextmanager
+def silenced(what: str) -> Iterator[None]:
+    """Let nothing be published inside the block, on behalf of *what*."""
+    token = _silence.set(what)
+    try:
+        yield
+    finally:
+        _silence.reset(token)
+
+
+def require_voice(name: str) -> None:
+    """Make sure that a call of the task *name* may be published right here.
+
+    Raises:
+        PublishingForbidden: it may not.
+    """
+    if (what := _silence.get()) is not None:
+        raise PublishingForbidden(
+            f"{what} publishes {name}, which must not leave: it left when the event was new. "
+            "Publish from a subscription of its own; or, if this is a replay, redrive its dead "
+            "letter or replay with --publish to let it."
+        )
 
 
 # The identities of what is published right here, where that has to have the same ones each time.

@@ -14,7 +14,18 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, and_, delete, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Table,
+    and_,
+    delete,
+    func,
+    or_,
+    select,
+    update,
+)
 
 from celery_eda import outbox
 from celery_eda.dialects.base import Dialect
@@ -66,6 +77,11 @@ class Cursor:
             return Turn.now
         return Turn.later
 
+    def after(self, position: Position) -> Cursor:
+        """The cursor once the message at *position* has had its end."""
+        base = self.base if position.epoch == self.epoch else 0
+        return Cursor(position.epoch, position.number, base, None, self.parked, written=True)
+
     def _has_ended(self, previous: tuple[int, int] | None) -> bool:
         """Whether nothing of the cursor's epoch is missing that the next one comes after."""
         if previous is not None:
@@ -85,6 +101,15 @@ class Cursors:
         """The cursor of *consumer* in *lane*, without a lock."""
         return self._read(connection, consumer, lane)
 
+    def lock(self, connection: Connection, consumer: str, lane: Lane) -> Cursor:
+        """The cursor, with its row locked; the row is made if there is none."""
+        self.dialect.stop_writers(connection)
+        cursor = self._read(connection, consumer, lane, lock=True)
+        if not cursor.written:
+            self._insert(connection, consumer, lane, Cursor())
+            cursor = self._read(connection, consumer, lane, lock=True)
+        return cursor
+
     def advance(
         self, connection: Connection, consumer: str, position: Position, cursor: Cursor
     ) -> Message | None:
@@ -98,17 +123,31 @@ class Cursors:
         """
         if not self._move(connection, consumer, position, cursor):
             return None
-        at = self._is_at(consumer, position.lane, position.epoch, position.number)
-        gone = connection.execute(delete(self.parked).where(at)).rowcount
-        if gone:
-            self._count_parked(connection, consumer, position.lane, -1)
-        return self._release(connection, consumer, position.lane)
+        self._unpark(connection, consumer, position)
+        return self.release(connection, consumer, position.lane)
+
+    def go_to(
+        self, connection: Connection, consumer: str, position: Position, cursor: Cursor
+    ) -> None:
+        """As :meth:`advance`, past all messages up to *position*, with the *cursor* locked."""
+        after = cursor.after(position)
+        self._set(
+            connection,
+            consumer,
+            position.lane,
+            epoch=after.epoch,
+            last=after.last,
+            base=after.base,
+            held=None,
+        )
+        if cursor.parked:
+            self._unpark(connection, consumer, position)
 
     def hold(
         self, connection: Connection, consumer: str, position: Position, revision: int
     ) -> None:
         """Note that *revision* of the message at *position* failed: nothing overtakes it."""
-        cursor = self._locked(connection, consumer, position.lane)
+        cursor = self.lock(connection, consumer, position.lane)
         if cursor.turn(position) is Turn.now:
             # If it begins an epoch the cursor goes there, or the message would wait for itself.
             self._set(
@@ -133,7 +172,7 @@ class Cursors:
         Raises:
             PlaceTaken: another message waits at the same place.
         """
-        cursor = self._locked(connection, consumer, position.lane)
+        cursor = self.lock(connection, consumer, position.lane)
         if cursor.turn(position) is not Turn.later:
             return False
         epoch, last = position.previous or (None, None)
@@ -170,6 +209,61 @@ class Cursors:
             False if the consumer has a cursor there already, which stays.
         """
         return self._insert(connection, consumer, lane, Cursor(epoch, last, base=last))
+
+    def release(self, connection: Connection, consumer: str, lane: Lane) -> Message | None:
+        """The parked message whose turn it is; its row stays until it has had its end."""
+        cursor = self._read(connection, consumer, lane)
+        parked = self.parked.c
+        # A locking read: at REPEATABLE READ another would not see what was parked meanwhile.
+        row = connection.execute(
+            select(self.parked)
+            .where(
+                self._is_of(self.parked, consumer, lane),
+                or_(
+                    and_(parked.epoch == cursor.epoch, parked.number == cursor.last + 1),
+                    and_(parked.epoch > cursor.epoch, parked.number == 1),
+                ),
+            )
+            .order_by(parked.epoch, parked.number)
+            .limit(1)
+            .with_for_update()
+        ).one_or_none()
+        if row is None:
+            return None
+        _, position = _place(row)
+        if cursor.turn(position) is not Turn.now:
+            return None
+        self._mark_released(connection, consumer, position)
+        return outbox.from_row(row)
+
+    def waiting(self, connection: Connection, consumer: str) -> int:
+        """How many messages are parked for *consumer*."""
+        query = select(func.count()).where(self.parked.c.consumer == consumer)
+        return connection.scalar(query) or 0
+
+    def apart(self, connection: Connection, one: str, other: str, limit: int) -> tuple[str, ...]:
+        """Up to *limit* keys in which two consumers have not come equally far."""
+        ends = self.table.alias(), self.table.alias()
+        found: dict[str, None] = {}
+        for here, there in (ends, ends[::-1]):
+            names = {ends[0]: one, ends[1]: other}
+            same = and_(
+                there.c.consumer == names[there],
+                *(here.c[name] == there.c[name] for name in _NAMES[1:]),
+            )
+            far = [
+                func.coalesce(here.c[name], 0) != func.coalesce(there.c[name], 0)
+                for name in ("epoch", "last")
+            ]
+            query = select(here.c.key).outerjoin_from(here, there, same)
+            query = query.where(here.c.consumer == names[here], or_(*far)).limit(limit)
+            found.update(dict.fromkeys(connection.scalars(query)))
+        return tuple(found)[:limit]
+
+    def forget(self, connection: Connection, consumer: str) -> None:
+        """Delete all that is known of a *consumer* that is no more."""
+        for table in (self.parked, self.table):
+            connection.execute(delete(table).where(table.c.consumer == consumer))
 
     def sweep(self, connection: Connection, seconds: float, limit: int) -> list[Message]:
         """Parked messages whose turn has come *seconds* ago and that have not been seen since.
@@ -212,15 +306,6 @@ class Cursors:
         ).where(self._is_of(self.table, consumer, lane))
         row = connection.execute(query.with_for_update() if lock else query).one_or_none()
         return Cursor() if row is None else Cursor(*row, written=True)
-
-    def _locked(self, connection: Connection, consumer: str, lane: Lane) -> Cursor:
-        """The cursor, with its row locked; the row is made if there is none."""
-        self.dialect.stop_writers(connection)
-        cursor = self._read(connection, consumer, lane, lock=True)
-        if not cursor.written:
-            self._insert(connection, consumer, lane, Cursor())
-            cursor = self._read(connection, consumer, lane, lock=True)
-        return cursor
 
     def _move(
         self, connection: Connection, consumer: str, position: Position, cursor: Cursor
@@ -271,31 +356,16 @@ class Cursors:
     def _count_parked(self, connection: Connection, consumer: str, lane: Lane, change: int) -> None:
         self._set(connection, consumer, lane, parked=self.table.c.parked + change)
 
-    def _release(self, connection: Connection, consumer: str, lane: Lane) -> Message | None:
-        """The parked message whose turn it is; its row stays until it has had its end."""
-        cursor = self._read(connection, consumer, lane)
+    def _unpark(self, connection: Connection, consumer: str, position: Position) -> None:
+        """Delete what is parked up to *position*, which has had its end."""
         parked = self.parked.c
-        # A locking read: at REPEATABLE READ another would not see what was parked meanwhile.
-        row = connection.execute(
-            select(self.parked)
-            .where(
-                self._is_of(self.parked, consumer, lane),
-                or_(
-                    and_(parked.epoch == cursor.epoch, parked.number == cursor.last + 1),
-                    and_(parked.epoch > cursor.epoch, parked.number == 1),
-                ),
-            )
-            .order_by(parked.epoch, parked.number)
-            .limit(1)
-            .with_for_update()
-        ).one_or_none()
-        if row is None:
-            return None
-        _, position = _place(row)
-        if cursor.turn(position) is not Turn.now:
-            return None
-        self._mark_released(connection, consumer, position)
-        return outbox.from_row(row)
+        passed = or_(
+            parked.epoch < position.epoch,
+            and_(parked.epoch == position.epoch, parked.number <= position.number),
+        )
+        where = self._is_of(self.parked, consumer, position.lane)
+        if gone := connection.execute(delete(self.parked).where(where, passed)).rowcount:
+            self._count_parked(connection, consumer, position.lane, -gone)
 
     def _mark_released(self, connection: Connection, consumer: str, position: Position) -> None:
         at = self._is_at(consumer, position.lane, position.epoch, position.number)

@@ -15,11 +15,11 @@ from celery import Celery
 
 from celery_eda import context, ordering
 from celery_eda.errors import InvalidEvent
-from celery_eda.event import EVENT_EXCHANGE, EVENT_TASK, Draft, Event
+from celery_eda.event import EVENT_EXCHANGE, EVENT_TASK, Draft, Event, count_of
 from celery_eda.event_types import EventTypes
 from celery_eda.message import Identity, Message
 from celery_eda.publishing import Publisher
-from celery_eda.topics import category_of, checked_name
+from celery_eda.topics import checked_name
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class Emitting:
                 "version. Give the key too, or leave expected_version out."
             )
         service = self.service()
-        stream = f"{category_of(name)}.#"
-        lane = None if key is None else ordering.lane(service, stream, key)
+        lane = None if key is None else ordering.lane(service, count_of(name), key)
         identity = Identity.fresh()
         correlation, causation = self._origin()
         event = Event(

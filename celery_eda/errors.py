@@ -17,6 +17,8 @@ EDAError
 │   └── NotItsTurn              others of its key would be lost, or overtaken
 ├── InvalidKey                  no ordering key; also ValueError
 ├── InvalidEvent                no event, name or pattern of one; also ValueError
+├── RebuildError                a projection cannot be made anew like that
+├── PublishingForbidden         nothing may leave from here: a replay, or a projection
 ├── OutOfSequence               why a message whose turn has passed is a dead letter
 ├── RequestError
 │   ├── RequestTimeout          no reply came in time; also TimeoutError
@@ -115,6 +117,14 @@ class InvalidKey(EDAError, ValueError):
 
 class InvalidEvent(EDAError, ValueError):
     """What was given is no event, or no name, pattern or data of one."""
+
+
+class RebuildError(EDAError):
+    """A projection cannot be made anew, compared or exchanged like that; nothing was changed."""
+
+
+class PublishingForbidden(EDAError):
+    """Something was published from where nothing may leave: a replay, or a projection."""
 
 
 class OutOfSequence(EDAError):

@@ -18,6 +18,11 @@ EVENT_EXCHANGE = "eda.events"
 SPEC_VERSION = "1.0"
 
 
+def count_of(name: str) -> str:
+    """What events like *name* are counted as, key by key: those of a category together."""
+    return f"{name.partition('.')[0]}.#"
+
+
 @dataclass(frozen=True)
 class Event:
     """A change of state that has been committed, or will be with its transaction.
@@ -34,7 +39,9 @@ class Event:
         causation_id: of the event or task that this one followed from.
         version: place in its stream, from 1; known only to the store, None without a key.
         position: place among all events of the store; None until a reader has asked for it.
-        order: place in its key's order as its message says it; known only to the store.
+        order: place in its key's order as its message says it; known to the store, and here where
+            it comes in order.
+        recorded: when it was appended, by the database's clock; known only to the store.
     """
 
     id: UUID
@@ -49,6 +56,7 @@ class Event:
     version: int | None = None
     position: int | None = None
     order: tuple[Any, ...] | None = None
+    recorded: datetime | None = None
 
     @property
     def category(self) -> str:
@@ -62,6 +70,8 @@ class Event:
 
     def to_cloud(self) -> dict[str, Any]:
         """Its attributes as CloudEvents 1.0 name them; those that are None are left out."""
+        sequence, after = (None, None) if self.order is None else _sequences(self.order)
+        recorded = self.recorded and self.recorded.astimezone(timezone.utc)
         attributes = {
             "specversion": SPEC_VERSION,
             "id": str(self.id),
@@ -75,6 +85,9 @@ class Event:
             "causationid": self.causation_id,
             "streamversion": self.version,
             "position": self.position,
+            "sequence": sequence,
+            "sequenceafter": after,
+            "recordedtime": recorded and recorded.isoformat(),
         }
         known = {name: value for name, value in attributes.items() if value is not None}
         return {**known, "data": self.data}
@@ -94,18 +107,21 @@ class Event:
                 "type": str(type_),
                 "time": str(time),
             }:
+                key, recorded = (_optional(attributes, x, str) for x in ("subject", "recordedtime"))
                 return cls(
                     id=UUID(id_),
                     type=type_,
                     source=source,
                     time=datetime.fromisoformat(time),
                     data=attributes.get("data"),
-                    key=_optional(attributes, "subject", str),
+                    key=key,
                     data_version=_optional(attributes, "dataversion", int) or 1,
                     correlation_id=_optional(attributes, "correlationid", str),
                     causation_id=_optional(attributes, "causationid", str),
                     version=_optional(attributes, "streamversion", int),
                     position=_optional(attributes, "position", int),
+                    order=_order(attributes, (source, count_of(type_), key)),
+                    recorded=datetime.fromisoformat(recorded) if recorded else None,
                 )
         raise ValueError("this is no event: it lacks attributes of CloudEvents 1.0")
 
@@ -115,6 +131,27 @@ def _optional(attributes: Mapping[str, Any], name: str, kind: type) -> Any:
     if value is None or type(value) is kind:
         return value
     raise ValueError(f"the attribute {name} of an event is malformed")
+
+
+def _sequences(order: tuple[Any, ...]) -> tuple[str, str | None]:
+    """Epoch and number of a place, and of what came before its epoch.
+
+    As texts that sort as the events follow each other: the extension ``sequence`` of CloudEvents.
+    """
+    numbers = [f"{number:019d}" for number in order[3:]]
+    return ".".join(numbers[:2]), ".".join(numbers[2:]) or None
+
+
+def _order(
+    attributes: Mapping[str, Any], lane: tuple[str, str, str | None]
+) -> tuple[Any, ...] | None:
+    sequence, after = (_optional(attributes, name, str) for name in ("sequence", "sequenceafter"))
+    if sequence is None:
+        return None
+    numbers = [int(each) for text in (sequence, after) if text for each in text.split(".")]
+    if len(numbers) not in (2, 4) or lane[-1] is None:
+        raise ValueError("the sequence of an event is malformed")
+    return (*lane, *numbers)
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,22 @@ class EventStore:
         query = query.where(*self._chosen(choice or Choice())).limit(limit)
         return [_from_row(row) for row in connection.execute(query)]
 
+    def follow(
+        self, engine: Engine, choice: Choice | None = None, *, after: int = 0
+    ) -> Iterator[Event]:
+        """All events by their positions, those *after* one, page by page; each page read anew.
+
+        Those that have no position when this begins get one.
+        """
+        self.give_positions(engine)
+        while True:
+            with engine.connect() as connection:
+                page = self.read(connection, choice, after=after)
+            yield from page
+            if not page:
+                return
+            after = page[-1].position or after
+
     def give_positions(self, engine: Engine) -> int:
         """Give positions to what is committed and has none, in short transactions of their own.
 
@@ -233,6 +249,7 @@ def _from_row(row: Row[Any]) -> Event:
         version=row.version,
         position=row.position,
         order=None if row.ordered_at is None else tuple(json.loads(row.ordered_at)),
+        recorded=_aware(row.at),
     )
 
 

@@ -114,6 +114,15 @@ class Inbox:
         row = connection.execute(self._finding, attempt(consumer, identity)).one_or_none()
         return None if row is None else Handled(Outcome(row.outcome), row.result)
 
+    def newest(self, connection: Connection, consumer: str) -> datetime | None:
+        """When the newest message that *consumer* has handled was published, by its publisher's
+        clock; None if it has handled none that the inbox remembers.
+        """
+        columns = self.table.c
+        query = select(columns.message_id).where(columns.consumer == consumer)
+        newest = connection.scalar(query.order_by(columns.message_id.desc()).limit(1))
+        return None if newest is None else Identity(newest).published
+
     def first_at(
         self, connection: Connection, consumer: str, identity: Identity
     ) -> datetime | None:

@@ -10,15 +10,17 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 from uuid import UUID, uuid5
 
-from celery_eda.event import Draft
+from celery_eda.event import Draft, Event
 
 ID_HEADER = "eda_id"
 REVISION_HEADER = "eda_revision"
 ORDER_HEADER = "eda_order"
+#: It says that an event is replayed, and that its handler is to publish nothing.
+REPLAY_HEADER = "eda_replay"
 #: Under this name Celery's request carries a :class:`Wire`; it never leaves the worker.
 WIRE = "eda_wire"
 #: Under this name it says that the message is ``expired`` or ``revoked``.
@@ -53,13 +55,20 @@ class Identity:
     def fresh(cls) -> Identity:
         """An identity that no other message has: a UUID of version 7 (RFC 9562).
 
-        Its time is there for the index's sake only, never for order.
+        Its time is there for the index's sake, and to be shown; never for order.
         """
         milliseconds = time.time_ns() // 1_000_000
         random = int.from_bytes(os.urandom(10), "big")
         value = milliseconds << 80 | random
         value = value & ~(0xF << 76) | 0x7 << 76
         return cls(UUID(int=value & ~(0x3 << 62) | 0x2 << 62))
+
+    @property
+    def published(self) -> datetime | None:
+        """When it was made, to the millisecond, by its publisher's clock; None if nobody knows."""
+        if self.id.version != 7:
+            return None
+        return datetime.fromtimestamp((self.id.int >> 80) / 1000, timezone.utc)
 
     @property
     def next(self) -> Identity:
@@ -145,6 +154,15 @@ class Position:
             case [int(before), int(last)] if 0 <= before < 2**63 and 0 <= last < 2**63:
                 return cls(lane, epoch, number, (before, last))
         raise ValueError(f"malformed {ORDER_HEADER} header")
+
+    @classmethod
+    def of_event(cls, event: Event) -> Position | None:
+        """The position of *event* in its key's order; None if it has none, or nobody knows it.
+
+        Raises:
+            ValueError: nobody can have given it such a place.
+        """
+        return None if event.order is None else cls.of_headers({ORDER_HEADER: list(event.order)})
 
     @property
     def headers(self) -> dict[str, Any]:

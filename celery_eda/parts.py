@@ -33,6 +33,8 @@ from celery_eda.message import Message
 from celery_eda.order import Order
 from celery_eda.outbox import Outbox
 from celery_eda.patience import Patience
+from celery_eda.projecting import Projecting
+from celery_eda.projections import Projections
 from celery_eda.publishing import Publisher
 from celery_eda.reading import Reading
 from celery_eda.recording import message_in_progress
@@ -164,6 +166,11 @@ class Parts:
         return Outbox(self.tables.outbox, self.dialect, seal_of(self.app))
 
     @made_once
+    def inbox(self) -> Inbox:
+        """Messages handled already."""
+        return Inbox(self.tables.inbox, self.dialect)
+
+    @made_once
     def shortcut(self) -> Shortcut | None:
         """What puts messages into their queues, where this database is the broker too."""
         return shortcut_of(self.app, self.url, self.tables)
@@ -243,6 +250,19 @@ class Parts:
         return Replaying(self.engine, self.event_store, self.emitting.message_of, self.store_apart)
 
     @made_once
+    def projections(self) -> Projections:
+        """The tables made of events, and their shadows."""
+        return Projections(self.tables.projections, self.dialect)
+
+    @made_once
+    def projecting(self) -> Projecting:
+        """Makes rows of events."""
+        return Projecting(
+            *(self.engine, self.projections, self.subscriptions, self.event_types),
+            *(self.cursors, self.replaying.addressed),
+        )
+
+    @made_once
     def cursors(self) -> Cursors:
         """The numbers awaited of each ordering key, and the messages parked."""
         return Cursors(self.tables.cursors, self.tables.parked, self.dialect)
@@ -285,19 +305,18 @@ class Parts:
     @made_once
     def consumer(self) -> Consumer:
         """Makes deliveries take effect once."""
-        inbox = Inbox(self.tables.inbox, self.dialect)
         attempts = Attempts(self.tables.attempts, self.dialect)
         units = UnitsOfWork(self.engine, self.dialect, attempts, self.store, joining.join)
         order = Order(self.cursors, message_in_progress)
         patience = Patience(self.dialect, self.settings.outage_patience)
         return Consumer(
             engine=self.engine,
-            inbox=inbox,
+            inbox=self.inbox,
             attempts=attempts,
             units=units,
             order=order,
             failures=Failures(
-                *(inbox, self.dead_letters, units, order, self.replies, patience),
+                *(self.inbox, self.dead_letters, units, order, self.replies, patience),
                 rebuild=message_in_progress,
                 seek_repair=self.repair_tasks.seek,
             ),
@@ -351,9 +370,8 @@ class Parts:
     @made_once
     def refusals(self) -> Refusals:
         """Keeps the messages that no task gets to see."""
-        inbox = Inbox(self.tables.inbox, self.dialect)
         answer, store = self.replies.to_refused, self.store
-        return Refusals(self.engine, inbox, self.dead_letters, answer, store)
+        return Refusals(self.engine, self.inbox, self.dead_letters, answer, store)
 
     def is_reliable(self, task: str) -> bool:
         """Whether the task of this name is handled exactly once."""

@@ -112,6 +112,7 @@ class CapturingAMQP(AMQP):
         ) -> Any:
             transaction = context.current_transaction()
             if transaction is None:
+                context.require_voice(name)
                 _forget_identity(options)
                 return send(producer, name, message, **options)
             self._hand_on_reply(message)
@@ -162,6 +163,8 @@ class CapturingAMQP(AMQP):
         )
         if (progress := context.in_progress.get()) and identity == progress.identity.next:
             progress.retry = message = message.at(progress.position)
+        else:
+            context.require_voice(task)
         return message
 
     def _queue_of(self, declared: Sequence[Queue], exchange: str) -> str | None:

@@ -20,7 +20,7 @@ from celery_eda.cursors import Cursors, Turn
 from celery_eda.dead_letters import DeadLetters, Filter, Letter, Reason, State
 from celery_eda.errors import NotItsTurn, UnreadableBody
 from celery_eda.inbox import GotAhead
-from celery_eda.message import ORDER_HEADER, Message
+from celery_eda.message import ORDER_HEADER, REPLAY_HEADER, Message
 from celery_eda.transaction import Store
 
 #: What a broker writes into a message that it has put aside.
@@ -292,10 +292,12 @@ def _never_arrived(letter: Letter) -> str:
 
 
 def afresh(message: Message) -> Message:
-    """The next revision of *message*, which does not expire and has all its retries again."""
-    headers = {
-        name: value for name, value in message.headers.items() if not name.startswith(_OF_BROKERS)
-    }
+    """The next revision of *message*, which does not expire and has all its retries again.
+
+    Of a replayed event too: whoever sends it again lets it publish.
+    """
+    left = (*_OF_BROKERS, REPLAY_HEADER)
+    headers = {name: value for name, value in message.headers.items() if not name.startswith(left)}
     headers |= {name: value for name, value in _BEGUN.items() if name in headers}
     # Those of ours say how it was kept.
     kept = {

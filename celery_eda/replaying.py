@@ -15,7 +15,7 @@ from sqlalchemy import Engine
 from celery_eda.errors import InvalidEvent
 from celery_eda.event import Event
 from celery_eda.event_store import Choice, EventStore
-from celery_eda.message import ORDER_HEADER, Identity, Message, Position
+from celery_eda.message import REPLAY_HEADER, Identity, Message, Position
 from celery_eda.subscriptions import PREFIX
 
 #: Events that go to the outbox in one transaction.
@@ -36,9 +36,12 @@ class Replaying:
     message_of: Callable[[Event, Identity], Message]
     send: Callable[[Sequence[Message]], None]
 
-    def replay(self, queue: str, choice: Choice, *, after: int = 0) -> Iterator[Event]:
+    def replay(
+        self, queue: str, choice: Choice, *, after: int = 0, publish: bool = False
+    ) -> Iterator[Event]:
         """Send the events of *choice*, by their positions, to the subscription with that *queue*.
 
+        Unless it may *publish*, its handler fails when it does, and the event is a dead letter.
         Repeating it is harmless, and so is dying half-way: begin anew, or *after* the position of
         the last one that was given here.
 
@@ -55,7 +58,8 @@ class Replaying:
             )
         self.store.give_positions(self.engine)
         while events := self._read(choice, after):
-            self.send([self._to(queue, event) for event in events])
+            messages = [self.addressed(queue, event) for event in events]
+            self.send(messages if publish else [silent(each) for each in messages])
             yield from events
             after = events[-1].position or after
 
@@ -63,9 +67,13 @@ class Replaying:
         with self.engine.connect() as connection:
             return self.store.read(connection, choice, after=after, limit=AT_ONCE)
 
-    def _to(self, queue: str, event: Event) -> Message:
-        message = self.message_of(event, Identity(event.id))
+    def addressed(self, queue: str, event: Event) -> Message:
+        """The message with which *event* comes to that *queue* alone, as the one that it is."""
+        message = self.message_of(replace(event, order=None), Identity(event.id))
         message = replace(message, exchange="", routing_key=queue, queue=None)
-        if event.order is None:
-            return message
-        return message.at(Position.of_headers({ORDER_HEADER: list(event.order)}))
+        return message.at(Position.of_event(event))
+
+
+def silent(message: Message) -> Message:
+    """*message*, whose handler can publish nothing."""
+    return replace(message, headers={**message.headers, REPLAY_HEADER: True})

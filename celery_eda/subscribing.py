@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import wraps
 from typing import Any, Protocol
 
 from celery import Celery
+from sqlalchemy import Table
+from sqlalchemy.orm import Session
 
 from celery_eda import context
 from celery_eda.errors import ConfigurationError
 from celery_eda.event import Event
 from celery_eda.event_types import EventTypes
+from celery_eda.message import ORDER_HEADER, REPLAY_HEADER
+from celery_eda.projecting import Projecting
+from celery_eda.projections import Apply, Projection, Projections
 from celery_eda.subscriptions import Subscription, Subscriptions
 from celery_eda.task import TaskDecorator, finishing
 
@@ -30,6 +37,15 @@ class Subscribes(Protocol):
 
     @property
     def event_types(self) -> EventTypes: ...
+
+    @property
+    def projections(self) -> Projections: ...
+
+    @property
+    def projecting(self) -> Projecting: ...
+
+    @property
+    def session(self) -> Session: ...
 
 
 class SubscriptionDecorator:
@@ -62,28 +78,82 @@ class SubscriptionDecorator:
             ConfigurationError: it cannot be subscribed so.
             InvalidEvent: a pattern is none.
         """
+
+        def decorate(function: Callable[..., Any]) -> Any:
+            eda = self._eda
+            task = name or eda.app.gen_task_name(function.__name__, function.__module__)
+            handle = finishing(eda.task.with_session(function))
+
+            def receive(event: Event) -> Any:
+                event = eda.event_types.restored(event)
+                with context.handling(event):
+                    return handle(event)
+
+            return self._subscribe(
+                Subscription(task, patterns, ordered), receive, function, options
+            )
+
+        return decorate
+
+    def projection(
+        self, *patterns: str, table: Table, name: str | None = None, **options: Any
+    ) -> Callable[[Apply], Projection]:
+        """Let a function make the rows of a table; see :meth:`celery_eda.EDA.projection`."""
+
+        def decorate(function: Apply) -> Projection:
+            eda = self._eda
+            task = name or eda.app.gen_task_name(function.__name__, function.__module__)
+            projection = Projection(task, table, function)
+            eda.projections.add(projection)
+
+            def receive(event: Event) -> None:
+                event = replace(event, order=_place_in_progress())
+                eda.projecting.take(eda.session.connection(), projection, event)
+
+            subscription = Subscription(task, patterns, ordered=True, all=True)
+            self._subscribe(subscription, receive, function, options)
+            return projection
+
+        return decorate
+
+    def _subscribe(
+        self,
+        subscription: Subscription,
+        receive: Callable[[Event], Any],
+        function: Callable[..., Any],
+        options: dict[str, Any],
+    ) -> Any:
+        """Make a task of what *receive* does with each event that comes to *subscription*."""
         if refused := sorted(OURS & options.keys()):
             raise ConfigurationError(
                 f"A subscription decides itself about {', '.join(refused)}: it gets the event, "
                 "whose key is that of its order, and nobody waits for a result. Leave it out."
             )
+        self._eda.subscriptions.add(subscription)
 
-        def decorate(function: Callable[..., Any]) -> Any:
-            eda = self._eda
-            task = name or eda.app.gen_task_name(function.__name__, function.__module__)
-            subscription = Subscription(task, patterns, ordered)
-            eda.subscriptions.add(subscription)
-            handle = finishing(eda.task.with_session(function))
+        @wraps(function, assigned=("__module__", "__doc__"))
+        def take(attributes: Any) -> Any:
+            event = Event.of_cloud(attributes)
+            if subscription.all or subscription.wants(event.type):
+                with _silenced_by_replay(self._eda.app, subscription):
+                    return receive(event)
+            return None
 
-            @wraps(function, assigned=("__module__", "__doc__"))
-            def receive(attributes: Any) -> Any:
-                event = eda.event_types.restored(Event.of_cloud(attributes))
-                if not subscription.wants(event.type):
-                    return None
-                with context.handling(event):
-                    return handle(event)
+        del take.__wrapped__  # Celery would take the function's parameters for its own
+        return self._eda.task(name=subscription.task, ignore_result=True, **options)(take)
 
-            del receive.__wrapped__  # Celery would take the function's parameters for its own
-            return eda.task(name=task, ignore_result=True, **options)(receive)
 
-        return decorate
+def _silenced_by_replay(app: Celery, subscription: Subscription) -> AbstractContextManager[None]:
+    """Where nothing can be published, if the event in progress is replayed."""
+    task = app.current_worker_task
+    if task is not None and task.request.get(REPLAY_HEADER):
+        return context.silenced(f"The replay to {subscription.task}")
+    return nullcontext()
+
+
+def _place_in_progress() -> tuple[Any, ...] | None:
+    """The place of the message in progress, as an event has it."""
+    progress = context.in_progress.get()
+    if progress is None or progress.position is None:
+        return None
+    return tuple(progress.position.headers[ORDER_HEADER])

@@ -35,11 +35,13 @@ class Subscription:
         task: the name of its task.
         patterns: which events it handles.
         ordered: whether those of one category and key take effect one after the other.
+        all: whether an ordered one also takes the events of the category that it does not want.
     """
 
     task: str
     patterns: tuple[str, ...]
     ordered: bool = False
+    all: bool = False
 
     def wants(self, name: str) -> bool:
         """Whether it handles the event *name*."""
@@ -53,8 +55,12 @@ class Subscription:
         """
         if not self.ordered:
             return self.patterns
-        categories = {topics.category_of(pattern) for pattern in self.patterns}
-        return tuple(sorted(f"{category}.#" for category in categories))
+        return tuple(f"{category}.#" for category in self.categories)
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """What is before the first dot of its patterns."""
+        return tuple(sorted({topics.category_of(pattern) for pattern in self.patterns}))
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ class Subscriptions:
     def waiting(self, channel: Any, queue: str) -> int | None:
         """How many messages wait in a *queue*; None if nobody has declared it."""
         if isinstance(channel, virtual.Channel):
+            EXCHANGE.bind(channel).declare()
             if queue not in {bound for _, _, bound in channel.get_table(EVENT_EXCHANGE)}:
                 return None
             return int(channel._size(queue))

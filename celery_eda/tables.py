@@ -104,6 +104,9 @@ class Tables:
         audit: what was done to dead letters, by whom and why.
         requests: durable requests of this service, and what came of them.
         events: every event that this service has emitted.
+        snapshots: what the fold of a stream came to at some of its versions.
+        subscriptions: the queues that were made for subscriptions of this service.
+        projections: the tables made of events, and how their shadows are made.
         queue: messages that wait for a worker, where the database itself is the broker.
         bindings: the queues there are, and what exchanges put into them.
         takers: who takes from those queues right now.
@@ -123,6 +126,9 @@ class Tables:
     audit: Table
     requests: Table
     events: Table
+    snapshots: Table
+    subscriptions: Table
+    projections: Table
     queue: Table
     bindings: Table
     takers: Table
@@ -134,7 +140,7 @@ class Tables:
         return (
             *(self.outbox, self.inbox, self.attempts, self.dead_letters),
             *(self.sequences, self.cursors, self.parked, self.audit, self.requests),
-            self.events,
+            *(self.events, self.snapshots, self.subscriptions, self.projections),
             *(self.queue, self.bindings, self.takers),
         )
 
@@ -284,39 +290,6 @@ class Tables:
             **_OPTIONS,
         )
         Index(f"ix_{prefix}requests_at", requests.c.at)
-        events = Table(
-            f"{prefix}events",
-            metadata,
-            Column("id", Identifier, primary_key=True, autoincrement=True),
-            Column("position", BigInteger),
-            Column("event_id", MessageId, nullable=False),
-            Column("type", Name(KEY_BYTES), nullable=False),
-            Column("category", Name(KEY_BYTES), nullable=False),
-            Column("key", Name(KEY_BYTES)),
-            Column("version", BigInteger),
-            Column("source", Name(KEY_BYTES), nullable=False),
-            Column("data_version", Integer, nullable=False),
-            Column("data", LongText, nullable=False),
-            Column("time", Moment, nullable=False),
-            Column("at", Moment, nullable=False),
-            Column("correlation_id", String(NAME_LENGTH)),
-            Column("causation_id", String(NAME_LENGTH)),
-            Column("ordered_at", LongText),
-            schema=schema,
-            sqlite_autoincrement=True,
-            **_OPTIONS,
-        )
-        columns = events.c
-        Index(f"ix_{prefix}events_position", columns.position, unique=True)
-        Index(f"ix_{prefix}events_event", columns.event_id, unique=True)
-        Index(
-            f"ix_{prefix}events_stream",
-            *(columns.category, columns.key, columns.version),
-            unique=True,
-        )
-        Index(f"ix_{prefix}events_type", columns.type, columns.position)
-        Index(f"ix_{prefix}events_category", columns.category, columns.position)
-        queue, bindings, takers = _queue_tables(metadata, prefix, schema)
         version = Table(
             f"{prefix}version",
             metadata,
@@ -327,10 +300,81 @@ class Tables:
         records = (
             *(outbox, inbox, attempts, dead_letters),
             *(sequences, cursors, parked, audit, requests),
-            events,
-            *(queue, bindings, takers),
+            *_event_tables(metadata, prefix, schema),
+            *_queue_tables(metadata, prefix, schema),
         )
         return cls(prefix, schema, metadata, *records, version)
+
+
+def _event_tables(
+    metadata: MetaData, prefix: str, schema: str | None
+) -> tuple[Table, Table, Table, Table]:
+    events = Table(
+        f"{prefix}events",
+        metadata,
+        Column("id", Identifier, primary_key=True, autoincrement=True),
+        Column("position", BigInteger),
+        Column("event_id", MessageId, nullable=False),
+        Column("type", Name(KEY_BYTES), nullable=False),
+        Column("category", Name(KEY_BYTES), nullable=False),
+        Column("key", Name(KEY_BYTES)),
+        Column("version", BigInteger),
+        Column("source", Name(KEY_BYTES), nullable=False),
+        Column("data_version", Integer, nullable=False),
+        Column("data", LongText, nullable=False),
+        Column("time", Moment, nullable=False),
+        Column("at", Moment, nullable=False),
+        Column("correlation_id", String(NAME_LENGTH)),
+        Column("causation_id", String(NAME_LENGTH)),
+        Column("ordered_at", LongText),
+        schema=schema,
+        sqlite_autoincrement=True,
+        **_OPTIONS,
+    )
+    columns = events.c
+    Index(f"ix_{prefix}events_position", columns.position, unique=True)
+    Index(f"ix_{prefix}events_event", columns.event_id, unique=True)
+    Index(
+        f"ix_{prefix}events_stream",
+        *(columns.category, columns.key, columns.version),
+        unique=True,
+    )
+    Index(f"ix_{prefix}events_type", columns.type, columns.position)
+    Index(f"ix_{prefix}events_category", columns.category, columns.position)
+    snapshots = Table(
+        f"{prefix}snapshots",
+        metadata,
+        Column("category", Name(KEY_BYTES), nullable=False),
+        Column("key", Name(KEY_BYTES), nullable=False),
+        Column("name", Name(KEY_BYTES), nullable=False),
+        Column("version", BigInteger, nullable=False),
+        Column("state", LongText, nullable=False),
+        Column("at", Moment, nullable=False),
+        PrimaryKeyConstraint("category", "key", "name", "version"),
+        schema=schema,
+        **_OPTIONS,
+    )
+    subscriptions = Table(
+        f"{prefix}subscriptions",
+        metadata,
+        Column("queue", Name, nullable=False),
+        Column("task", Name, nullable=False),
+        Column("patterns", LongText, nullable=False),
+        Column("at", Moment, nullable=False),
+        PrimaryKeyConstraint("queue"),
+        schema=schema,
+        **_OPTIONS,
+    )
+    projections = Table(
+        f"{prefix}projections",
+        metadata,
+        Column("name", Name, nullable=False),
+        Column("shadow", String(NAME_LENGTH)),
+        PrimaryKeyConstraint("name"),
+        schema=schema,
+        **_OPTIONS,
+    )
+    return events, snapshots, subscriptions, projections
 
 
 def _queue_tables(

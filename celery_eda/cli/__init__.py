@@ -9,6 +9,7 @@ from celery_eda.cli.dead_letters import dead_letters
 from celery_eda.cli.events import events
 from celery_eda.cli.housekeeping import housekeeping
 from celery_eda.cli.order import order
+from celery_eda.cli.projections import projections
 from celery_eda.cli.relay import relay
 from celery_eda.cli.subscriptions import subscriptions
 from celery_eda.cli.tables import db
@@ -21,5 +22,8 @@ def eda(context: click.Context) -> None:
     """Transactional outbox, idempotent inbox, relay, dead letters, events."""
 
 
-for command in (relay, db, dead_letters, order, events, subscriptions, housekeeping):
+for command in (
+    *(relay, db, dead_letters, order, events, subscriptions, projections),
+    housekeeping,
+):
     eda.add_command(command)

@@ -90,6 +90,7 @@ def export(context: click.Context, /, after: int, **choice: Any) -> None:
 @click.option("--to", "queue", required=True, help="The queue of the subscription.")
 @filters
 @click.option("--rate", type=Rate(), help="At most so many: 10/s, 30/m, 100/h.")
+@click.option("--publish", is_flag=True, help="Let the handler publish, which else fails.")
 @click.option("--dry-run", is_flag=True, help="Count them, and send nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @as_json
@@ -100,6 +101,7 @@ def replay(
     queue: str,
     after: int,
     rate: float | None,
+    publish: bool,
     dry_run: bool,
     yes: bool,
     as_json: bool,
@@ -109,7 +111,9 @@ def replay(
 
     It takes effect only with those that it has not handled yet, unless that was longer ago than
     its inbox remembers (eda_inbox_retention). A command that was killed half-way is given again,
-    or goes on with --after and the last position that it told.
+    or goes on with --after and the last position that it told. A handler that publishes when it
+    is told of the past fails, and the event is a dead letter: what followed from it has left long
+    ago. For a subscription that is new add --publish.
     """
     service = service_of(context)
     if dry_run:
@@ -119,7 +123,8 @@ def replay(
     confirm(f"Send events to {printable(queue)} once more?", yes=yes)
     number, last = 0, None
     try:
-        for last in service.replaying.replay(queue, Choice(**_aware(choice)), after=after):
+        chosen = Choice(**_aware(choice))
+        for last in service.replaying.replay(queue, chosen, after=after, publish=publish):
             number += 1
             if number % STEP == 0:
                 click.echo(f"{number} events, up to position {last.position}", err=True)
@@ -133,18 +138,10 @@ def replay(
 
 
 def _events(context: click.Context, after: int, **choice: Any) -> Iterator[Event]:
-    """The events of a choice, page by page; those that had no position get one."""
+    """The events of a choice; those that had no position get one."""
     service = service_of(context)
-    store = service.event_store
     try:
-        store.give_positions(service.engine)
-        while True:
-            with service.engine.connect() as connection:
-                page = store.read(connection, Choice(**_aware(choice)), after=after)
-            yield from page
-            if not page:
-                return
-            after = page[-1].position or after
+        yield from service.event_store.follow(service.engine, Choice(**_aware(choice)), after=after)
     except InvalidEvent as error:
         raise click.ClickException(str(error)) from error
 

@@ -7,19 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import click
 from celery.bin.base import CeleryCommand
-from kombu.exceptions import OperationalError
 
+from celery_eda.cli.broker import channel_of
 from celery_eda.cli.service import confirm, printable, service_of
 from celery_eda.subscriptions import PREFIX
-
-#: Seconds that the broker may take to answer.
-PATIENCE = 10.0
 
 
 @click.group(name="subscriptions")
@@ -37,7 +31,7 @@ def list_(context: click.Context, as_json: bool) -> None:
     """Show the subscriptions of this app, and how many messages wait for each."""
     found, known = [], service_of(context).subscriptions
     for queue, subscription in sorted(known.by_queue.items()):
-        with _channel(context) as channel:  # its own: RabbitMQ closes it if there is no queue
+        with channel_of(context) as channel:  # its own: RabbitMQ closes it if there is no queue
             waiting = known.waiting(channel, queue)
         found.append(
             {
@@ -69,7 +63,7 @@ def declare(context: click.Context) -> None:
     From then on events wait there. Workers and relays do the same.
     """
     service = service_of(context)
-    with _channel(context) as channel:
+    with channel_of(context) as channel:
         service.subscriptions.declare(channel)
     click.echo(f"{len(service.subscriptions.known)} subscriptions are declared.")
 
@@ -89,7 +83,7 @@ def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
             f"This app still subscribes by {queue}. Remove the handler first, or its worker "
             "makes the queue again."
         )
-    with _channel(context) as channel:
+    with channel_of(context) as channel:
         waiting = service.subscriptions.waiting(channel, queue)
     if waiting is None:
         raise click.ClickException(f"The broker has no queue {queue}.")
@@ -99,25 +93,6 @@ def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
             "lose them."
         )
     confirm(f"Delete {printable(queue)}?", yes=yes)
-    with _channel(context) as channel:
+    with channel_of(context) as channel:
         service.subscriptions.drop(channel, queue)
     click.echo(f"{queue} is deleted.")
-
-
-@contextmanager
-def _channel(context: click.Context) -> Iterator[Any]:
-    """A channel of a connection of its own.
-
-    Raises:
-        ClickException: the broker is away.
-    """
-    connection = context.obj.app.connection_for_write()
-    try:
-        connection.ensure_connection(max_retries=1, timeout=PATIENCE)
-        channel = connection.channel()
-    except (OperationalError, OSError) as error:
-        raise click.ClickException(f"The broker cannot be reached: {error}") from error
-    try:
-        yield channel
-    finally:
-        connection.collect()

@@ -173,7 +173,7 @@ def test_nobody_moves_the_cursor_while_a_message_is_being_parked(
 
     with ThreadPoolExecutor() as threads, database.engine.connect() as parking:
         waiting = message().at(at(3))
-        looked = cursors._locked(parking, "charge", LANE)
+        looked = cursors.lock(parking, "charge", LANE)
         advancing = threads.submit(advance)
         time.sleep(0.2)  # it waits, if it has to
         order.append("parked")
