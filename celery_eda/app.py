@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
 from functools import wraps
 from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 from celery import Celery, Signature, Task
-from sqlalchemy import Engine, Table
+from sqlalchemy import Connection, Engine, Table
 from sqlalchemy.orm import Session
 
 from celery_eda import attachment, context, joining, publishing, redaction, results, schema
@@ -25,6 +26,7 @@ from celery_eda.task import TaskDecorator, finishing, made_reliable
 
 register()
 T = TypeVar("T")
+S = TypeVar("S")
 log = redaction.logger(__name__)
 
 #: Celery's own tasks that run, or publish, tasks of the user's.
@@ -183,6 +185,37 @@ class EDA(Parts):
             return upcast
 
         return register
+
+    def fold(
+        self,
+        stream: str,
+        initial: S,
+        apply: Callable[[S, Event], S],
+        *,
+        at: datetime | None = None,
+        snapshot: str | None = None,
+        session: Session | Connection | None = None,
+    ) -> S:
+        """The state of a stream of this service: ``eda.fold("order.7", Order(), Order.after)``.
+
+        Args:
+            stream: ``<category>.<key>``.
+            initial: the state before its first event.
+            apply: gives the state after an event, from the one before it.
+            at: only with what was appended until then, by the database's clock; without a zone it
+                is UTC.
+            snapshot: a name under which the state is kept now and then, as JSON, so that the next
+                fold with it begins there. Give another one when *apply* changes.
+            session: what to read by; by default the session of the message in progress, if there
+                is one, else a connection of its own.
+
+        Raises:
+            InvalidEvent: that is no stream, or its state cannot be kept.
+            ArchivedEvents: its first events have left the store.
+        """
+        return self.folding.fold(
+            *(stream, initial, apply), at=at, snapshot=snapshot, session=session
+        )
 
     def projection(
         self, *patterns: str, table: Table, name: str | None = None, **options: Any

@@ -17,6 +17,7 @@ EDAError
 │   └── NotItsTurn              others of its key would be lost, or overtaken
 ├── InvalidKey                  no ordering key; also ValueError
 ├── InvalidEvent                no event, name or pattern of one; also ValueError
+├── ArchivedEvents              the first events of a stream have left the store
 ├── RebuildError                a projection cannot be made anew like that
 ├── PublishingForbidden         nothing may leave from here: a replay, or a projection
 ├── OutOfSequence               why a message whose turn has passed is a dead letter
@@ -117,6 +118,21 @@ class InvalidKey(EDAError, ValueError):
 
 class InvalidEvent(EDAError, ValueError):
     """What was given is no event, or no name, pattern or data of one."""
+
+
+class ArchivedEvents(EDAError):
+    """Events that a fold begins with were archived; there is no state to be told.
+
+    Attributes:
+        stream, version: its name, and the first version that is not there.
+    """
+
+    def __init__(self, stream: str, version: int) -> None:
+        super().__init__(
+            f"Event {version} of {stream} has left the store, so its state cannot be folded from "
+            "there. Fold with the snapshot of a later version, or from the archive."
+        )
+        self.stream, self.version = stream, version
 
 
 class RebuildError(EDAError):

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Select,
     Table,
     bindparam,
+    delete,
     exists,
     func,
     insert,
@@ -105,7 +106,7 @@ class EventStore:
         columns = self.table.c
         query = select(self.table).where(*self._of_stream(stream)).order_by(columns.version)
         if at is not None:
-            query = query.where(columns.at <= _utc(at))
+            query = query.where(columns.at <= utc(at))
         while True:
             rows = connection.execute(query.where(columns.version > after).limit(BATCH)).all()
             yield from map(_from_row, rows)
@@ -165,6 +166,23 @@ class EventStore:
             total += given
         return total
 
+    def forget(self, connection: Connection, choice: Choice, up_to: int, limit: int) -> int:
+        """Delete up to *limit* events of *choice* whose positions are at most *up_to*.
+
+        The last one of all stays, since positions count on from it.
+
+        Returns:
+            How many were deleted.
+        """
+        position = self.table.c.position
+        last = connection.scalar(select(func.max(position))) or 0
+        chosen = self._chosen(choice)
+        ids = select(self.table.c.id).where(position <= up_to, position < last, *chosen)
+        found = list(connection.scalars(ids.order_by(position).limit(limit)))
+        if found:
+            connection.execute(delete(self.table).where(self.table.c.id.in_(found)))
+        return len(found)
+
     def _has_some_without(self, engine: Engine) -> bool:
         """Looked at without the lock, which on SQLite would stop all writers."""
         with engine.connect() as connection:
@@ -191,9 +209,7 @@ class EventStore:
     # ── statements ──────────────────────────────────────────────────────────────────────────
 
     def _of_stream(self, stream: str) -> tuple[ColumnElement[bool], ...]:
-        category, dot, key = stream.partition(".")
-        if not dot or not category or not key:
-            raise InvalidEvent(f"{stream!r} is no stream: give <category>.<key>, as 'order.7'.")
+        category, key = parts_of(stream)
         return self.table.c.category == category, self.table.c.key == key
 
     def _chosen(self, choice: Choice) -> Iterator[ColumnElement[bool]]:
@@ -205,9 +221,21 @@ class EventStore:
         if choice.types:
             yield columns.type.in_(choice.types)
         if choice.since is not None:
-            yield columns.at >= _utc(choice.since)
+            yield columns.at >= utc(choice.since)
         if choice.until is not None:
-            yield columns.at < _utc(choice.until)
+            yield columns.at < utc(choice.until)
+
+
+def parts_of(stream: str) -> tuple[str, str]:
+    """Category and key of a *stream*.
+
+    Raises:
+        InvalidEvent: it is none.
+    """
+    category, dot, key = stream.partition(".")
+    if not dot or not category or not key:
+        raise InvalidEvent(f"{stream!r} is no stream: give <category>.<key>, as 'order.7'.")
+    return category, key
 
 
 def fold(events: Iterable[Event], initial: S, apply: Callable[[S, Event], S]) -> S:
@@ -228,7 +256,7 @@ def _to_row(event: Event) -> dict[str, Any]:
         "source": event.source,
         "data_version": event.data_version,
         "data": json.dumps(event.data),
-        "time": _utc(event.time),
+        "time": utc(event.time),
         "correlation_id": event.correlation_id,
         "causation_id": event.causation_id,
         "ordered_at": None if event.order is None else json.dumps(event.order),
@@ -253,7 +281,7 @@ def _from_row(row: Row[Any]) -> Event:
     )
 
 
-def _utc(moment: datetime) -> datetime:
+def utc(moment: datetime) -> datetime:
     """*moment* as every database takes it; without a zone it is UTC."""
     return _aware(moment).astimezone(timezone.utc)
 

@@ -25,6 +25,7 @@ from celery_eda.errors import ConfigurationError, UnsafeSetting
 from celery_eda.event_store import EventStore
 from celery_eda.event_types import EventTypes
 from celery_eda.failures import Failures
+from celery_eda.folding import Folding
 from celery_eda.housekeeping import Housekeeping
 from celery_eda.inbox import Inbox
 from celery_eda.inspection import Limits
@@ -51,6 +52,7 @@ from celery_eda.retry import Policy, checked
 from celery_eda.sender import Sender
 from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings
+from celery_eda.snapshots import Snapshots
 from celery_eda.subscriptions import Subscriptions
 from celery_eda.tables import Tables
 from celery_eda.task import ReliableTask
@@ -228,6 +230,14 @@ class Parts:
     def event_store(self) -> EventStore:
         """Every event that this service has emitted."""
         return EventStore(self.tables.events, self.dialect)
+
+    @made_once
+    def folding(self) -> Folding:
+        """Folds streams of events."""
+        snapshots = Snapshots(self.tables.snapshots, self.dialect)
+        return Folding(
+            *(self.engine, self.event_store, snapshots, self.sequences, self.event_types),
+        )
 
     @made_once
     def event_types(self) -> EventTypes:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Row, Table, update
+from sqlalchemy import Connection, Row, Table, select, update
 
 from celery_eda.dialects.base import Dialect
 from celery_eda.message import ORDER_HEADER, Lane, Message, Position
@@ -47,6 +47,12 @@ class Sequences:
             else message
             for message in messages
         ]
+
+    def version(self, connection: Connection, stream: str, key: str) -> int:
+        """How many events a stream has had; 0 if none."""
+        columns = self.table.c
+        query = select(columns.version).where(columns.stream == stream, columns.key == key)
+        return connection.scalar(query) or 0
 
     def begin_epoch(self, connection: Connection, stream: str | None = None) -> int:
         """Let every count begin again; returns how many there are.

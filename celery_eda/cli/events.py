@@ -6,11 +6,13 @@ Exit codes: 0 all is as asked, 1 nothing matched, 2 the command line is wrong.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
 from itertools import islice
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -83,6 +85,53 @@ def export(context: click.Context, /, after: int, **choice: Any) -> None:
     last = None
     for last in _events(context, after, **choice):
         click.echo(json.dumps(_plain(last)))
+    _require(last)
+
+
+@events.command(cls=CeleryCommand)
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--until", type=MOMENT, required=True, help="Stored before then; local time.")
+@click.option("--category", help="Of this category alone, e.g. order.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@as_json
+@click.pass_context
+def archive(
+    context: click.Context,
+    file: Path,
+    until: datetime,
+    category: str | None,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Move events into a new FILE, written as `export` does, and delete them from the store.
+
+    They are deleted once the file is on the disk. What dies in between leaves them in both; then
+    archive to another file, and nothing is lost: whoever reads both passes over the second. A
+    stream whose beginning is archived can be folded only from a snapshot; the newest event stays.
+    """
+    if file.exists():
+        raise click.ClickException(f"{file} is there already. Give the name of a new file.")
+    confirm(f"Move events into {file}?", yes=yes)
+    service, choice = service_of(context), Choice(**_aware({"until": until, "category": category}))
+    part = file.with_name(f"{file.name}.part")
+    number, last = 0, None
+    with part.open("w") as lines:
+        for number, last in enumerate(service.event_store.follow(service.engine, choice), 1):
+            lines.write(f"{json.dumps(_plain(last))}\n")
+            if number % STEP == 0:
+                click.echo(f"{number} events written", err=True)
+        lines.flush()
+        os.fsync(lines.fileno())
+    part.rename(file)
+    deleted = 0
+    while last is not None:
+        with service.engine.begin() as connection:
+            gone = service.event_store.forget(connection, choice, last.position, STEP)
+        if not gone:
+            break
+        deleted += gone
+    done = {"events": number, "deleted": deleted}
+    click.echo(json.dumps(done) if as_json else f"{number} events are in {file}.")
     _require(last)
 
 

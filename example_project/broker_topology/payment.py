@@ -6,7 +6,6 @@ from sqlalchemy import String, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from celery_eda import Event
-from celery_eda.event_store import fold
 from example_project.broker_topology.service import service
 
 app, eda = service("payment")
@@ -43,8 +42,7 @@ def charge(session: Session, event: Event) -> None:
 def refund(session: Session, event: Event) -> None:
     """Give back what this service's own events say that it took for the order."""
     order = event.data["order"]
-    past = eda.event_store.stream(session.connection(), f"payment.{order}")
-    owed, customer = fold(past, (0, ""), _owed)
+    owed, customer = eda.fold(f"payment.{order}", (0, ""), _owed)
     account = update(Account).where(Account.customer == customer)
     session.execute(account.values(balance=Account.balance + owed))
     what = {"order": order, "customer": customer, "price": owed}

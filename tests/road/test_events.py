@@ -179,6 +179,33 @@ def test_a_new_subscription_gets_what_happened_before_and_goes_on_without_gap_or
     assert not road.parked()
 
 
+@first_of("rabbitmq-postgresql", "redis-mariadb", "eda-sqlite")
+def test_what_a_replay_tells_publishes_nothing_until_a_person_lets_it(road: Road) -> None:
+    road.app = "tests.road.system"
+    road.relay()
+    emit(road)
+    road.until(lambda: not road.waiting(), "all sent, to nobody")
+    road.app = "tests.road.eventful"
+    subscribe(road)
+    eda = ["celery", "-A", road.app, "eda"]
+
+    replay = road._run(
+        [*eda, "events", "replay", "--to", "eda.on.road.road.kitchen", "--yes"], None
+    )
+    assert replay.wait() == 0, replay.log.read_text()
+    road.until(lambda: len(road.dead()) == len(PLACED), "dead letters of a handler that publishes")
+    road.settle()
+    assert road.dead() == [("road.kitchen", "failed")] * len(PLACED)
+    assert road.logged("publishes road.charge, which must not leave") >= len(PLACED)
+    assert not road.effects("cooked") | road.effects("charge")
+    assert stored(road)["kitchen.cooked"] == 0
+
+    redrive = ["dead-letters", "redrive", "--yes", "--json", "--task", "road.kitchen"]
+    assert road._run([*eda, *redrive], None).wait() == 0, road.logs()
+    road.until(lambda: road.effects("charge") == PLACED, "what follows from them, after all")
+    assert road.effects("cooked") == PLACED
+
+
 @everywhere
 def test_a_dropped_subscription_gets_no_more_events(road: Road) -> None:
     command = ["celery", "-A", road.app, "eda", "subscriptions"]

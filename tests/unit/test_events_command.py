@@ -16,6 +16,7 @@ from sqlalchemy import select
 
 from celery_eda import EDA, upgrading
 from celery_eda.cli import eda as commands
+from celery_eda.errors import ArchivedEvents
 
 TOMORROW = (datetime.now() + timedelta(days=1)).strftime("%Y-%m-%d")  # local time
 
@@ -117,3 +118,58 @@ def outbox(eda: EDA) -> list[Any]:
 
 def order(row: Any) -> list[Any]:
     return list(json.loads(row.headers)["eda_order"])
+
+
+# ── archives ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_archive_has_what_the_store_has_no_more(eda: EDA, tmp_path: Path) -> None:
+    everything = run(eda, "export").stdout
+    file = tmp_path / "archive.jsonl"
+
+    done = run(eda, "archive", str(file), "--until", TOMORROW, "--yes", "--json")
+
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout) == {"events": 6, "deleted": 5}
+    assert file.read_text() == everything
+    assert [each["position"] for each in listed(eda)] == [6], "the newest stays"
+    eda.emit("order.placed", key=9)
+    assert [each["position"] for each in listed(eda)] == [6, 7]
+    with pytest.raises(ArchivedEvents, match=r"Event 1 of order\.7 has left"):
+        eda.fold("order.7", 0, lambda number, _: number + 1)
+
+
+def test_only_what_is_chosen_is_archived(eda: EDA, tmp_path: Path) -> None:
+    options = ("--until", TOMORROW, "--category", "stock", "--yes", "--json")
+    done = run(eda, "archive", str(tmp_path / "stock"), *options)
+    assert json.loads(done.stdout) == {"events": 2, "deleted": 1}
+
+    nothing = run(eda, "archive", str(tmp_path / "no"), "--until", "2020-01-01", "--yes", "--json")
+    assert (nothing.exit_code, json.loads(nothing.stdout)["events"]) == (1, 0)
+
+    assert [each["position"] for each in listed(eda)] == [1, 2, 4, 5, 6]
+
+
+def test_a_file_that_is_there_is_not_written_over(eda: EDA, tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("precious")
+
+    refused = run(eda, "archive", str(tmp_path / "old"), "--until", TOMORROW, "--yes")
+
+    assert refused.exit_code == 1
+    assert "is there already" in refused.stderr
+    assert (tmp_path / "old").read_text() == "precious"
+
+
+def test_what_dies_before_the_file_is_whole_deletes_nothing(
+    eda: EDA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="full"):
+        run(eda, "archive", str(tmp_path / "archive"), "--until", TOMORROW, "--yes")
+    monkeypatch.undo()
+
+    assert not (tmp_path / "archive").exists()
+    assert len(listed(eda)) == 6

@@ -1,0 +1,92 @@
+"""The state of a stream: the fold of its events, now or as it was at some time.
+
+With a name the state is kept now and then, and the next fold begins there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TypeVar
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.orm import Session
+
+from celery_eda import context
+from celery_eda.errors import ArchivedEvents
+from celery_eda.event import Event, count_of
+from celery_eda.event_store import EventStore, parts_of
+from celery_eda.event_types import EventTypes
+from celery_eda.sequences import Sequences
+from celery_eda.snapshots import Snapshot, Snapshots
+
+S = TypeVar("S")
+
+#: Events since the last snapshot after which another one is made.
+EVERY = 100
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Folds the streams of one service."""
+
+    engine: Engine
+    store: EventStore
+    snapshots: Snapshots
+    sequences: Sequences
+    types: EventTypes
+
+    def fold(
+        self,
+        stream: str,
+        initial: S,
+        apply: Callable[[S, Event], S],
+        *,
+        at: datetime | None,
+        snapshot: str | None,
+        session: Session | Connection | None,
+    ) -> S:
+        """What comes of *initial*; see :meth:`celery_eda.EDA.fold`."""
+        with self._connection(session) as connection:
+            begin = Snapshot(0, initial)
+            if snapshot is not None:
+                begin = self.snapshots.latest(connection, stream, snapshot, at) or begin
+            state, last = begin.state, None
+            for event in self.store.stream(connection, stream, after=begin.version, at=at):
+                if last is None:
+                    self._require_next(stream, begin.version, event.version)
+                state, last = apply(state, self.types.restored(event)), event
+            if last is None:
+                self._require_end(connection, stream, begin.version)
+            elif snapshot is not None and (last.version or 0) - begin.version >= EVERY:
+                assert last.recorded is not None, "it comes from the store"
+                made = Snapshot(last.version or 0, state)
+                self.snapshots.add(connection, stream, snapshot, made, last.recorded)
+        result: S = state
+        return result
+
+    def _connection(
+        self, session: Session | Connection | None
+    ) -> AbstractContextManager[Connection]:
+        """That of the session, or of the message in progress, or one of its own."""
+        if session is not None:
+            given = session.connection() if isinstance(session, Session) else session
+            return nullcontext(given)
+        progress = context.in_progress.get()
+        if progress is not None and not progress.finished:
+            return nullcontext(progress.connection)
+        return self.engine.begin()
+
+    def _require_next(self, stream: str, after: int, version: int | None) -> None:
+        if version != after + 1:
+            raise ArchivedEvents(stream, after + 1)
+
+    def _require_end(self, connection: Connection, stream: str, after: int) -> None:
+        """Make sure that nothing was read because nothing is there, or not by then."""
+        category, key = parts_of(stream)
+        if self.sequences.version(connection, count_of(category), key) <= after:
+            return
+        first = next(self.store.stream(connection, stream, after=after), None)
+        self._require_next(stream, after, None if first is None else first.version)

@@ -1,0 +1,68 @@
+"""What the fold of a stream came to at some of its versions, so that it is not read anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from kombu.utils import json
+from sqlalchemy import Connection, Table, select
+
+from celery_eda.dialects.base import Dialect
+from celery_eda.errors import InvalidEvent
+from celery_eda.event_store import parts_of, utc
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state after the event *version* of a stream."""
+
+    version: int
+    state: Any
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """The snapshots of one database; each belongs to a stream and to the *name* of a fold."""
+
+    table: Table
+    dialect: Dialect
+
+    def latest(
+        self, connection: Connection, stream: str, name: str, at: datetime | None = None
+    ) -> Snapshot | None:
+        """The last one, of what was appended until *at*."""
+        columns = self.table.c
+        category, key = parts_of(stream)
+        query = select(columns.version, columns.state).where(
+            columns.category == category, columns.key == key, columns.name == name
+        )
+        if at is not None:
+            query = query.where(columns.at <= utc(at))
+        row = connection.execute(query.order_by(columns.version.desc()).limit(1)).one_or_none()
+        return None if row is None else Snapshot(row.version, json.loads(row.state))
+
+    def add(
+        self, connection: Connection, stream: str, name: str, snapshot: Snapshot, at: datetime
+    ) -> None:
+        """Keep one, of the state after an event that was appended *at* that time.
+
+        Repeating it is harmless.
+
+        Raises:
+            InvalidEvent: its state is another one when it is read again.
+        """
+        try:
+            state = json.dumps(snapshot.state)
+            same = json.loads(state) == snapshot.state
+        except (TypeError, ValueError, RecursionError):
+            same = False
+        if not same:
+            raise InvalidEvent(
+                f"The state {name!r} of {stream} cannot be kept as JSON without becoming another: "
+                "fold to texts, numbers, lists and dictionaries, or leave the snapshot out."
+            )
+        category, key = parts_of(stream)
+        values = {"category": category, "key": key, "name": name, "version": snapshot.version}
+        self.dialect.insert_once(connection, self.table, {**values, "state": state, "at": utc(at)})
