@@ -16,6 +16,8 @@ EVENT_TASK = "celery_eda.event"
 #: The exchange that all services publish their events to.
 EVENT_EXCHANGE = "eda.events"
 SPEC_VERSION = "1.0"
+#: What the names of queues begin with from which one worker alone takes events.
+OF_ONE_WORKER = "eda.each."
 
 
 def count_of(name: str) -> str:

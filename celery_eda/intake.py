@@ -141,8 +141,9 @@ class Intake(bootsteps.StartStopStep):
 
     def give_up(self, message: Any, *_: Any) -> None:
         """Keep *message*, which a queue of the broker gave up, as a dead letter."""
-        if subscription := self.subscriptions.by_queue.get(undelivered.queue_in(message.headers)):
-            self.subscriptions.address(message, subscription)
+        queue = undelivered.queue_in(message.headers)
+        if queue and (subscription := self.subscriptions.by_queue.get(queue)):
+            self.subscriptions.address(message, subscription, queue)
         self._keep_soon(message, given_up(message))
 
     def _keep_soon(self, message: Any, what: Refused) -> None:

@@ -19,6 +19,7 @@ from celery_eda.audit import Audit
 from celery_eda.consumer import Consumer
 from celery_eda.cursors import Cursors
 from celery_eda.dead_letters import DeadLetters
+from celery_eda.declarations import Declarations
 from celery_eda.dialects import Dialect, dialect_of
 from celery_eda.emitting import Emitting
 from celery_eda.errors import ConfigurationError, UnsafeSetting
@@ -250,6 +251,17 @@ class Parts:
         return Subscriptions(lambda: self.service, self._queue_arguments)
 
     @made_once
+    def declarations(self) -> Declarations:
+        """The queues that were made for subscriptions."""
+        return Declarations(self.tables.declarations, self.dialect)
+
+    def note_subscriptions(self) -> None:
+        """Write down whose queues are made from now on."""
+        if by_queue := self.subscriptions.by_queue:
+            with self.engine.begin() as connection:
+                self.declarations.note(connection, by_queue)
+
+    @made_once
     def emitting(self) -> Emitting:
         """Emits events."""
         return Emitting(self.app, self.publisher, lambda: self.service, self.event_types)
@@ -262,7 +274,7 @@ class Parts:
     @made_once
     def projections(self) -> Projections:
         """The tables made of events, and their shadows."""
-        return Projections(self.tables.projections, self.dialect)
+        return Projections(lambda: (self.tables.projections, self.dialect))
 
     @made_once
     def projecting(self) -> Projecting:
@@ -388,8 +400,9 @@ class Parts:
         return isinstance(self.app.tasks.get(task), ReliableTask) or self.is_named(task)
 
     def is_named(self, task: str) -> bool:
-        """Whether ``eda_tasks`` names the task."""
-        return any(fnmatchcase(task, pattern) for pattern in self.settings.tasks)
+        """Whether ``eda_tasks`` names the task, and it is none that every worker has to call."""
+        named = any(fnmatchcase(task, pattern) for pattern in self.settings.tasks)
+        return named and task not in self.subscriptions.private
 
     # ── sending ─────────────────────────────────────────────────────────────────────────────
 

@@ -155,11 +155,11 @@ class Projections:
     """The projections of one app, and what its database knows of their shadows.
 
     Attributes:
+        records: asks for the table of the shadows, and for its dialect.
         known: by their names.
     """
 
-    table: Table
-    dialect: Dialect
+    records: Callable[[], tuple[Table, Dialect]]
     known: dict[str, Projection] = field(default_factory=dict)
 
     def add(self, projection: Projection) -> None:
@@ -175,6 +175,14 @@ class Projections:
                     f"{each.table.fullname}. Give each a table of its own."
                 )
         self.known[projection.name] = projection
+
+    @property
+    def table(self) -> Table:
+        return self.records()[0]
+
+    @property
+    def dialect(self) -> Dialect:
+        return self.records()[1]
 
     def share(self, connection: Connection, name: str) -> Shadow | None:
         """Whether there is a shadow; that does not change before this transaction ends."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -62,7 +63,12 @@ class SubscriptionDecorator:
         self._eda = eda
 
     def __call__(
-        self, *patterns: str, name: str | None = None, ordered: bool = False, **options: Any
+        self,
+        *patterns: str,
+        name: str | None = None,
+        ordered: bool = False,
+        every_worker: bool = False,
+        **options: Any,
     ) -> Callable[[Callable[..., Any]], Any]:
         """Subscribe to the events that one of *patterns* chooses.
 
@@ -72,7 +78,12 @@ class SubscriptionDecorator:
                 function. A changed name leaves a queue behind.
             ordered: whether the events of one category and key are handled one after the other, in
                 the order of their commits, whatever their names.
-            options: those of ``@eda.task``, but for ``bind``, ``key`` and ``ignore_result``.
+            every_worker: whether each worker gets every event that happens while it runs, e.g. to
+                empty a cache. It then is a plain task, in no transaction: what happens while a
+                worker is away, or is in its hands when it dies, is missed. With a pool of
+                processes one of them gets it; a cache in memory needs threads.
+            options: those of ``@eda.task``, or of ``@app.task`` for every worker, but for ``bind``,
+                ``key`` and ``ignore_result``.
 
         Raises:
             ConfigurationError: it cannot be subscribed so.
@@ -82,6 +93,11 @@ class SubscriptionDecorator:
         def decorate(function: Callable[..., Any]) -> Any:
             eda = self._eda
             task = name or eda.app.gen_task_name(function.__name__, function.__module__)
+            if every_worker and next(iter(inspect.signature(function).parameters), "") == "session":
+                raise ConfigurationError(
+                    f"{task} is called in every worker, in no transaction, so there is no session "
+                    "for it. Leave out the parameter, or every_worker."
+                )
             handle = finishing(eda.task.with_session(function))
 
             def receive(event: Event) -> Any:
@@ -89,9 +105,8 @@ class SubscriptionDecorator:
                 with context.handling(event):
                     return handle(event)
 
-            return self._subscribe(
-                Subscription(task, patterns, ordered), receive, function, options
-            )
+            subscription = Subscription(task, patterns, ordered, every_worker=every_worker)
+            return self._subscribe(subscription, receive, function, options)
 
         return decorate
 
@@ -140,7 +155,10 @@ class SubscriptionDecorator:
             return None
 
         del take.__wrapped__  # Celery would take the function's parameters for its own
-        return self._eda.task(name=subscription.task, ignore_result=True, **options)(take)
+        options = {"name": subscription.task, "ignore_result": True, **options}
+        if subscription.every_worker:
+            return self._eda.app.task(shared=False, **options)(take)
+        return self._eda.task(**options)(take)
 
 
 def _silenced_by_replay(app: Celery, subscription: Subscription) -> AbstractContextManager[None]:

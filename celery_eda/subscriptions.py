@@ -18,12 +18,14 @@ from kombu.transport import virtual
 
 from celery_eda import topics
 from celery_eda.errors import ConfigurationError
-from celery_eda.event import EVENT_EXCHANGE, EVENT_TASK
+from celery_eda.event import EVENT_EXCHANGE, EVENT_TASK, OF_ONE_WORKER
 from celery_eda.message import ORDER_HEADER
 from celery_eda.tables import NAME_LENGTH
 
 #: What the names of the queues begin with, before the service and the task.
 PREFIX = "eda.on."
+#: Seconds after which the queue of a worker that never came to take from it is gone.
+FORGOTTEN = 60.0
 EXCHANGE = Exchange(EVENT_EXCHANGE, type="topic")
 
 
@@ -36,12 +38,15 @@ class Subscription:
         patterns: which events it handles.
         ordered: whether those of one category and key take effect one after the other.
         all: whether an ordered one also takes the events of the category that it does not want.
+        every_worker: whether each worker gets what happens while it runs, instead of one of them
+            what happens at any time.
     """
 
     task: str
     patterns: tuple[str, ...]
     ordered: bool = False
     all: bool = False
+    every_worker: bool = False
 
     def wants(self, name: str) -> bool:
         """Whether it handles the event *name*."""
@@ -70,18 +75,20 @@ class Subscriptions:
     Attributes:
         service: asks for the app's name among the services.
         arguments: asks for those with which the broker makes the queues.
-        known: by the names of their tasks.
+        known: those that last, by the names of their tasks.
+        private: those of every worker, likewise.
     """
 
     service: Callable[[], str]
     arguments: Callable[[], dict[str, Any]]
     known: dict[str, Subscription] = field(default_factory=dict)
+    private: dict[str, Subscription] = field(default_factory=dict)
 
     def add(self, subscription: Subscription) -> None:
         """Let events come to *subscription*.
 
         Raises:
-            ConfigurationError: it has no pattern, or one that leaves open what is in order.
+            ConfigurationError: it has no pattern, or what is in order is left open.
             InvalidEvent: something else is given for a pattern.
         """
         if not subscription.patterns:
@@ -95,15 +102,23 @@ class Subscriptions:
                     f"{subscription.task} wants {pattern!r} in order, and order is kept within a "
                     "category. Begin the pattern with one, as in 'order.#', or leave ordered out."
                 )
-        self.known[subscription.task] = subscription
+        if subscription.every_worker and subscription.ordered:
+            raise ConfigurationError(
+                f"{subscription.task} wants events in order in every worker, but a worker misses "
+                "those of before. Leave out ordered or every_worker."
+            )
+        kept = self.private if subscription.every_worker else self.known
+        kept[subscription.task] = subscription
 
-    def name_of(self, subscription: Subscription) -> str:
-        """The name of its queue.
+    def name_of(self, subscription: Subscription, worker: str = "") -> str:
+        """The name of its queue; that of one *worker*, if every worker has its own.
 
         Raises:
             ConfigurationError: it is too long.
         """
         name = f"{PREFIX}{self.service()}.{subscription.task}"
+        if subscription.every_worker:
+            name = f"{OF_ONE_WORKER}{self.service()}.{subscription.task}.{worker}"
         if len(name.encode()) > NAME_LENGTH:
             raise ConfigurationError(
                 f"{name} is too long for a queue: {NAME_LENGTH} bytes are the most. "
@@ -122,6 +137,15 @@ class Subscriptions:
             self.name_of(subscription),
             bindings=[binding(EXCHANGE, routing_key=each) for each in subscription.bindings],
             queue_arguments=self.arguments(),
+        )
+
+    def queue_for(self, subscription: Subscription, worker: str) -> Queue:
+        """The queue that a *worker* has to itself, and that goes with it."""
+        return Queue(
+            self.name_of(subscription, worker),
+            bindings=[binding(EXCHANGE, routing_key=each) for each in subscription.bindings],
+            auto_delete=True,
+            expires=FORGOTTEN,
         )
 
     def declare(self, channel: Any) -> None:
@@ -151,14 +175,14 @@ class Subscriptions:
                     channel.queue_bind(queue, EVENT_EXCHANGE, pattern)
         channel.queue_delete(queue)
 
-    def address(self, message: Any, subscription: Subscription) -> None:
-        """Make *message*, kombu's, that came to *subscription*, a call of its own task.
+    def address(self, message: Any, subscription: Subscription, queue: str) -> None:
+        """Make *message*, kombu's, that came to the *queue* of *subscription*, a call of its task.
 
         From then on it has that queue for its origin, where its retries and redrives go.
         """
         if not isinstance(message.delivery_info, dict):
             return
-        message.delivery_info.update(exchange="", routing_key=self.name_of(subscription))
+        message.delivery_info.update(exchange="", routing_key=queue)
         headers = message.headers
         if not isinstance(headers, dict) or headers.get("task") != EVENT_TASK:
             return

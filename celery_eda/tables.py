@@ -105,7 +105,7 @@ class Tables:
         requests: durable requests of this service, and what came of them.
         events: every event that this service has emitted.
         snapshots: what the fold of a stream came to at some of its versions.
-        subscriptions: the queues that were made for subscriptions of this service.
+        declarations: the queues that were made for subscriptions of this service.
         projections: the tables made of events, and how their shadows are made.
         queue: messages that wait for a worker, where the database itself is the broker.
         bindings: the queues there are, and what exchanges put into them.
@@ -127,7 +127,7 @@ class Tables:
     requests: Table
     events: Table
     snapshots: Table
-    subscriptions: Table
+    declarations: Table
     projections: Table
     queue: Table
     bindings: Table
@@ -140,7 +140,7 @@ class Tables:
         return (
             *(self.outbox, self.inbox, self.attempts, self.dead_letters),
             *(self.sequences, self.cursors, self.parked, self.audit, self.requests),
-            *(self.events, self.snapshots, self.subscriptions, self.projections),
+            *(self.events, self.snapshots, self.declarations, self.projections),
             *(self.queue, self.bindings, self.takers),
         )
 
@@ -354,8 +354,8 @@ def _event_tables(
         schema=schema,
         **_OPTIONS,
     )
-    subscriptions = Table(
-        f"{prefix}subscriptions",
+    declarations = Table(
+        f"{prefix}declarations",
         metadata,
         Column("queue", Name, nullable=False),
         Column("task", Name, nullable=False),
@@ -374,7 +374,7 @@ def _event_tables(
         schema=schema,
         **_OPTIONS,
     )
-    return events, snapshots, subscriptions, projections
+    return events, snapshots, declarations, projections
 
 
 def _queue_tables(

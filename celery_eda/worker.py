@@ -44,6 +44,7 @@ class Guard(bootsteps.Step):
                 "Use prefork, threads or solo."
             )
         eda.check()
+        eda.note_subscriptions()
 
 
 class EmbeddedRelay(bootsteps.StartStopStep):

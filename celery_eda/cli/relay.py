@@ -23,6 +23,7 @@ def relay(context: click.Context, once: bool, as_json: bool) -> None:
     context.obj.app.log.setup()
     try:
         service.check()
+        service.note_subscriptions()
     except SchemaOutdated as error:
         raise click.ClickException(str(error)) from error
     runner = service.relay()

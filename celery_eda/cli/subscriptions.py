@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import click
 from celery.bin.base import CeleryCommand
 
 from celery_eda.cli.broker import channel_of
 from celery_eda.cli.service import confirm, printable, service_of
-from celery_eda.subscriptions import PREFIX
+from celery_eda.subscriptions import PREFIX, Subscription
 
 
 @click.group(name="subscriptions")
@@ -28,28 +30,24 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @as_json
 @click.pass_context
 def list_(context: click.Context, as_json: bool) -> None:
-    """Show the subscriptions of this app, and how many messages wait for each."""
-    found, known = [], service_of(context).subscriptions
-    for queue, subscription in sorted(known.by_queue.items()):
-        with channel_of(context) as channel:  # its own: RabbitMQ closes it if there is no queue
-            waiting = known.waiting(channel, queue)
-        found.append(
-            {
-                "task": subscription.task,
-                "patterns": list(subscription.patterns),
-                "ordered": subscription.ordered,
-                "queue": queue,
-                "declared": waiting is not None,
-                "waiting": waiting or 0,
-            }
-        )
+    """Show the subscriptions of this app, and how many messages wait for each.
+
+    Also those that are gone from its code while their queues are still being filled.
+    """
+    service = service_of(context)
+    found = [
+        *_states(context, service.subscriptions.by_queue, gone=False),
+        *_states(context, _gone(service), gone=True),
+    ]
     if as_json:
         click.echo(json.dumps(found))
     for each in () if as_json else found:
         order = ", in order" if each["ordered"] else ""
         there = f"{each['waiting']} waiting" if each["declared"] else "not declared yet"
         patterns = " ".join(map(str, each["patterns"]))
-        click.echo(printable(f"{each['task']}: {patterns}{order}; {each['queue']}: {there}"))
+        gone = "; GONE from the code, drop it" if each["gone"] else ""
+        line = f"{each['task']}: {patterns}{order}; {each['queue']}: {there}{gone}"
+        click.echo(printable(line))
     if not found:
         click.echo("This app subscribes to nothing.", err=True)
         sys.exit(1)
@@ -63,6 +61,7 @@ def declare(context: click.Context) -> None:
     From then on events wait there. Workers and relays do the same.
     """
     service = service_of(context)
+    service.note_subscriptions()
     with channel_of(context) as channel:
         service.subscriptions.declare(channel)
     click.echo(f"{len(service.subscriptions.known)} subscriptions are declared.")
@@ -86,6 +85,8 @@ def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
     with channel_of(context) as channel:
         waiting = service.subscriptions.waiting(channel, queue)
     if waiting is None:
+        with service.engine.begin() as connection:
+            service.declarations.forget(connection, queue)
         raise click.ClickException(f"The broker has no queue {queue}.")
     if waiting and not force:
         raise click.ClickException(
@@ -95,4 +96,33 @@ def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
     confirm(f"Delete {printable(queue)}?", yes=yes)
     with channel_of(context) as channel:
         service.subscriptions.drop(channel, queue)
+    with service.engine.begin() as connection:
+        service.declarations.forget(connection, queue)
     click.echo(f"{queue} is deleted.")
+
+
+def _gone(service: Any) -> dict[str, Subscription]:
+    """Those whose queues this service has made, and that its code has no more."""
+    with service.engine.connect() as connection:
+        declared = service.declarations.all(connection)
+    known = service.subscriptions.by_queue
+    return {queue: each for queue, each in declared.items() if queue not in known}
+
+
+def _states(
+    context: click.Context, by_queue: dict[str, Subscription], *, gone: bool
+) -> Iterator[dict[str, Any]]:
+    known = service_of(context).subscriptions
+    for queue, subscription in sorted(by_queue.items()):
+        with channel_of(context) as channel:  # its own: RabbitMQ closes it if there is no queue
+            waiting = known.waiting(channel, queue)
+        if waiting is not None or not gone:
+            yield {
+                "task": subscription.task,
+                "patterns": list(subscription.patterns),
+                "ordered": subscription.ordered,
+                "queue": queue,
+                "declared": waiting is not None,
+                "waiting": waiting or 0,
+                "gone": gone,
+            }

@@ -17,7 +17,7 @@ from kombu.messaging import Producer
 from redis import exceptions
 
 from celery_eda import addresses, checkpoints
-from celery_eda.event import EVENT_EXCHANGE
+from celery_eda.event import EVENT_EXCHANGE, OF_ONE_WORKER
 from celery_eda.message import Message
 from celery_eda.transports import redis_replies
 from celery_eda.transports.base import (
@@ -170,6 +170,8 @@ class _Pipeline:
         """Add a command; kombu's channel calls this instead of the server."""
         if name == "lpush" and addresses.is_volatile(key):
             name, key, rest = redis_replies.push(self._channel, key, *rest)
+        elif name == "lpush" and key.startswith(OF_ONE_WORKER):
+            name, key, rest = redis_replies.push(self._channel, key, *rest, needed=False)
         if name == "lpush" and self._commands:
             last, arguments = self._commands[-1]
             if last == name and arguments[0] == key:

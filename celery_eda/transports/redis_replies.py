@@ -25,29 +25,35 @@ AT_ONCE = 500
 #: What wakes whoever waits.
 NOTHING = b""
 
-# KEYS: the list and its mark. ARGV: a reply. Returns whether it was put into the list.
+# KEYS: the list and its mark. ARGV: a message; what to return if the list is not open.
 PUSH = """
 local left = redis.call('PTTL', KEYS[2])
-if left <= 0 then return 0 end
+if left <= 0 then return tonumber(ARGV[2]) end
 redis.call('LPUSH', KEYS[1], ARGV[1])
 redis.call('PEXPIRE', KEYS[1], left)
 return 1
 """
 
 
-def push(channel: Any, name: str, payload: str) -> tuple[str, str, tuple[Any, ...]]:
-    """The command that puts *payload* into the list *name* if that is open."""
+def push(
+    channel: Any, name: str, payload: str, *, needed: bool = True
+) -> tuple[str, str, tuple[Any, ...]]:
+    """The command that puts *payload* into the list *name* if that is open.
+
+    It returns 0 if it is not, and somebody *needed* it to be.
+    """
     key = channel.global_keyprefix + name
-    return "eval", PUSH, (2, key, key + MARK, payload)
+    return "eval", PUSH, (2, key, key + MARK, payload, int(not needed))
 
 
 def declare(app: Any, name: str, expires: float) -> None:
     """Open the list *name* for *expires* seconds."""
     with app.pool.acquire_channel(block=True) as (_, channel), channel.conn_or_acquire() as client:
-        _mark(client, name, expires)
+        mark(client, name, expires)
 
 
-def _mark(client: Any, name: str, expires: float) -> None:
+def mark(client: Any, name: str, expires: float) -> None:
+    """Keep the list *name* open for *expires* seconds from now."""
     milliseconds = int(expires * 1000)
     client.set(name + MARK, "", px=milliseconds)
     client.pexpire(name, milliseconds)
@@ -68,7 +74,7 @@ class Replies:
 
     def open(self, name: str) -> None:
         self._channel = self._channel or self._broker.channel()
-        _mark(self._channel.client, name, self._expires)
+        mark(self._channel.client, name, self._expires)
         self._names.append(name)
         if self._ringing is None:
             self._ringing = threading.Thread(
@@ -115,7 +121,7 @@ class Replies:
         if time.monotonic() - self._renewed < self._expires / RENEWALS:
             return
         for name in self._names:
-            _mark(self._channel.client, name, self._expires)
+            mark(self._channel.client, name, self._expires)
         self._renewed = time.monotonic()
 
     def _read(self, payload: bytes) -> Any:

@@ -19,6 +19,9 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 from redis.exceptions import ConnectionError
 
+from celery_eda.event import OF_ONE_WORKER
+from celery_eda.transports import redis_replies
+
 #: Where a payload goes that is no message, or one that could not be acknowledged or restored.
 MALFORMED = "celery_eda.malformed"
 
@@ -162,6 +165,11 @@ class Channel(redis.Channel):
         self.bells: dict[str, Bell] = {}
         self._known: Any = None
         self._client_id = 0
+
+    def _new_queue(self, queue: str, **options: Any) -> None:
+        super()._new_queue(queue, **options)
+        if queue.startswith(OF_ONE_WORKER):
+            redis_replies.mark(self.client, queue, (options["arguments"]["x-expires"]) / 1000)
 
     def basic_consume(self, queue: str, no_ack: bool = False, *args: Any, **kwargs: Any) -> Any:
         if no_ack:

@@ -27,7 +27,7 @@ from tests.servers.base import Server
 from tests.servers.proxy import Proxy
 
 #: Seconds until a test gives up; on a busy machine a worker may take twenty to start.
-PATIENCE = 40.0
+PATIENCE = 150.0
 #: Broker and database of each road; a fixture of that name gives the URL.
 ROADS = {
     "rabbitmq-postgresql": ("rabbitmq_url", "postgresql_url"),

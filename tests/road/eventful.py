@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
+from celery import current_task
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
@@ -55,6 +56,14 @@ def ledger(session: Session, event: Event) -> None:
     """Sees the events of a customer in their order; of some it is not told."""
     kind = 0 if event.type == "order.placed" else 1
     note(session, f"ledger {event.key}", 2 * event.data["number"] + kind)
+
+
+@eda.on("weather.*", name="road.cache", every_worker=True)
+def forget(event: Event) -> None:
+    """Says which worker has been told."""
+    node = current_task.request.hostname.partition("@")[0]
+    with eda.transaction() as session:
+        note(session, f"cache {node}", event.data["number"])
 
 
 def place(number: int) -> None:

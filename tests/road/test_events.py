@@ -219,11 +219,13 @@ def test_a_dropped_subscription_gets_no_more_events(road: Road) -> None:
     still_here = road._run([*command, "drop", "eda.on.road.road.audit", "--yes"], None)
     assert still_here.wait() == 1, "a worker of this app would make it again"
     road.app = command[2] = "tests.road.system"  # which has no subscriptions
+    assert waiting(road) == {"audit": 2, "kitchen": 1, "broken": 1, "ledger": 3}, "they are gone"
     full = road._run([*command, "drop", "eda.on.road.road.audit", "--yes"], None)
     assert full.wait() == 1, "messages wait in it"
     drop = road._run([*command, "drop", "eda.on.road.road.audit", "--yes", "--force"], None)
     assert drop.wait() == 0, drop.log.read_text()
 
+    assert waiting(road) == {"kitchen": 1, "broken": 1, "ledger": 3}
     road.app = "tests.road.eventful"
     assert waiting(road) == {"audit": None, "kitchen": 1, "broken": 1, "ledger": 3}
 
@@ -248,6 +250,28 @@ def test_a_worker_takes_from_the_subscriptions_that_it_is_told_to(road: Road) ->
 
     road.until(lambda: road.effects("order.paid") == PLACED, "all of them audited")
     assert waiting(road) == {"audit": 0, "kitchen": 1, "broken": 1, "ledger": 3}
+
+
+@everywhere
+def test_every_worker_is_told_what_happens_while_it_runs(road: Road) -> None:
+    one = road.worker("-n", "one@%h", pool="threads")
+    two = road.worker("-n", "two@%h", "-Q", "nothing")
+    road.relay()
+    road.until(lambda: road.logged(" ready.") == 2, "two workers")
+
+    emit(road)
+    for node in ("one", "two"):
+        road.until(lambda node=node: road.effects(f"cache {node}") == PLACED, f"{node} to be told")
+
+    two.kill()
+    later = Counter(number for number in range(ORDERS + 1, 2 * ORDERS + 1) if number % 3)
+    emitting = road._run(["tests.road.eventful", str(ORDERS + 1), str(2 * ORDERS)], None)
+    assert emitting.wait() == 0, road.logs()
+    road.until(lambda: road.effects("cache one") == PLACED + later, "the other one to be told")
+    assert set(road.effects("cache two")) == set(PLACED)
+    road.settle()
+    assert not set(road.dead()) - {("road.broken", "failed")}
+    assert one.alive
 
 
 @on_servers

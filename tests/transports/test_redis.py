@@ -12,7 +12,10 @@ import pytest
 import redis
 from kombu import Exchange, Queue
 
-from celery_eda.transports.base import Transport, publish_with
+from celery_eda.event import EVENT_EXCHANGE
+from celery_eda.subscriptions import Subscription, Subscriptions
+from celery_eda.transports import SafeConnection
+from celery_eda.transports.base import CONFIRMED, Transport, publish_with
 from tests.servers.proxy import Proxy
 from tests.servers.redis import Redis
 from tests.transports.conftest import app_of
@@ -101,6 +104,31 @@ class TestFormat:
         transport.publish(letters(3))
 
         assert client.llen("shop:letters") == 3
+
+
+class TestEveryWorker:
+    """Events for one worker's own list, which nobody tells the broker of when the worker dies."""
+
+    def test_a_list_takes_events_for_as_long_as_its_worker_says_that_it_is_there(
+        self, redis_url: str, client: redis.Redis, transport: Transport
+    ) -> None:
+        mine = Subscriptions(lambda: "shop", dict).queue_for(
+            Subscription("cache", ("order.#",), every_worker=True), "one@here"
+        )
+        event = letter(None, exchange=EVENT_EXCHANGE, routing_key="order.placed")
+        with SafeConnection(redis_url) as connection:
+            mine(connection.default_channel).declare()
+
+            assert transport.publish([event]) == [CONFIRMED]
+            assert client.llen(mine.name) == 1
+            assert 0 < client.pttl(mine.name) <= 60_000
+            client.delete(mine.name, f"{mine.name}.open")  # as time does
+
+            assert transport.publish([event]) == [CONFIRMED], "and nobody is told of it"
+            assert not client.exists(mine.name)
+            mine(connection.default_channel).declare()
+            assert transport.publish([event]) == [CONFIRMED]
+            assert client.llen(mine.name) == 1
 
 
 def contents(client: redis.Redis) -> dict[str, list[object]]:

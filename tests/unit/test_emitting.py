@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from celery import Celery
-from sqlalchemy import func, select
+from sqlalchemy import Column, MetaData, String, Table, func, select
 
 from celery_eda import EDA, Event, outbox, refusals, upgrading
 from celery_eda.errors import (
@@ -24,6 +24,7 @@ from celery_eda.errors import (
 )
 from celery_eda.event import EVENT_EXCHANGE, EVENT_TASK
 from celery_eda.message import ORDER_HEADER, Message
+from celery_eda.task import ReliableTask
 
 
 @dataclass
@@ -264,6 +265,7 @@ def test_the_queue_of_an_ordered_subscription_gets_the_whole_category(shop: Shop
         (("order placed",), {}, InvalidEvent, "no pattern"),
         (("*.placed",), {"ordered": True}, ConfigurationError, "within a category"),
         (("#",), {"ordered": True}, ConfigurationError, "within a category"),
+        (("order.*",), {"ordered": True, "every_worker": True}, ConfigurationError, "misses"),
         (("order.*",), {"bind": True}, ConfigurationError, "bind"),
         (("order.*",), {"key": "event"}, ConfigurationError, "key"),
         (("order.*",), {"acks_late": False}, ConfigurationError, "acks_late"),
@@ -274,6 +276,45 @@ def test_what_cannot_be_subscribed_is_refused_at_once(
 ) -> None:
     with pytest.raises(error, match=words):
         shop.eda.on(*patterns, **options)(lambda event: None)
+
+
+def test_a_handler_in_every_worker_has_no_session(shop: Shop) -> None:
+    with pytest.raises(ConfigurationError, match="no session"):
+        shop.eda.on("order.*", every_worker=True)(lambda session, event: None)
+
+
+def test_a_handler_in_every_worker_is_a_plain_task_whatever_the_settings_say(
+    make_shop: Callable[..., Shop],
+) -> None:
+    shop = make_shop(eda_tasks=["shop.*"])
+    one = shop.eda.on("order.*", name="shop.cache", every_worker=True)(lambda event: None)
+
+    @shop.app.task(name="shop.other", shared=False)
+    def other() -> None: ...
+
+    shop.app.finalize()
+
+    reliable = [shop.eda.is_reliable(each.name) for each in (one, other)]
+
+    assert reliable == [False, True]
+    assert not isinstance(one, ReliableTask)
+    assert shop.eda.subscriptions.by_queue == {}
+
+
+def test_what_is_subscribed_needs_no_settings_before_the_app_is_configured() -> None:
+    app = Celery("shop", set_as_current=False)
+    eda = EDA(app)
+    copies = Table("copies", MetaData(), Column("id", String(9), primary_key=True))
+
+    eda.on("order.*", name="shop.take")(lambda event: None)
+    eda.on("order.*", name="shop.cache", every_worker=True)(lambda event: None)
+    eda.projection("order.*", name="shop.copy", table=copies)(lambda row, event: row)
+    eda.event("order.placed")(Placed)
+
+    app.conf.update(eda_database_url="sqlite://", eda_service="late")
+    assert sorted(eda.subscriptions.by_queue) == [
+        *("eda.on.late.shop.copy", "eda.on.late.shop.take"),
+    ]
 
 
 def test_a_name_too_long_for_a_queue_is_refused_with_the_remedy(shop: Shop) -> None:
@@ -304,7 +345,7 @@ def test_an_event_becomes_a_call_of_the_subscription_it_came_to(shop: Shop) -> N
     ids = set()
     for name, subscription in shop.eda.subscriptions.known.items():
         message = arrived(dict(headers), redelivered=True)
-        shop.eda.subscriptions.address(message, subscription)
+        shop.eda.subscriptions.address(message, subscription, f"eda.on.shop.{name}")
         assert message.headers["task"] == name
         assert (ORDER_HEADER in message.headers) == (name == "shop.two")
         route = {"exchange": "", "routing_key": f"eda.on.shop.{name}", "redelivered": True}
@@ -318,7 +359,8 @@ def test_what_is_no_event_is_left_to_the_inspection(shop: Shop, headers: Any) ->
     shop.eda.on("order.*", name="shop.one")(lambda event: None)
     message = arrived(headers)
 
-    shop.eda.subscriptions.address(message, shop.eda.subscriptions.known["shop.one"])
+    known, queue = shop.eda.subscriptions.known, "eda.on.shop.shop.one"
+    shop.eda.subscriptions.address(message, known["shop.one"], queue)
 
     assert message.delivery_info["routing_key"] == "eda.on.shop.shop.one"
 

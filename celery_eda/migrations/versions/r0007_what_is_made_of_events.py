@@ -37,7 +37,7 @@ def upgrade(prefix: str, schema: str | None) -> None:
         **options,
     )
     op.create_table(
-        f"{prefix}subscriptions",
+        f"{prefix}declarations",
         sa.Column("queue", NAME, nullable=False),
         sa.Column("task", NAME, nullable=False),
         sa.Column("patterns", LONG_TEXT, nullable=False),
