@@ -7,6 +7,7 @@ from celery.bin.base import handle_preload_options
 
 from celery_eda.cli.dead_letters import dead_letters
 from celery_eda.cli.events import events
+from celery_eda.cli.flow import asyncapi, flow
 from celery_eda.cli.housekeeping import housekeeping
 from celery_eda.cli.order import order
 from celery_eda.cli.projections import projections
@@ -24,6 +25,6 @@ def eda(context: click.Context) -> None:
 
 for command in (
     *(relay, db, dead_letters, order, events, subscriptions, projections),
-    housekeeping,
+    *(flow, asyncapi, housekeeping),
 ):
     eda.add_command(command)
