@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -19,6 +20,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
+    Insert,
     Row,
     Select,
     Table,
@@ -80,8 +82,7 @@ class EventStore:
                 assert event.version is not None, "its sequence was moved on"
                 raise VersionConflict(event.stream, draft.expected, event.version - 1)
         if drafts:
-            statement = insert(self.table).values(at=self.dialect.now())
-            connection.execute(statement, [_to_row(draft.event) for draft in drafts])
+            connection.execute(self._appending, [_to_row(draft.event) for draft in drafts])
 
     def find(self, connection: Connection, event_id: UUID) -> Event | None:
         """The event with that id."""
@@ -207,6 +208,10 @@ class EventStore:
         return len(ids)
 
     # ── statements ──────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def _appending(self) -> Insert:
+        return insert(self.table).values(at=self.dialect.now())
 
     def _of_stream(self, stream: str) -> tuple[ColumnElement[bool], ...]:
         category, key = parts_of(stream)

@@ -11,12 +11,12 @@ from typing import Any
 from uuid import uuid4
 
 from celery import Celery
-from sqlalchemy import create_engine, func, insert, select, text
+from sqlalchemy import create_engine, delete, func, insert, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from benchmarks.contestants import marks
 from benchmarks.contestants.serving import PAYLOAD, environment, serve
-from celery_eda import EDA, checkpoints
+from celery_eda import EDA, Event, checkpoints
 from celery_eda.message import Identity
 from tests.road.tables import effects, orders
 
@@ -33,6 +33,8 @@ eda = EDA(app)
 #: The user's own engine and sessions, as users have them.
 engine = create_engine(environment("DATABASE")) if environment("DATABASE") else None
 sessions = sessionmaker(engine)
+#: Keys of events.
+KEYS = 100
 #: Seconds to wait for what has been handed off.
 PATIENCE = 60.0
 
@@ -59,6 +61,15 @@ def start(number: int) -> None:
 @eda.task(name="bench.carry")
 def carry(payload: str) -> None:
     """Carries about 1 KB, to nobody."""
+
+
+def note(session: Session, event: Event) -> None:
+    """One row, in the transaction of the subscription that the event came to."""
+    session.execute(insert(effects).values(name="heard", number=event.data["number"]))
+
+
+for number in range(int(environment("SUBSCRIPTIONS") or 0)):
+    eda.on("bench.#", name=f"bench.hear{number}")(note)
 
 
 for step in checkpoints.STEPS if environment("STEPS") else ():
@@ -163,6 +174,52 @@ def waiting() -> int:
         return int(connection.scalar(select(func.count()).select_from(eda.tables.outbox)) or 0)
 
 
+# ── events ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def emit(count: int, first: int) -> None:
+    """*count* events of about 1 KB, each in a transaction of its own, on a hundred keys."""
+    for number in range(first, first + count):
+        with eda.transaction():
+            _emit(number)
+
+
+def emit_together(count: int, first: int) -> None:
+    """The same in one transaction."""
+    with eda.transaction():
+        for number in range(first, first + count):
+            _emit(number)
+
+
+def _emit(number: int) -> None:
+    eda.emit("bench.happened", {"number": number, "text": PAYLOAD}, key=number % KEYS)
+
+
+def subscribe() -> None:
+    """Make the queues of the subscriptions."""
+    with eda.app.connection_for_write() as connection:
+        eda.subscriptions.declare(connection.default_channel)
+
+
+def heard() -> int:
+    """How often an event has taken effect in a subscription; forgotten from then on."""
+    with eda.engine.begin() as connection:
+        return connection.execute(delete(effects).where(effects.c.name == "heard")).rowcount
+
+
+def read_page() -> int:
+    """The last thousand events by their positions, all of which are given."""
+    eda.event_store.give_positions(eda.engine)
+    with eda.engine.connect() as connection:
+        last = connection.scalar(select(func.max(eda.tables.events.c.position))) or 0
+        return len(eda.event_store.read(connection, after=max(0, last - 1000)))
+
+
+def fold_stream(key: int) -> int:
+    """Count the events of a stream."""
+    return eda.fold(f"bench.{key}", 0, lambda number, _: number + 1)
+
+
 # ── relaying ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -223,6 +280,7 @@ VERBS: dict[str, Any] = {
         *(ask, ask_slowly, flood, fill, fill_beside_work, work, start_after_commit),
         *(settle, waiting, drain, relay_until_told, fill_and_notify),
         *(handle, handle_bare, claim_and_clear),
+        *(emit, emit_together, subscribe, heard, read_page, fold_stream),
     )
 }
 

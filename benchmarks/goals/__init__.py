@@ -39,4 +39,5 @@ GOALS = {
     "S9": Goal("request and reply beside Celery's own results", "requests:s9"),
     "S10": Goal("several relays beside one", "relaying:s10"),
     "S11": Goal("the extension loaded and not used", "idle:s11"),
+    "S12": Goal("events: emitted, fanned out, and kept", "events:s12"),
 }

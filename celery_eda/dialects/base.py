@@ -297,26 +297,20 @@ class Dialect:
         self, connection: Connection, table: Table, counts: Mapping[tuple[str, str], int]
     ) -> Sequence[Row[Any]]:
         """Move each sequence on by its count, in the order of *counts*; returns the rows."""
-        rows = [self._sequence(*name, count) for name, count in counts.items()]
+        rows = [
+            {"stream": stream, "key": key, "last": count, "version": count}
+            for (stream, key), count in counts.items()
+        ]
         return [
             row
             for start in range(0, len(rows), SEQUENCES_AT_ONCE)
             for row in self._move_on(connection, table, rows[start : start + SEQUENCES_AT_ONCE])
         ]
 
-    def _sequence(self, stream: str, key: str, count: int) -> Values:
-        return {
-            "stream": stream,
-            "key": key,
-            "epoch": self.milliseconds(),
-            "last": count,
-            "version": count,
-        }
-
     def _move_on(
         self, connection: Connection, table: Table, rows: Sequence[Values]
     ) -> Sequence[Row[Any]]:
-        """Insert *rows*, or add to those that are there."""
+        """Insert *rows*, with an epoch that begins now, or add to those that are there."""
         raise NotImplementedError
 
     # ── inbox ───────────────────────────────────────────────────────────────────────────────

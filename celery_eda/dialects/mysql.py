@@ -126,7 +126,7 @@ class MySQL(Dialect):
     def _move_on(
         self, connection: Connection, table: Table, rows: Sequence[Values]
     ) -> Sequence[Row[Any]]:
-        fresh = insert(table).values(rows)
+        fresh = insert(table).values([{**row, "epoch": self.milliseconds()} for row in rows])
         connection.execute(
             fresh.on_duplicate_key_update(
                 last=table.c.last + fresh.inserted.last,

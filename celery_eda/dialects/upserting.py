@@ -32,7 +32,11 @@ class Upserting(Dialect):
     def _move_on(
         self, connection: Connection, table: Table, rows: Sequence[Values]
     ) -> Sequence[Row[Any]]:
-        fresh = self.insert(table).values(rows)
+        return connection.execute(self._moving_on(table), rows).all()
+
+    @made_once
+    def _moving_on(self, table: Table) -> Any:
+        fresh = self.insert(table).values(epoch=self.milliseconds())
         statement = fresh.on_conflict_do_update(
             index_elements=list(table.primary_key),
             set_={
@@ -40,4 +44,4 @@ class Upserting(Dialect):
                 "version": table.c.version + fresh.excluded.version,
             },
         )
-        return connection.execute(statement.returning(*table.c)).all()
+        return statement.returning(*table.c)
