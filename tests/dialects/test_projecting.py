@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import islice
@@ -45,11 +45,13 @@ class Shop:
             "order.placed", "order.item.*", "order.cancelled", table=self.copies, name="copy"
         )(apply)
 
-    def emit(self, number: int, *, keys: int = 3, seed: int = 0) -> None:
+    def emit(
+        self, number: int, *, keys: int = 3, seed: int = 0, names: Sequence[str] = NAMES
+    ) -> None:
         choose = random.Random(seed)
         for each in range(number):
             with self.eda.transaction():
-                name, key = choose.choice(NAMES), choose.randrange(keys)
+                name, key = choose.choice(names), choose.randrange(keys)
                 self.eda.emit(name, {"number": each}, key=key)
                 self.eda.emit("weather.changed", {"number": each}, key=key)
 
@@ -216,6 +218,28 @@ def test_a_shadow_follows_what_happens_meanwhile_in_whatever_order_the_two_come(
     shop.eda.projecting.swap(shop.copy)
 
 
+def test_what_is_not_in_the_log_yet_comes_to_the_shadow_from_the_live_one(shop: Shop) -> None:
+    shop.emit(20, names=NAMES[:3])
+    log = shop.log()
+    for event in log:
+        if event.category == "order":
+            shop.handle(event)
+    shop.eda.projecting.begin(shop.copy, Shadow.following)
+
+    shop.emit(20, seed=1, names=NAMES[:3])
+    for event in shop.log()[len(log) :]:
+        if event.category == "order":
+            shop.handle(event)
+    with shop.eda.engine.connect() as connection:
+        assert shop.eda.cursors.waiting(connection, shop.copy.follower) == 20, "for what was before"
+    shop.feed(log)
+
+    assert shop.shadow() == shop.rows() == shop.folded()
+    with shop.eda.engine.connect() as connection:
+        assert shop.eda.cursors.waiting(connection, shop.copy.follower) == 0
+    shop.eda.projecting.swap(shop.copy)
+
+
 def test_a_shadow_is_fed_and_exchanged_while_others_handle_events(shop: Shop) -> None:
     shop.emit(60, keys=6)
     log = [each for each in shop.log() if each.category == "order"]
@@ -263,7 +287,7 @@ def test_nobody_handles_an_event_while_a_projection_is_exchanged(shop: Shop) -> 
 
 
 def test_what_was_fed_already_is_passed_over(shop: Shop) -> None:
-    shop.emit(40)
+    shop.emit(40, names=NAMES[:3])  # of which none begins a row anew
     log = shop.log()
     shop.handle_all()
     shop.eda.projecting.begin(shop.copy, Shadow.following)
