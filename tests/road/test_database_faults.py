@@ -327,7 +327,10 @@ def endure(road: Road, wire: Proxy, faults: Iterable[str]) -> None:
 
 @pytest.mark.parametrize(
     ("road", "fault"),
-    [("rabbitmq-postgresql", "black hole"), ("redis-mariadb", "no answer arrives")],
+    [
+        ("rabbitmq-postgresql", "black hole"),
+        pytest.param("redis-mariadb", "no answer arrives", marks=pytest.mark.soak),
+    ],
     indirect=["road"],
 )
 def test_a_wire_to_the_database_that_goes_silent_or_is_cut_loses_and_doubles_nothing(

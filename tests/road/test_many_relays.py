@@ -81,7 +81,11 @@ def copies(found: Counter[str]) -> int:
 
 @pytest.mark.parametrize(
     ("road", "relays"),
-    [("rabbitmq-postgresql", 4), ("redis-mariadb", 4), ("redis-sqlite", 2)],
+    [
+        ("rabbitmq-postgresql", 4),
+        pytest.param("redis-mariadb", 4, marks=pytest.mark.soak),
+        ("redis-sqlite", 2),
+    ],
     indirect=["road"],
 )
 def test_relays_side_by_side_send_each_message_once(road: Road, relays: int) -> None:

@@ -173,7 +173,7 @@ ENDS = {
         ("rabbitmq-postgresql", "prefork"),
         pytest.param("rabbitmq-postgresql", "threads", marks=pytest.mark.soak),
         pytest.param("redis-mariadb", "prefork", marks=pytest.mark.soak),
-        ("eda-sqlite", "prefork"),
+        pytest.param("eda-sqlite", "prefork", marks=pytest.mark.soak),
         ("eda-postgresql", "threads"),
     ],
     indirect=["road"],
