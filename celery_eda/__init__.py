@@ -7,6 +7,7 @@ from celery_eda.projections import Projection
 from celery_eda.repairers import Answer, Failure
 from celery_eda.reply import Replies, Reply
 from celery_eda.retry import RetryPolicy
+from celery_eda.saga import Saga
 from celery_eda.tables import Tables
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Replies",
     "Reply",
     "RetryPolicy",
+    "Saga",
     "Tables",
 ]
 __version__ = "0.1.0"

@@ -20,6 +20,9 @@ from celery_eda.parts import Parts
 from celery_eda.projections import Apply, Projection
 from celery_eda.reply import Replies, Reply
 from celery_eda.replying import REPLY_TASK
+from celery_eda.saga import Saga, decorator
+from celery_eda.saga_definition import Steps
+from celery_eda.sagas import TIME_TASK
 from celery_eda.settings import register
 from celery_eda.subscribing import SubscriptionDecorator
 from celery_eda.task import TaskDecorator, finishing, made_reliable
@@ -72,6 +75,7 @@ class EDA(Parts):
         )
         app.on_after_finalize.connect(self.make_reliable)
         self.task(name=REPLY_TASK)(self._take_reply)
+        self.task(name=TIME_TASK)(self._wake_saga)
 
     # ── publishing ──────────────────────────────────────────────────────────────────────────
 
@@ -321,12 +325,46 @@ class EDA(Parts):
         try:
             self.reading.outcome_in([correlation_id, outcome])
             request = UUID(correlation_id)
+            if self._tells_a_saga(session, request, outcome):
+                return
             fresh = self.requests.record(session.connection(), request, outcome)
         except (UnknownRequest, ValueError) as error:
             log.warning("a durable reply is dropped: %s", error)
             return
         if not fresh:
             log.warning("a durable reply is dropped, there is one already: %s", correlation_id)
+
+    # ── sagas ───────────────────────────────────────────────────────────────────────────────
+
+    def saga(self, name: str, version: int = 1) -> Callable[[Callable[[Steps], Any]], Saga]:
+        """``@eda.saga("order")``: a business flow of several services, described step by step.
+
+        The function is called once, with what it describes the flow by; see
+        :class:`celery_eda.saga_definition.Steps`. Each step is a command to a task, and its outcome
+        moves the saga on, in this service's database, on whichever worker takes from its queue
+        ``eda.replies.<service>``: every one without ``-Q``. What fails has all that was done before
+        undone, the latest first.
+
+        Args:
+            name: under which its instances are kept.
+            version: to be counted up when the description changes. Instances keep the version they
+                began with, so the older one stays in the code for as long as one of them runs.
+
+        Raises:
+            ConfigurationError: the description makes no sense.
+            SagaError: there is another one of that name and version.
+        """
+        return decorator(self, name, version)
+
+    def _tells_a_saga(self, session: Session, request: UUID, outcome: Any) -> bool:
+        """Move a saga on, if it has asked for that reply."""
+        if not self.saga_definitions.known:
+            return False
+        return self.sagas.hear(session.connection(), request, outcome)
+
+    def _wake_saga(self, session: Session, id: str, record: int) -> None:
+        """Tell a saga that the time of what it waits for is over."""
+        self.sagas.wake(session.connection(), id, record)
 
     # ── repairing ───────────────────────────────────────────────────────────────────────────
 

@@ -26,6 +26,8 @@ EDAError
 │   ├── UnsentRequest           waiting for the reply to what is not committed yet
 │   ├── UnknownRequest          nobody here asked for such a reply
 │   └── RemoteError             what the responder failed with, if its type is not known here
+├── SagaError                   a saga cannot be begun, or treated like that
+├── SagaTimeout                 why a step or a wait of a saga has failed; also TimeoutError
 ├── NoDelivery                  asked for the delivery's session outside a reliable task
 ├── NoNextAttempt               a handler raised Retry by itself
 ├── Malformed                   why a message is not handled; also ValueError
@@ -180,6 +182,14 @@ class RemoteError(RequestError):
 
     def __str__(self) -> str:
         return f"{self.type}: {self.message}"
+
+
+class SagaError(EDAError):
+    """A saga cannot be begun, or treated as was asked; nothing was changed."""
+
+
+class SagaTimeout(EDAError, TimeoutError):
+    """The time of a step, or of a wait, was over."""
 
 
 class NoDelivery(EDAError):

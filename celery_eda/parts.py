@@ -50,6 +50,8 @@ from celery_eda.replying import Replies
 from celery_eda.requesting import Requesting
 from celery_eda.requests import Requests
 from celery_eda.retry import Policy, checked
+from celery_eda.saga_log import SagaLog
+from celery_eda.sagas import Definitions, Sagas
 from celery_eda.sender import Sender
 from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings
@@ -387,6 +389,24 @@ class Parts:
         return Requesting(
             *(self.app, self.engine, self.requests, self.reading, lambda: self.mailbox),
             *(self.publisher, lambda: self.service, self.settings),
+        )
+
+    @made_once
+    def saga_definitions(self) -> Definitions:
+        """The sagas that this app knows."""
+        return Definitions()
+
+    @made_once
+    def sagas(self) -> Sagas:
+        """Moves sagas on."""
+        return Sagas(
+            *(self.app, self.saga_definitions),
+            SagaLog(
+                *(self.tables.sagas, self.tables.saga_steps, self.dialect),
+                self.remote_errors.from_wire,
+            ),
+            *(self.remote_errors, self.requesting.ask),
+            lambda: addresses.of_service(self.service),
         )
 
     @made_once

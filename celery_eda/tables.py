@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     Dialect,
@@ -107,6 +108,8 @@ class Tables:
         snapshots: what the fold of a stream came to at some of its versions.
         declarations: the queues that were made for subscriptions of this service.
         projections: the tables made of events, and how their shadows are made.
+        sagas: the state of each saga of this service.
+        saga_steps: each attempt at a part of one, and what came of it.
         queue: messages that wait for a worker, where the database itself is the broker.
         bindings: the queues there are, and what exchanges put into them.
         takers: who takes from those queues right now.
@@ -129,6 +132,8 @@ class Tables:
     snapshots: Table
     declarations: Table
     projections: Table
+    sagas: Table
+    saga_steps: Table
     queue: Table
     bindings: Table
     takers: Table
@@ -141,6 +146,7 @@ class Tables:
             *(self.outbox, self.inbox, self.attempts, self.dead_letters),
             *(self.sequences, self.cursors, self.parked, self.audit, self.requests),
             *(self.events, self.snapshots, self.declarations, self.projections),
+            *(self.sagas, self.saga_steps),
             *(self.queue, self.bindings, self.takers),
         )
 
@@ -301,6 +307,7 @@ class Tables:
             *(outbox, inbox, attempts, dead_letters),
             *(sequences, cursors, parked, audit, requests),
             *_event_tables(metadata, prefix, schema),
+            *_saga_tables(metadata, prefix, schema),
             *_queue_tables(metadata, prefix, schema),
         )
         return cls(prefix, schema, metadata, *records, version)
@@ -375,6 +382,52 @@ def _event_tables(
         **_OPTIONS,
     )
     return events, snapshots, declarations, projections
+
+
+def _saga_tables(metadata: MetaData, prefix: str, schema: str | None) -> tuple[Table, Table]:
+    sagas = Table(
+        f"{prefix}sagas",
+        metadata,
+        Column("id", Name(KEY_BYTES), nullable=False),
+        Column("name", Name(KEY_BYTES), nullable=False),
+        Column("version", Integer, nullable=False),
+        Column("state", String(20), nullable=False),
+        Column("data", LongText, nullable=False),
+        Column("back", Boolean, nullable=False),
+        Column("cancelled", Boolean, nullable=False),
+        Column("error", LongText),
+        Column("begun_at", Moment, nullable=False),
+        Column("changed_at", Moment),
+        PrimaryKeyConstraint("id"),
+        schema=schema,
+        **_OPTIONS,
+    )
+    Index(f"ix_{prefix}sagas_state", sagas.c.state, sagas.c.changed_at)
+    Index(f"ix_{prefix}sagas_changed", sagas.c.changed_at)
+    steps = Table(
+        f"{prefix}saga_steps",
+        metadata,
+        Column("id", Identifier, primary_key=True, autoincrement=True),
+        Column("saga", Name(KEY_BYTES), nullable=False),
+        Column("kind", String(20), nullable=False),
+        Column("place", Name(KEY_BYTES), nullable=False),
+        Column("attempt", Integer, nullable=False),
+        Column("status", String(20), nullable=False),
+        Column("timed_out", Boolean, nullable=False),
+        Column("ended", Integer),
+        Column("request", MessageId),
+        Column("value", LongText, nullable=False),
+        Column("who", String(NAME_LENGTH)),
+        Column("begun_at", Moment, nullable=False),
+        Column("ended_at", Moment),
+        Column("due", Moment),
+        schema=schema,
+        sqlite_autoincrement=True,
+        **_OPTIONS,
+    )
+    Index(f"ix_{prefix}saga_steps_saga", steps.c.saga, steps.c.id)
+    Index(f"ix_{prefix}saga_steps_request", steps.c.request, unique=True)
+    return sagas, steps
 
 
 def _queue_tables(

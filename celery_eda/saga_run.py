@@ -1,0 +1,360 @@
+"""One look at a saga: from its definition and what is written down, what is to be done next.
+
+Nothing is done here, and nothing remembered: the same record gives the same decisions, whoever
+looks at it, on whichever worker. What was chosen once is in the record and is not chosen anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from celery_eda.errors import SagaTimeout
+from celery_eda.saga_definition import (
+    Block,
+    Choice,
+    Data,
+    Definition,
+    Loop,
+    Parallel,
+    Part,
+    Pivot,
+    Sleep,
+    Step,
+    Wait,
+)
+
+
+class Kind(str, Enum):
+    """What a record is about."""
+
+    step = "step"
+    undo = "undo"
+    wait = "wait"
+    sleep = "sleep"
+    signal = "signal"
+    choice = "choice"
+    round = "round"
+    pivot = "pivot"
+
+
+class Status(str, Enum):
+    """What has become of it.
+
+    ``open``: nothing yet. ``done``. ``failed``: with an error, or its time was over. ``skipped``:
+    by a person, as if it were done. ``again``: a person has it tried again. ``dropped``: nobody
+    waits for it any more.
+    """
+
+    open = "open"
+    done = "done"
+    failed = "failed"
+    skipped = "skipped"
+    again = "again"
+    dropped = "dropped"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is written down of one attempt at one part.
+
+    Attributes:
+        place: the name of the part, with the rounds of its loops.
+        ended: counts the ends of all records of the saga; None as long as it is open.
+        value: the result, the signal, what was chosen, or the error.
+        timed_out: whether it failed because its time was over: an outcome is still to come.
+    """
+
+    kind: Kind
+    place: str
+    attempt: int = 1
+    status: Status = Status.open
+    ended: int | None = None
+    value: Any = None
+    timed_out: bool = False
+    id: int = 0
+
+
+class Progress(Enum):
+    """How far a part has come."""
+
+    busy = "busy"
+    done = "done"
+    failed = "failed"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Send a command, for the first time or again, or with *undo* the one that undoes it."""
+
+    step: Step
+    place: str
+    attempt: int
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    delay: float = 0.0
+    undo: bool = False
+
+
+@dataclass(frozen=True)
+class Await:
+    """Begin to wait for a signal."""
+
+    part: Wait
+    place: str
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Begin to sleep."""
+
+    part: Sleep
+    place: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """Write down what was decided: a choice, a round, or that the pivot is passed."""
+
+    kind: Kind
+    place: str
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Stop waiting."""
+
+    record: Record
+
+
+Decision = Ask | Await | Rest | Note | Drop
+
+
+@dataclass
+class Run:
+    """One look at one saga.
+
+    Attributes:
+        decisions: what is to be done, in this order.
+        stuck: why it cannot go on, and which record says so.
+        unsettled: whether something is under way that no part waits for: what a branch that was
+            given up did is still to be undone.
+    """
+
+    definition: Definition
+    data: Data
+    records: Sequence[Record]
+    decisions: list[Decision] = field(default_factory=list)
+    stuck: tuple[str, Record] | None = None
+    unsettled: bool = False
+
+    def __post_init__(self) -> None:
+        self._last: dict[tuple[Kind, str], Record] = {
+            (each.kind, each.place): each for each in self.records
+        }
+
+    # ── forward ─────────────────────────────────────────────────────────────────────────────
+
+    def forward(self) -> Progress:
+        """Go on as far as possible."""
+        return self._block(self.definition.body, "")
+
+    @property
+    def pivoted(self) -> bool:
+        """Whether there is no way back any more."""
+        return any(kind is Kind.pivot for kind, _ in self._last)
+
+    def _block(self, block: Block, rounds: str) -> Progress:
+        for part in block.parts:
+            if (progress := self._part(part, rounds)) is not Progress.done:
+                return progress
+        return Progress.done
+
+    def _part(self, part: Part, rounds: str) -> Progress:
+        place = f"{part.name}{rounds}"
+        match part:
+            case Step():
+                return self._step(part, place)
+            case Wait():
+                return self._wait(part, place)
+            case Sleep():
+                return self._sleep(part, place)
+            case Pivot():
+                self._noted(Kind.pivot, place, lambda: True)
+                return Progress.done
+            case Choice():
+                return self._choice(part, place, rounds)
+            case Loop():
+                return self._loop(part, place, rounds)
+            case Parallel():
+                return self._parallel(part, rounds)
+
+    def _step(self, step: Step, place: str) -> Progress:
+        record = self._last.get((Kind.step, place))
+        if record is None:
+            return self._ask(step, place, 1)
+        match record.status:
+            case Status.open:
+                return Progress.busy
+            case Status.done | Status.skipped:
+                return Progress.done
+            case Status.again:
+                return self._ask(step, place, record.attempt + 1)
+        return self._tried_again(step, record, undo=False)
+
+    def _tried_again(self, step: Step, record: Record, *, undo: bool) -> Progress:
+        """Ask again if the policy wants that; what may still take effect is not asked again."""
+        error = record.value if isinstance(record.value, Exception) else SagaTimeout(record.place)
+        delay = None
+        if step.retry is not None and not record.timed_out:
+            delay = step.retry(record.attempt, error)
+        if delay is None:
+            return Progress.failed
+        return self._ask(step, record.place, record.attempt + 1, delay, undo=undo)
+
+    def _ask(
+        self, step: Step, place: str, attempt: int, delay: float = 0.0, *, undo: bool = False
+    ) -> Progress:
+        give = step.give_undo if undo else step.give
+        data = dict(self.data)
+        args, kwargs = ((), dict(give(data))) if give else ((data,), {})
+        self.decisions.append(Ask(step, place, attempt, args, kwargs, delay, undo))
+        return Progress.busy
+
+    def _wait(self, part: Wait, place: str) -> Progress:
+        record = self._last.get((Kind.wait, place))
+        if record is None or record.status is Status.again:
+            self.decisions.append(Await(part, place))
+            return Progress.busy
+        if record.status in (Status.done, Status.skipped):
+            return Progress.done
+        return Progress.busy if record.status is Status.open else Progress.failed
+
+    def _sleep(self, part: Sleep, place: str) -> Progress:
+        record = self._last.get((Kind.sleep, place))
+        if record is None:
+            self.decisions.append(Rest(part, place))
+            return Progress.busy
+        return Progress.busy if record.status is Status.open else Progress.done
+
+    def _choice(self, choice: Choice, place: str, rounds: str) -> Progress:
+        def choose() -> int | None:
+            held = (n for n, (condition, _) in enumerate(choice.cases) if condition(self.data))
+            return next(held, None)
+
+        chosen = self._noted(Kind.choice, place, choose)
+        return Progress.done if chosen is None else self._block(choice.cases[chosen][1], rounds)
+
+    def _loop(self, loop: Loop, place: str, rounds: str) -> Progress:
+        for number in range(1, loop.limit + 1):
+            inside = f"{rounds}[{number}]"
+            if not self._noted(Kind.round, f"{loop.name}{inside}", lambda: loop.again(self.data)):
+                return Progress.done
+            if (progress := self._block(loop.body, inside)) is not Progress.done:
+                return progress
+        more = self._noted(
+            Kind.round, f"{loop.name}{rounds}[{loop.limit + 1}]", lambda: loop.again(self.data)
+        )
+        return Progress.failed if more else Progress.done
+
+    def _parallel(self, parallel: Parallel, rounds: str) -> Progress:
+        before = len(self.decisions)
+        ends, asked = [], []
+        for branch in parallel.branches:
+            begin = len(self.decisions)
+            ends.append(self._block(branch, rounds))
+            asked.append(self.decisions[begin:])
+        if ends.count(Progress.done) < parallel.need:
+            possible = len(ends) - ends.count(Progress.failed)
+            return Progress.busy if possible >= parallel.need else Progress.failed
+        # What the others were to do is not begun any more, and what they have done is undone.
+        del self.decisions[before:]
+        for branch, end, decisions in zip(parallel.branches, ends, asked, strict=True):
+            if end is Progress.done:
+                self.decisions += decisions
+            elif not self._undone(names_in(branch), rounds):
+                self.unsettled = True
+        return Progress.done
+
+    # ── back ────────────────────────────────────────────────────────────────────────────────
+
+    def backward(self) -> Progress:
+        """Have everything undone that was done, the latest first."""
+        if self._undone(frozenset(self.definition.parts), ""):
+            return Progress.done
+        return Progress.failed if self.stuck else Progress.busy
+
+    def _undone(self, names: frozenset[str], rounds: str) -> bool:
+        """Whether all that these parts did is undone; if not, go on with that.
+
+        What is still under way is waited for: nobody knows yet whether it has to be undone.
+        """
+        here = [each for each in self._last.values() if _is_of(each.place, names, rounds)]
+        for record in here:
+            if record.kind in (Kind.wait, Kind.sleep) and record.status is Status.open:
+                self.decisions.append(Drop(record))
+        steps = [each for each in here if each.kind is Kind.step]
+        under_way = any(each.status is Status.open or each.timed_out for each in steps)
+        done = [each for each in steps if each.status is Status.done]
+        for record in sorted(done, key=lambda each: each.ended or 0, reverse=True):
+            if not self._is_undone(record):
+                return False
+        return not under_way
+
+    def _is_undone(self, done: Record) -> bool:
+        step = self.definition.parts[name_of(done.place)]
+        assert isinstance(step, Step), "only steps are recorded as such"
+        if step.undo is None:
+            return True
+        record = self._last.get((Kind.undo, done.place))
+        if record is None or record.status is Status.again:
+            attempt = record.attempt + 1 if record else 1
+            self._ask(step, done.place, attempt, undo=True)
+            return False
+        if record.status is Status.failed:
+            if self._tried_again(step, record, undo=True) is Progress.failed:
+                self.stuck = f"{done.place} cannot be undone", record
+            return False
+        return record.status is not Status.open
+
+    def _noted(self, kind: Kind, place: str, decide: Callable[[], Any]) -> Any:
+        """What was decided there; decided now if it was not."""
+        if (record := self._last.get((kind, place))) is None:
+            value = decide()
+            self.decisions.append(Note(kind, place, value))
+            record = self._last[kind, place] = Record(kind, place, status=Status.done, value=value)
+        return record.value
+
+
+def name_of(place: str) -> str:
+    """The name of the part at *place*."""
+    return place.partition("[")[0]
+
+
+def names_in(block: Block) -> frozenset[str]:
+    """The names of all parts of *block*, those inside of others too."""
+    return frozenset(_names_in(block))
+
+
+def _names_in(block: Block) -> Iterator[str]:
+    for part in block.parts:
+        yield part.name
+        match part:
+            case Choice():
+                inner = [case for _, case in part.cases]
+            case Loop():
+                inner = [part.body]
+            case Parallel():
+                inner = list(part.branches)
+            case _:
+                continue
+        for each in inner:
+            yield from _names_in(each)
+
+
+def _is_of(place: str, names: frozenset[str], rounds: str) -> bool:
+    name = name_of(place)
+    return name in names and place.removeprefix(name).startswith(rounds)
