@@ -173,6 +173,8 @@ class Sagas:
                     saga = self._keep(connection, saga, record, value)
                     self._go_on(connection, saga)
                     return
+                if record.place == name:  # in a loop it may be waited for once more
+                    raise SagaError(f"The saga {id} has been given {name!r} already.")
                 break
         if any(each.kind is Kind.signal and each.place == name for each in records):
             raise SagaError(f"The saga {id} has been given {name!r} already.")

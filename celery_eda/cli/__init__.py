@@ -12,6 +12,7 @@ from celery_eda.cli.housekeeping import housekeeping
 from celery_eda.cli.order import order
 from celery_eda.cli.projections import projections
 from celery_eda.cli.relay import relay
+from celery_eda.cli.sagas import sagas
 from celery_eda.cli.subscriptions import subscriptions
 from celery_eda.cli.tables import db
 
@@ -20,11 +21,11 @@ from celery_eda.cli.tables import db
 @click.pass_context
 @handle_preload_options  # type: ignore[untyped-decorator]  # Celery is untyped
 def eda(context: click.Context) -> None:
-    """Transactional outbox, idempotent inbox, relay, dead letters, events."""
+    """Transactional outbox, idempotent inbox, relay, dead letters, events, sagas."""
 
 
 for command in (
     *(relay, db, dead_letters, order, events, subscriptions, projections),
-    *(flow, asyncapi, housekeeping),
+    *(flow, asyncapi, sagas, housekeeping),
 ):
     eda.add_command(command)
