@@ -174,7 +174,7 @@ class Sagas:
                     self._go_on(connection, saga)
                     return
                 if record.place == name:  # in a loop it may be waited for once more
-                    raise SagaError(f"The saga {id} has been given {name!r} already.")
+                    raise SagaError(f"The saga {id} does not wait for {name!r} any more.")
                 break
         if any(each.kind is Kind.signal and each.place == name for each in records):
             raise SagaError(f"The saga {id} has been given {name!r} already.")

@@ -81,7 +81,7 @@ def test_a_person_decides_and_helps_on_what_is_parked(eda: EDA) -> None:
     assert run(eda, "signal", "one", "approved", "--value", '"yes"').exit_code == 0
     again = run(eda, "signal", "one", "approved")
     assert again.exit_code == 1
-    assert "has been given 'approved' already" in again.stderr
+    assert "does not wait for 'approved' any more" in again.stderr
     answer(eda, "one", {"error": eda.remote_errors.to_wire(ValueError("no road"))})
     assert state(eda, "one") == "parked"
     assert run(eda, "cancel", "one", "--yes").exit_code == 1, "it has passed its pivot"
