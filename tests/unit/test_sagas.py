@@ -132,6 +132,52 @@ def test_a_late_failure_leaves_nothing_to_undo(run: Any) -> None:
     assert end.calls == ["make"]
 
 
+def test_what_may_still_take_effect_is_not_tried_again(run: Any) -> None:
+    def describe(steps: Steps) -> None:
+        policy = RetryPolicy(attempts=3, first=1)
+        steps.step("make", "kitchen.make", undo="kitchen.throw_away", timeout=60, retry=policy)
+
+    test = run(describe)
+    test.is_late("make")
+
+    assert (end := test.run({})).state == "compensated"
+    assert end.calls == ["make", "undo make"]
+
+
+def told_again(test: SagaTest, place: str, outcome: Any) -> End:
+    """Tell a saga once more what has come of a step, and let it go on."""
+    entry = next(each for each in test.run().history if each.record.place == place)
+    assert entry.request is not None
+    request = entry.request
+    test._do(lambda connection: test._sagas.hear(connection, request, outcome))
+    return test.run()
+
+
+def test_a_failed_step_that_is_redriven_after_the_end_is_undone(run: Any) -> None:
+    test = run(shop)
+    test.fails("make")
+    assert test.run({"n": 7}).state == "compensated"
+
+    end = told_again(test, "make", {"result": None})
+
+    assert (end.state, end.calls[-1]) == ("compensated", "undo make")
+
+
+def test_an_outcome_that_comes_again_later_changes_nothing(run: Any) -> None:
+    def describe(steps: Steps) -> None:
+        steps.step("pay", "payment.charge", undo="payment.refund")
+        steps.step("make", "kitchen.make", undo="kitchen.throw_away")
+        steps.wait_for("approved")
+
+    test = run(describe)
+    test.returns("pay", 5)
+    test.run({})
+
+    assert told_again(test, "pay", {"result": 6}).data["pay"] == 5
+    test.cancels()
+    assert test.run().calls[2:] == ["undo make", "undo pay"]
+
+
 def test_what_cannot_be_undone_parks_the_saga_until_somebody_resumes_or_skips_it(
     run: Any,
 ) -> None:
