@@ -39,6 +39,7 @@ def expect_each_effect_once(road: Road) -> None:
 
 def wake(road: Road, step: str) -> None:
     """Let the process go on that is frozen at *step*."""
+    road.until(road.struck(step).read_text, "who is frozen")  # it is there before it says so
     os.kill(int(road.struck(step).read_text()), signal.SIGCONT)
 
 

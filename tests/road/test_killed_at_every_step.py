@@ -86,6 +86,7 @@ def test_a_frozen_relay_changes_nothing_when_it_wakes(road: Road, step: str) -> 
     road.relay()
     road.until(lambda: len(road.effects()) >= 14, "the other relay taking over")
 
+    road.until(road.struck(step).read_text, "who is frozen")  # it is there before it says so
     os.kill(int(road.struck(step).read_text()), signal.SIGCONT)
 
     expect_each_effect_once(road)
@@ -134,6 +135,7 @@ def test_a_handler_frozen_longer_than_its_transaction_may_last_takes_effect_once
         road.until(lambda: len(road.effects()) >= 13, "the others going on")
     road.pause(4.0, "longer than eda_claim_timeout, so that the server ends its transaction")
 
+    road.until(road.struck(step).read_text, "who is frozen")  # it is there before it says so
     os.kill(int(road.struck(step).read_text()), signal.SIGCONT)
 
     expect_each_effect_once(road)
