@@ -123,13 +123,18 @@ class Cursors:
         """
         if not self._move(connection, consumer, position, cursor):
             return None
-        self._unpark(connection, consumer, position)
+        # That one alone: what waits in an epoch that was given up has not been read by anybody.
+        at = self._is_at(consumer, position.lane, position.epoch, position.number)
+        self._unpark(connection, consumer, position.lane, at)
         return self.release(connection, consumer, position.lane)
 
     def go_to(
         self, connection: Connection, consumer: str, position: Position, cursor: Cursor
     ) -> None:
-        """As :meth:`advance`, past all messages up to *position*, with the *cursor* locked."""
+        """Pass all messages up to *position*, with the *cursor* locked, and release none.
+
+        What waits there is deleted: it is for a consumer that has had it by another way.
+        """
         after = cursor.after(position)
         self._set(
             connection,
@@ -141,7 +146,13 @@ class Cursors:
             held=None,
         )
         if cursor.parked:
-            self._unpark(connection, consumer, position)
+            parked = self.parked.c
+            passed = or_(
+                parked.epoch < position.epoch,
+                and_(parked.epoch == position.epoch, parked.number <= position.number),
+            )
+            here = self._is_of(self.parked, consumer, position.lane)
+            self._unpark(connection, consumer, position.lane, and_(here, passed))
 
     def hold(
         self, connection: Connection, consumer: str, position: Position, revision: int
@@ -356,16 +367,12 @@ class Cursors:
     def _count_parked(self, connection: Connection, consumer: str, lane: Lane, change: int) -> None:
         self._set(connection, consumer, lane, parked=self.table.c.parked + change)
 
-    def _unpark(self, connection: Connection, consumer: str, position: Position) -> None:
-        """Delete what is parked up to *position*, which has had its end."""
-        parked = self.parked.c
-        passed = or_(
-            parked.epoch < position.epoch,
-            and_(parked.epoch == position.epoch, parked.number <= position.number),
-        )
-        where = self._is_of(self.parked, consumer, position.lane)
-        if gone := connection.execute(delete(self.parked).where(where, passed)).rowcount:
-            self._count_parked(connection, consumer, position.lane, -gone)
+    def _unpark(
+        self, connection: Connection, consumer: str, lane: Lane, which: ColumnElement[bool]
+    ) -> None:
+        """Delete parked messages that have had their end."""
+        if gone := connection.execute(delete(self.parked).where(which)).rowcount:
+            self._count_parked(connection, consumer, lane, -gone)
 
     def _mark_released(self, connection: Connection, consumer: str, position: Position) -> None:
         at = self._is_at(consumer, position.lane, position.epoch, position.number)

@@ -70,10 +70,7 @@ class Flow:
         """
         match plain:
             case {"service": str(service), "emits": emits, "calls": calls, "listens": listens}:
-                pairs = [
-                    _sorted((str(a), str(b)) for a, b in each) for each in (emits, calls, listens)
-                ]
-                return cls(service, *pairs)
+                return cls(service, *map(_pairs, (emits, calls, listens)))
         raise ValueError("it is no flow: `eda flow --format json` prints one")
 
 

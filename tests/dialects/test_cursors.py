@@ -239,6 +239,18 @@ def test_a_new_epoch_waits_for_the_end_of_the_one_before(
     assert cursors.find(connection, "charge", LANE) == Cursor(NEW, 2, written=True)
 
 
+def test_what_waits_in_an_epoch_that_was_given_up_is_not_forgotten(
+    cursors: Cursors, connection: Connection
+) -> None:
+    """The producer was restored from a backup; what it had sent beyond that waits, unread."""
+    handle(cursors, connection, at(1))
+    kept = park(cursors, connection, at(7))
+
+    handle(cursors, connection, at(1, NEW, (OLD, 1)))
+
+    assert connection.scalars(select(cursors.parked.c.message_id)).all() == [kept.identity.id]
+
+
 def test_a_lost_release_is_swept_up(cursors: Cursors, connection: Connection) -> None:
     second = park(cursors, connection, at(2))
     handle(cursors, connection, at(1))
