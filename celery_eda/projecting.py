@@ -31,6 +31,7 @@ from sqlalchemy import (
     not_,
     select,
 )
+from sqlalchemy.exc import OperationalError
 
 from celery_eda import context
 from celery_eda.arguments import Arguments
@@ -39,7 +40,7 @@ from celery_eda.errors import InvalidEvent, RebuildError
 from celery_eda.event import Event
 from celery_eda.event_types import EventTypes
 from celery_eda.message import ORDER_HEADER, Lane, Message, Position
-from celery_eda.projections import Projection, Projections, Shadow
+from celery_eda.projections import Projection, Projections, Shadow, Values
 from celery_eda.subscriptions import Subscriptions
 from celery_eda.tables import LongText
 
@@ -96,21 +97,23 @@ class Projecting:
         One that is not wanted only has its turn.
         """
         shadow = self.projections.share(connection, projection.name)
-        if self._wants(projection, event):
-            self._apply(connection, projection, projection.table, [event])
+        self._apply(connection, projection, projection.table, event)
         if shadow is Shadow.following:
             self._hand_on(connection, projection, event)
 
     def _apply(
-        self, connection: Connection, projection: Projection, table: Table, events: list[Event]
+        self, connection: Connection, projection: Projection, table: Table, event: Event
     ) -> None:
-        """Let *events* of one key take effect in its row."""
-        key = projection.row_key(events[0])
-        before = after = projection.read(connection, table, key)
-        for event in events:
-            with context.silenced(f"The projection {projection.name}"):
-                after = projection(after, self.types.restored(event))
-        projection.write(connection, table, key, before, after)
+        """Let *event* take effect in its row, if it is wanted."""
+        if self.subscriptions.known[projection.name].wants(event.type):
+            key = projection.row_key(event)
+            before = projection.read(connection, table, key)
+            projection.write(connection, table, key, before, self._after(projection, before, event))
+
+    def _after(self, projection: Projection, row: Values | None, event: Event) -> Values | None:
+        """What *event* makes of a *row*."""
+        with context.silenced(f"The projection {projection.name}"):
+            return projection(row, self.types.restored(event))
 
     # ── the shadow ──────────────────────────────────────────────────────────────────────────
 
@@ -221,8 +224,7 @@ class Projecting:
         cursor = self.cursors.lock(connection, projection.follower, position.lane)
         match cursor.turn(position):
             case Turn.now:
-                if self._wants(projection, event):
-                    self._apply(connection, projection, projection.shadow, [event])
+                self._apply(connection, projection, projection.shadow, event)
                 self._advance(connection, projection, position, cursor)
             case Turn.later:
                 queue = self.subscriptions.name_of(self.subscriptions.known[projection.name])
@@ -236,10 +238,10 @@ class Projecting:
         events: list[Event],
         skip: Collection[UUID],
     ) -> None:
-        categories = self.subscriptions.known[projection.name].categories
+        subscription = self.subscriptions.known[projection.name]
         lanes: defaultdict[Lane, list[Event]] = defaultdict(list)
         for event in events:
-            if event.category in categories and event.key is not None:
+            if event.category in subscription.categories and event.key is not None:
                 lanes[_place(event).lane].append(event)
         # In one order, like whoever else locks more than one.
         for lane in sorted(lanes, key=lambda each: (each.source, each.stream, each.key)):
@@ -255,7 +257,7 @@ class Projecting:
                         "Export the whole category, from its beginning and in its order."
                     )
                 cursor, last = cursor.after(position), position
-                if self._wants(projection, event) and event.id not in skip:
+                if subscription.wants(event.type) and event.id not in skip:
                     fresh.append(event)
             if fresh:
                 self._try(connection, projection, fresh)
@@ -263,13 +265,20 @@ class Projecting:
                 self._advance(connection, projection, last, locked)
 
     def _try(self, connection: Connection, projection: Projection, events: list[Event]) -> None:
+        """Let *events* of one key take effect in the shadow, and say with which one that fails."""
+        reached, shadow = events[0], projection.shadow
         try:
-            self._apply(connection, projection, projection.shadow, events)
+            key = projection.row_key(reached)
+            before = row = projection.read(connection, shadow, key)
+            for reached in events:
+                row = self._after(projection, row, reached)
+            projection.write(connection, shadow, key, before, row)
+        except OperationalError:
+            raise  # the database is away, or let us lose a race: no event is to blame
         except Exception as error:
-            span = " to ".join(dict.fromkeys((str(events[0].id), str(events[-1].id))))
             raise RebuildError(
-                f"{projection.name} fails with {events[0].stream}, events {span}: "
-                f"{type(error).__name__}: {error}. Mend it, or leave one out with --skip."
+                f"{projection.name} fails with {reached.type} {reached.id} of {reached.stream}: "
+                f"{type(error).__name__}: {error}. Mend it, or leave it out with --skip."
             ) from error
 
     def _advance(
@@ -280,12 +289,8 @@ class Projecting:
         self.cursors.go_to(connection, follower, position, cursor)
         while message := cursor.parked and self.cursors.release(connection, follower, lane):
             event, cursor = _parked(message), self.cursors.lock(connection, follower, lane)
-            if self._wants(projection, event):
-                self._apply(connection, projection, projection.shadow, [event])
+            self._apply(connection, projection, projection.shadow, event)
             self.cursors.go_to(connection, follower, _place(event), cursor)
-
-    def _wants(self, projection: Projection, event: Event) -> bool:
-        return self.subscriptions.known[projection.name].wants(event.type)
 
     def _require_shadow(self, connection: Connection, projection: Projection) -> None:
         if self.projections.find(connection, projection.name) is None:

@@ -94,10 +94,7 @@ class SagaLog:
     def add(self, connection: Connection, saga: Saga) -> bool:
         """Write down a new one; returns False if there is one of that id."""
         values = {"id": saga.id, "name": saga.name, "version": saga.version, **_mutable(saga)}
-        if not self.dialect.insert_once(connection, self.sagas, values, now="begun_at"):
-            return False
-        self.save(connection, saga)
-        return True
+        return self.dialect.insert_once(connection, self.sagas, values, now="begun_at")
 
     def lock(self, connection: Connection, id: str) -> Saga:
         """One saga, which nobody else changes before this transaction ends.

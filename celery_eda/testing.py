@@ -27,6 +27,7 @@ from celery_eda.dialects import dialect_of
 from celery_eda.errors import SagaError
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.saga import Saga
+from celery_eda.saga_definition import Step
 from celery_eda.saga_log import Entry, SagaLog
 from celery_eda.sagas import Definitions, Sagas
 from celery_eda.tables import Tables
@@ -221,12 +222,22 @@ class SagaTest:
 
 
 def _tasks(saga: Saga) -> dict[str, str]:
-    """The step that calls each task; tests need each task to belong to one."""
+    """The step that calls each task.
+
+    Raises:
+        SagaError: a task belongs to two, which could not be told apart.
+    """
     found: dict[str, str] = {}
     for name, part in saga.definition.parts.items():
-        task, undo = getattr(part, "task", None), getattr(part, "undo", None)
-        if task is not None:
-            found[task] = name
-        if undo is not None:
-            found[undo] = f"undo {name}"
+        if not isinstance(part, Step):
+            continue
+        for task, step in ((part.task, name), (part.undo, f"undo {name}")):
+            if task is None:
+                continue
+            if task in found:
+                raise SagaError(
+                    f"{found[task]} and {step} are both calls of {task}, so that this test could "
+                    "not tell them apart. Name a task of its own for each."
+                )
+            found[task] = step
     return found

@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_eda import redaction
 from celery_eda.arguments import Arguments
 from celery_eda.audit import Author, Entry
-from celery_eda.cli.options import MOMENT, JSONValue, Rate, options
+from celery_eda.cli.options import MOMENT, JSONValue, Rate, as_json, options
 from celery_eda.cli.service import confirm, printable, service_of
 from celery_eda.dead_letters import Filter, Letter, State
 from celery_eda.errors import RepairError, UnreadableBody
@@ -72,7 +72,6 @@ def filters(state: str) -> Callable[[Command], Command]:
     )
 
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 authorship = options(
     click.option("--why", default="", help="The reason, for the audit."),
     click.option("--actor", default=None, help="Who does it; by default the system's user."),

@@ -20,7 +20,7 @@ import click
 from celery.bin.base import CeleryCommand
 from kombu.utils import json as kombu_json
 
-from celery_eda.cli.options import MOMENT, Rate, options
+from celery_eda.cli.options import MOMENT, Rate, as_json, confirmed, options
 from celery_eda.cli.service import confirm, printable, service_of
 from celery_eda.errors import InvalidEvent
 from celery_eda.event import Event
@@ -43,7 +43,6 @@ filters = options(
     click.option("--until", type=MOMENT, help="Stored before then; local time."),
     click.option("--after", type=click.IntRange(0), default=0, help="Behind this position."),
 )
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @events.command(cls=CeleryCommand, name="list")
@@ -92,7 +91,7 @@ def export(context: click.Context, /, after: int, **choice: Any) -> None:
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--until", type=MOMENT, required=True, help="Stored before then; local time.")
 @click.option("--category", help="Of this category alone, e.g. order.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@confirmed
 @as_json
 @click.pass_context
 def archive(
@@ -141,7 +140,7 @@ def archive(
 @click.option("--rate", type=Rate(), help="At most so many: 10/s, 30/m, 100/h.")
 @click.option("--publish", is_flag=True, help="Let the handler publish, which else fails.")
 @click.option("--dry-run", is_flag=True, help="Count them, and send nothing.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@confirmed
 @as_json
 @click.pass_context
 def replay(

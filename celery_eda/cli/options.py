@@ -11,6 +11,8 @@ from kombu.utils import json as kombu_json
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+confirmed = click.option("--yes", is_flag=True, help="Do not ask.")
 MOMENT = click.DateTime(
     ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%d %H:%M:%S"]
 )

@@ -7,6 +7,7 @@ import json
 import click
 from celery.bin.base import CeleryCommand
 
+from celery_eda.cli.options import confirmed
 from celery_eda.cli.service import confirm, printable, service_of
 
 
@@ -17,7 +18,7 @@ def order() -> None:
 
 @order.command(cls=CeleryCommand, name="new-epoch")
 @click.option("--stream", help="Only the messages of this task.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@confirmed
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.pass_context
 def new_epoch(context: click.Context, stream: str | None, yes: bool, as_json: bool) -> None:

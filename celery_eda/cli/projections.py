@@ -16,9 +16,10 @@ from uuid import UUID
 import click
 from celery.bin.base import CeleryCommand
 from kombu.utils import json as kombu_json
+from sqlalchemy.exc import OperationalError
 
 from celery_eda.cli.broker import channel_of
-from celery_eda.cli.options import MOMENT
+from celery_eda.cli.options import MOMENT, as_json, confirmed
 from celery_eda.cli.service import confirm, printable, service_of
 from celery_eda.errors import InvalidEvent, RebuildError
 from celery_eda.event import Event
@@ -30,10 +31,6 @@ from celery_eda.projections import Projection, Shadow
 @click.group(name="projections")
 def projections() -> None:
     """The tables that are made of events."""
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-confirmed = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 @projections.command(cls=CeleryCommand, name="list")
@@ -95,6 +92,9 @@ def rebuild(
             click.echo(f"{number} events", err=True)
     except (InvalidEvent, RebuildError) as error:
         raise click.ClickException(printable(error)) from error
+    except OperationalError as error:
+        why = printable(error.orig)
+        raise click.ClickException(f"The database: {why}. Give the command again.") from error
     table = projection.shadow.fullname
     done = {"events": number, "shadow": table}
     click.echo(json.dumps(done) if as_json else printable(f"{table} is made of {number} events."))

@@ -15,6 +15,7 @@ import click
 from celery.bin.base import CeleryCommand
 from sqlalchemy import Connection
 
+from celery_eda.cli.options import as_json, confirmed
 from celery_eda.cli.service import confirm, printable, service_of
 from celery_eda.errors import SagaError
 from celery_eda.saga_log import Entry, Saga, State
@@ -23,10 +24,6 @@ from celery_eda.saga_log import Entry, Saga, State
 @click.group(name="sagas")
 def sagas() -> None:
     """The sagas of this service."""
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-confirmed = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 @sagas.command(cls=CeleryCommand, name="list")

@@ -14,6 +14,7 @@ import click
 from celery.bin.base import CeleryCommand
 
 from celery_eda.cli.broker import channel_of
+from celery_eda.cli.options import as_json, confirmed
 from celery_eda.cli.service import confirm, printable, service_of
 from celery_eda.subscriptions import PREFIX, Subscription
 
@@ -21,9 +22,6 @@ from celery_eda.subscriptions import PREFIX, Subscription
 @click.group(name="subscriptions")
 def subscriptions() -> None:
     """The handlers of events, and their queues."""
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @subscriptions.command(cls=CeleryCommand, name="list")
@@ -70,7 +68,7 @@ def declare(context: click.Context) -> None:
 @subscriptions.command(cls=CeleryCommand)
 @click.argument("queue")
 @click.option("--force", is_flag=True, help="Even if messages wait in it, which are lost then.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@confirmed
 @click.pass_context
 def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
     """Delete the queue of a subscription that is gone from the code: it would fill for ever."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import islice
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 from celery import Celery
 from sqlalchemy import JSON, Column, Integer, MetaData, String, Table, select, update
+from sqlalchemy.exc import OperationalError
 
 from celery_eda import EDA, Event, projecting
 from celery_eda.cursors import Turn
 from celery_eda.errors import ConfigurationError, InvalidEvent, PublishingForbidden, RebuildError
 from celery_eda.event_store import fold
+from celery_eda.inbox import GotAhead
 from celery_eda.message import Position
 from celery_eda.projections import Shadow
 from tests.databases import Database
@@ -241,6 +244,7 @@ def test_what_is_not_in_the_log_yet_comes_to_the_shadow_from_the_live_one(shop: 
 
 
 def test_a_shadow_is_fed_and_exchanged_while_others_handle_events(shop: Shop) -> None:
+    shop.spoil()  # leaves a row that nothing speaks of
     shop.emit(60, keys=6)
     log = [each for each in shop.log() if each.category == "order"]
     errors: list[BaseException] = []
@@ -249,23 +253,38 @@ def test_a_shadow_is_fed_and_exchanged_while_others_handle_events(shop: Shop) ->
         try:
             for event in log:
                 if event.key in keys:
-                    shop.handle(event)
+                    in_spite_of_losing(lambda event=event: shop.handle(event))
         except BaseException as error:
             errors.append(error)
+
+    def exchanged() -> bool:
+        try:
+            return bool(shop.eda.projecting.swap(shop.copy).extra)
+        except RebuildError:  # the live one has not come as far as the log
+            return False
 
     threads = [threading.Thread(target=handle, args=({str(n), str(n + 3)},)) for n in range(3)]
     shop.eda.projecting.begin(shop.copy, Shadow.following)
     for thread in threads:
         thread.start()
-    shop.feed(log)
-    shop.spoil()
+    in_spite_of_losing(lambda: shop.feed(log[:20]))
+    deadline = time.monotonic() + 60
+    while not in_spite_of_losing(exchanged):
+        assert time.monotonic() < deadline, errors
     for thread in threads:
         thread.join(60)
-    assert not errors
-    shop.feed(log)
-    shop.eda.projecting.swap(shop.copy)
 
+    assert not errors
     assert shop.rows() == shop.folded()
+
+
+def in_spite_of_losing(act: Callable[[], Any]) -> Any:
+    """Do it again, as the road does, if the database lets it lose a race."""
+    while True:
+        try:
+            return act()
+        except (GotAhead, OperationalError):
+            continue
 
 
 def test_nobody_handles_an_event_while_a_projection_is_exchanged(shop: Shop) -> None:
@@ -319,7 +338,7 @@ def test_an_event_that_it_fails_with_stops_it_and_can_be_left_out(shop: Shop) ->
     shop.eda.emit("order.item.added", {"number": 3}, key=1)
     shop.eda.projecting.begin(shop.copy, Shadow.following)
 
-    with pytest.raises(RebuildError, match=r"copy fails with order\.1.*KeyError"):
+    with pytest.raises(RebuildError, match=f"copy fails with order.placed {broken.id} .*KeyError"):
         shop.feed(shop.log())
     shop.feed(shop.log(), skip={broken.id})
 

@@ -474,6 +474,15 @@ def test_a_description_that_makes_no_sense_is_refused(eda: EDA) -> None:
             eda.saga("saga")(describe)
 
 
+def test_two_steps_of_one_task_cannot_be_told_apart_in_a_test(eda: EDA) -> None:
+    def describe(steps: Steps) -> None:
+        steps.step("north", "book")
+        steps.step("south", "book")
+
+    with pytest.raises(SagaError, match="north and south are both calls of book"):
+        SagaTest(eda.saga("saga")(describe))
+
+
 def test_another_saga_of_the_same_name_needs_the_next_version(eda: EDA) -> None:
     first = eda.saga("saga")(shop)
     with pytest.raises(SagaError, match="next number"):
