@@ -221,7 +221,7 @@ class Sagas:
         saga = self.log.lock(connection, id)
         if saga.state is not State.parked:
             raise SagaError(f"The saga {id} is {saga.state.value}, not parked: it needs nobody.")
-        kinds = (Kind.undo,) if saga.back else (Kind.step, Kind.wait)
+        kinds = (Kind.undo,) if saga.back else (Kind.step, Kind.wait, Kind.undo)
         last = {(each.kind, each.place): each for each in self.log.records(connection, id)}
         failed = [
             each

@@ -330,6 +330,20 @@ def test_a_branch_may_fail_if_another_is_enough(run: Any) -> None:
     )
 
 
+def test_a_branch_given_up_that_cannot_be_undone_parks_the_saga_until_it_can(run: Any) -> None:
+    test = run(quotes)
+    test.fails("north_sure")
+    test.fails("undo north", ValueError("gone"))
+
+    end = test.run({})
+    assert (end.state, end.error) == ("parked", "north cannot be undone: north: ValueError: gone")
+    test.resumes()
+
+    assert (end := test.run()).state == "completed"
+    assert end.calls.count("undo north") == 2
+    assert end.calls.count("north_sure") == 1, "a branch that was given up is not begun anew"
+
+
 def test_if_none_is_enough_all_of_it_is_undone(run: Any) -> None:
     test = run(quotes)
     test.fails("north_sure")
