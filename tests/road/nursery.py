@@ -106,7 +106,7 @@ class Born:
     def _heard(self) -> str:
         heard = b""
         while not heard.endswith(b"\n"):
-            more = self._line.recv(64)
+            more = self._line.recv(1)  # no more: its ending may already stand behind its birth
             if not more:
                 raise ChildProcessError("the nursery is gone")
             heard += more
