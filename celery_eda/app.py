@@ -22,7 +22,7 @@ from celery_eda.reply import Replies, Reply
 from celery_eda.replying import REPLY_TASK
 from celery_eda.saga import Saga, decorator
 from celery_eda.saga_definition import Steps
-from celery_eda.sagas import TIME_TASK
+from celery_eda.sagas import NEWS_TASK
 from celery_eda.settings import register
 from celery_eda.subscribing import SubscriptionDecorator
 from celery_eda.task import TaskDecorator, finishing, made_reliable
@@ -75,7 +75,7 @@ class EDA(Parts):
         )
         app.on_after_finalize.connect(self.make_reliable)
         self.task(name=REPLY_TASK)(self._take_reply)
-        self.task(name=TIME_TASK)(self._wake_saga)
+        self.task(name=NEWS_TASK)(self._tell_saga)
 
     # ── publishing ──────────────────────────────────────────────────────────────────────────
 
@@ -362,9 +362,9 @@ class EDA(Parts):
             return False
         return self.sagas.hear(session.connection(), request, outcome)
 
-    def _wake_saga(self, session: Session, id: str, record: int) -> None:
-        """Tell a saga that the time of what it waits for is over."""
-        self.sagas.wake(session.connection(), id, record)
+    def _tell_saga(self, session: Session, news: str, id: str, record: int) -> None:
+        """Tell a saga that its time is over, a lock is free, or a sub-saga at its end."""
+        self.sagas.tell(session.connection(), news, id, record)
 
     # ── repairing ───────────────────────────────────────────────────────────────────────────
 

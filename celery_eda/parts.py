@@ -50,6 +50,7 @@ from celery_eda.replying import Replies
 from celery_eda.requesting import Requesting
 from celery_eda.requests import Requests
 from celery_eda.retry import Policy, checked
+from celery_eda.saga_locks import SagaLocks
 from celery_eda.saga_log import SagaLog
 from celery_eda.sagas import Definitions, Sagas
 from celery_eda.sender import Sender
@@ -405,6 +406,7 @@ class Parts:
                 *(self.tables.sagas, self.tables.saga_steps, self.dialect),
                 self.remote_errors.from_wire,
             ),
+            SagaLocks(self.tables.saga_locks, self.dialect),
             *(self.remote_errors, self.requesting.ask),
             lambda: addresses.of_service(self.service),
         )

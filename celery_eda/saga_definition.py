@@ -65,6 +65,36 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class SubSaga:
+    """Another saga of this service: begun, waited for, and undone as a whole.
+
+    Attributes:
+        definition: of what is begun; its data at its end are the result.
+        give: makes what it is to know of the data of the saga that begins it.
+        timeout: seconds for its end; then it is cancelled.
+    """
+
+    name: str
+    definition: Definition
+    give: Give | None = None
+    keep: str | None = None
+    timeout: float | None = None
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A semantic lock: waits until no other saga holds *key*, and holds it to the saga's end.
+
+    After Garcia-Molina and Salem, *Sagas* (1987), and Eventuate's lock and stash: between their
+    steps sagas see what others have done and may undo. Those that take the same key do not.
+    """
+
+    name: str
+    key: Callable[[Data], str]
+    timeout: float | None = None
+
+
+@dataclass(frozen=True)
 class Sleep:
     """Waits for some *seconds*."""
 
@@ -109,7 +139,7 @@ class Parallel:
     need: int
 
 
-Part = Step | Wait | Sleep | Pivot | Choice | Loop | Parallel
+Part = Step | SubSaga | Lock | Wait | Sleep | Pivot | Choice | Loop | Parallel
 
 
 @dataclass(frozen=True)
@@ -218,6 +248,43 @@ class Steps:
             keep: the name in the data, by default that of the signal.
         """
         self._add(Wait(signal, signal if keep is MISSING else keep, timeout, default))
+
+    def saga(
+        self,
+        name: str,
+        saga: Any,
+        *,
+        give: Give | None = None,
+        keep: str | None = MISSING,
+        timeout: float | None = None,
+    ) -> None:
+        """Begin another saga of this service, and go on when it is completed.
+
+        If a later part fails it is undone as a whole; if this saga is cancelled meanwhile, so is
+        that one. It is called as this one, with ``/name`` behind it.
+
+        Args:
+            name: unique in this saga.
+            saga: what :meth:`celery_eda.EDA.saga` has made.
+            give: makes what it is to know of this saga's data; without it that is all of them.
+            keep: the name in the data for what it knows at its end, by default *name*.
+            timeout: seconds after which it is cancelled, and this part has failed.
+        """
+        keep = name if keep is MISSING else keep
+        self._add(SubSaga(name, saga.definition, give, keep, timeout))
+
+    def lock(self, name: str, key: Callable[[Data], str], *, timeout: float | None = None) -> None:
+        """Let no other saga of this service have the same *key*, from here to the end of this one.
+
+        Who comes later waits, in the order in which they came. It binds only those that take it.
+
+        Args:
+            name: unique in this saga.
+            key: what is locked, made of the saga's data.
+            timeout: seconds after which the saga fails instead of waiting on; two that wait for
+                each other need it.
+        """
+        self._add(Lock(name, key, timeout))
 
     def sleep(self, name: str, seconds: float) -> None:
         """Wait for some *seconds*; nobody is kept busy by that."""

@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from kombu.utils import json
-from sqlalchemy import Connection, Row, Select, Table, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, Table, delete, func, insert, select, update
 
 from celery_eda.dialects.base import Dialect
 from celery_eda.errors import SagaError
@@ -50,6 +50,8 @@ class Saga:
         back: whether it undoes, or did when it was parked.
         cancelled: whether a person has it undone.
         error: why it is parked, or was undone.
+        root: of a sub-saga, the saga that it is a part of; the outermost one.
+        record: of a sub-saga, the id of the record that waits for its end.
     """
 
     id: str
@@ -60,6 +62,8 @@ class Saga:
     back: bool = False
     cancelled: bool = False
     error: str | None = None
+    root: str | None = None
+    record: int | None = None
     begun_at: datetime | None = None
     changed_at: datetime | None = None
 
@@ -93,7 +97,13 @@ class SagaLog:
 
     def add(self, connection: Connection, saga: Saga) -> bool:
         """Write down a new one; returns False if there is one of that id."""
-        values = {"id": saga.id, "name": saga.name, "version": saga.version, **_mutable(saga)}
+        values = {
+            "id": saga.id,
+            "name": saga.name,
+            "version": saga.version,
+            "root": saga.root,
+            **_mutable(saga),
+        }
         return self.dialect.insert_once(connection, self.sagas, values, now="begun_at")
 
     def lock(self, connection: Connection, id: str) -> Saga:
@@ -113,6 +123,17 @@ class SagaLog:
         """
         return self._found(connection, id, self._of(id))
 
+    def sub_saga(self, connection: Connection, record: int) -> Saga | None:
+        """The one whose end a record waits for."""
+        query = select(self.sagas).where(self.sagas.c.record == record)
+        row = connection.execute(query).one_or_none()
+        return None if row is None else _saga(row)
+
+    def sub_sagas(self, connection: Connection, root: str) -> list[Saga]:
+        """All that are parts of one, and parts of parts."""
+        query = select(self.sagas).where(self.sagas.c.root == root)
+        return [_saga(row) for row in connection.execute(query.order_by(self.sagas.c.begun_at))]
+
     def select(
         self, connection: Connection, state: State | None, name: str | None, limit: int
     ) -> list[Saga]:
@@ -129,6 +150,27 @@ class SagaLog:
         """Write down its state."""
         values = {**_mutable(saga), "changed_at": self.dialect.now()}
         connection.execute(update(self.sagas).where(self.sagas.c.id == saga.id).values(values))
+
+    def purge(self, connection: Connection, before: datetime, limit: int) -> int:
+        """Delete up to *limit* sagas that ended *before*, with all that belongs to them.
+
+        A sub-saga goes with the saga that it is a part of: as long as that one is not over it may
+        have to be undone.
+
+        Returns:
+            How many were deleted, sub-sagas not counted.
+        """
+        columns, ends = self.sagas.c, [each.value for each in State if each.is_end]
+        old = (columns.root.is_(None), columns.state.in_(ends), columns.changed_at < before)
+        query = select(columns.id).where(*old).order_by(columns.changed_at).limit(limit)
+        roots = connection.scalars(query.with_for_update(skip_locked=True)).all()
+        if not roots:
+            return 0
+        parts = connection.scalars(select(columns.id).where(columns.root.in_(roots))).all()
+        gone = [*roots, *parts]
+        connection.execute(delete(self.steps).where(self.steps.c.saga.in_(gone)))
+        connection.execute(delete(self.sagas).where(columns.id.in_(gone)))
+        return len(roots)
 
     def _of(self, id: str) -> Select[Any]:
         return select(self.sagas).where(self.sagas.c.id == id)
@@ -159,6 +201,12 @@ class SagaLog:
         query = select(columns.saga, columns.id).where(columns.request == request)
         row = connection.execute(query).one_or_none()
         return None if row is None else (row.saga, row.id)
+
+    def saga_of(self, connection: Connection, record: int) -> str:
+        """The saga that a record belongs to."""
+        columns = self.steps.c
+        query = select(columns.saga).where(columns.id == record)
+        return str(connection.execute(query).scalar_one())
 
     def begin(
         self,
@@ -240,11 +288,13 @@ def _mutable(saga: Saga) -> dict[str, Any]:
         "back": saga.back,
         "cancelled": saga.cancelled,
         "error": saga.error,
+        "record": saga.record,
     }
 
 
 def _saga(row: Row[Any]) -> Saga:
     return Saga(
         *(row.id, row.name, row.version, State(row.state), json.loads(row.data)),
-        *(bool(row.back), bool(row.cancelled), row.error, row.begun_at, row.changed_at),
+        *(bool(row.back), bool(row.cancelled), row.error, row.root, row.record),
+        *(row.begun_at, row.changed_at),
     )

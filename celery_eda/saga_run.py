@@ -11,20 +11,23 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from celery_eda.errors import SagaTimeout
+from celery_eda.errors import SagaError, SagaTimeout
 from celery_eda.saga_definition import (
     Block,
     Choice,
     Data,
     Definition,
+    Lock,
     Loop,
     Parallel,
     Part,
     Pivot,
     Sleep,
     Step,
+    SubSaga,
     Wait,
 )
+from celery_eda.tables import KEY_BYTES
 
 
 class Kind(str, Enum):
@@ -32,6 +35,7 @@ class Kind(str, Enum):
 
     step = "step"
     undo = "undo"
+    lock = "lock"
     wait = "wait"
     sleep = "sleep"
     signal = "signal"
@@ -87,15 +91,35 @@ class Progress(Enum):
 
 @dataclass(frozen=True)
 class Ask:
-    """Send a command, for the first time or again, or with *undo* the one that undoes it."""
+    """Have a step done, for the first time or again.
 
-    step: Step
+    Attributes:
+        undo: what it is to undo instead, if it is.
+    """
+
+    step: Step | SubSaga
     place: str
     attempt: int
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     delay: float = 0.0
-    undo: bool = False
+    undo: Record | None = None
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Have a sub-saga cancelled of which nobody wants anything any more."""
+
+    record: Record
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Take a lock, or wait for it."""
+
+    part: Lock
+    place: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -130,7 +154,7 @@ class Drop:
     record: Record
 
 
-Decision = Ask | Await | Rest | Note | Drop
+Decision = Ask | Stop | Hold | Await | Rest | Note | Drop
 
 
 @dataclass
@@ -176,8 +200,10 @@ class Run:
     def _part(self, part: Part, rounds: str) -> Progress:
         place = f"{part.name}{rounds}"
         match part:
-            case Step():
+            case Step() | SubSaga():
                 return self._step(part, place)
+            case Lock():
+                return self._lock(part, place)
             case Wait():
                 return self._wait(part, place)
             case Sleep():
@@ -192,7 +218,7 @@ class Run:
             case Parallel():
                 return self._parallel(part, rounds)
 
-    def _step(self, step: Step, place: str) -> Progress:
+    def _step(self, step: Step | SubSaga, place: str) -> Progress:
         record = self._last.get((Kind.step, place))
         if record is None:
             return self._ask(step, place, 1)
@@ -203,22 +229,29 @@ class Run:
                 return Progress.done
             case Status.again:
                 return self._ask(step, place, record.attempt + 1)
-        return self._tried_again(step, record, undo=False)
+        return self._tried_again(step, record)
 
-    def _tried_again(self, step: Step, record: Record, *, undo: bool) -> Progress:
+    def _tried_again(
+        self, step: Step | SubSaga, record: Record, undo: Record | None = None
+    ) -> Progress:
         """Ask again if the policy wants that; what may still take effect is not asked again."""
         error = record.value if isinstance(record.value, Exception) else SagaTimeout(record.place)
         delay = None
-        if step.retry is not None and not record.timed_out:
+        if isinstance(step, Step) and step.retry is not None and not record.timed_out:
             delay = step.retry(record.attempt, error)
         if delay is None:
             return Progress.failed
-        return self._ask(step, record.place, record.attempt + 1, delay, undo=undo)
+        return self._ask(step, record.place, record.attempt + 1, delay, undo)
 
     def _ask(
-        self, step: Step, place: str, attempt: int, delay: float = 0.0, *, undo: bool = False
+        self,
+        step: Step | SubSaga,
+        place: str,
+        attempt: int,
+        delay: float = 0.0,
+        undo: Record | None = None,
     ) -> Progress:
-        give = step.give_undo if undo else step.give
+        give = step.give_undo if undo and isinstance(step, Step) else step.give
         data = dict(self.data)
         args, kwargs = ((), dict(give(data))) if give else ((data,), {})
         self.decisions.append(Ask(step, place, attempt, args, kwargs, delay, undo))
@@ -229,9 +262,17 @@ class Run:
         if record is None or record.status is Status.again:
             self.decisions.append(Await(part, place))
             return Progress.busy
-        if record.status in (Status.done, Status.skipped):
-            return Progress.done
-        return Progress.busy if record.status is Status.open else Progress.failed
+        return _progress_of(record)
+
+    def _lock(self, part: Lock, place: str) -> Progress:
+        record = self._last.get((Kind.lock, place))
+        if record is None or record.status is Status.again:
+            key = str(part.key(self.data))
+            if len(key.encode()) > KEY_BYTES:
+                raise SagaError(f"the key of {place} is longer than {KEY_BYTES} bytes")
+            self.decisions.append(Hold(part, place, key))
+            return Progress.busy
+        return _progress_of(record)
 
     def _sleep(self, part: Sleep, place: str) -> Progress:
         record = self._last.get((Kind.sleep, place))
@@ -294,10 +335,13 @@ class Run:
         """
         here = [each for each in self._last.values() if _is_of(each.place, names, rounds)]
         for record in here:
-            if record.kind in (Kind.wait, Kind.sleep) and record.status is Status.open:
+            if record.kind in (Kind.lock, Kind.wait, Kind.sleep) and record.status is Status.open:
                 self.decisions.append(Drop(record))
         steps = [each for each in here if each.kind is Kind.step]
-        under_way = any(each.status is Status.open or each.timed_out for each in steps)
+        under_way = [each for each in steps if each.status is Status.open or each.timed_out]
+        for record in under_way:
+            if isinstance(self.definition.parts[name_of(record.place)], SubSaga):
+                self.decisions.append(Stop(record))
         done = [each for each in steps if each.status is Status.done]
         for record in sorted(done, key=lambda each: each.ended or 0, reverse=True):
             if not self._is_undone(record):
@@ -306,16 +350,16 @@ class Run:
 
     def _is_undone(self, done: Record) -> bool:
         step = self.definition.parts[name_of(done.place)]
-        assert isinstance(step, Step), "only steps are recorded as such"
-        if step.undo is None:
+        assert isinstance(step, Step | SubSaga), "only steps are recorded as such"
+        if isinstance(step, Step) and step.undo is None:
             return True
         record = self._last.get((Kind.undo, done.place))
         if record is None or record.status is Status.again:
             attempt = record.attempt + 1 if record else 1
-            self._ask(step, done.place, attempt, undo=True)
+            self._ask(step, done.place, attempt, undo=done)
             return False
         if record.status is Status.failed:
-            if self._tried_again(step, record, undo=True) is Progress.failed:
+            if self._tried_again(step, record, undo=done) is Progress.failed:
                 self.stuck = f"{done.place} cannot be undone", record
             return False
         return record.status is not Status.open
@@ -327,6 +371,12 @@ class Run:
             self.decisions.append(Note(kind, place, value))
             record = self._last[kind, place] = Record(kind, place, status=Status.done, value=value)
         return record.value
+
+
+def _progress_of(record: Record) -> Progress:
+    if record.status in (Status.done, Status.skipped):
+        return Progress.done
+    return Progress.busy if record.status is Status.open else Progress.failed
 
 
 def name_of(place: str) -> str:

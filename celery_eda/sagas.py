@@ -8,9 +8,11 @@ has come, looks what follows, and sends that. There is nobody whose death would 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
-from uuid import UUID
+from uuid import NAMESPACE_URL, UUID, uuid5
 
 from celery import Celery
 from sqlalchemy import Connection
@@ -19,13 +21,15 @@ from celery_eda import context, redaction
 from celery_eda.errors import SagaError, SagaTimeout
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.reply import Reply
-from celery_eda.saga_definition import MISSING, Definition, Step, Wait
+from celery_eda.saga_definition import MISSING, Data, Definition, Lock, Step, SubSaga, Wait
+from celery_eda.saga_locks import SagaLocks
 from celery_eda.saga_log import Saga, SagaLog, State
 from celery_eda.saga_run import (
     Ask,
     Await,
     Decision,
     Drop,
+    Hold,
     Kind,
     Note,
     Progress,
@@ -33,13 +37,23 @@ from celery_eda.saga_run import (
     Rest,
     Run,
     Status,
+    Stop,
     name_of,
 )
+from celery_eda.tables import KEY_BYTES
 
 log = redaction.logger(__name__)
 
-#: The task that tells a saga that time is over: with the saga's id and that of a record.
-TIME_TASK = "celery_eda.saga_time"
+#: The task that tells a saga what no reply tells: what it is, the saga's id, that of a record.
+NEWS_TASK = "celery_eda.saga_news"
+
+
+class News(str, Enum):
+    """What a saga is told: its time is over, it has a lock, its sub-saga is at its end."""
+
+    time = "time"
+    lock = "lock"
+    end = "end"
 
 
 @dataclass(frozen=True)
@@ -91,12 +105,19 @@ class Sagas:
     app: Celery
     definitions: Definitions
     log: SagaLog
+    locks: SagaLocks
     errors: RemoteErrors
     request: Callable[..., Reply[Any]]
     address: Callable[[], str]
 
     def begin(self, connection: Connection, definition: Definition, id: str, data: Any) -> bool:
-        """Begin a saga; returns False, and does nothing, if there is one of that id."""
+        """Begin a saga; returns False, and does nothing, if there is one of that id.
+
+        Raises:
+            SagaError: the id is too long.
+        """
+        if len(id.encode()) > KEY_BYTES:
+            raise SagaError(f"The id {id[:40]!r}… is longer than {KEY_BYTES} bytes.")
         saga = Saga(id, definition.name, definition.version, State.running, dict(data))
         if not self.log.add(connection, saga):
             return False
@@ -114,10 +135,30 @@ class Sagas:
         if (asked := self.log.asked(connection, request)) is None:
             return False
         saga = self.log.lock(connection, asked[0])
+        self._take(connection, saga, asked[1], outcome)
+        return True
+
+    def tell(self, connection: Connection, news: str, id: str, record: int) -> None:
+        """Tell a saga what a record of it has waited for; it may be too late for that."""
+        saga = self.log.lock(connection, id)
+        if News(news) is News.end:
+            self._take_end(connection, saga, record)
+            return
+        found = next((e for e in self.log.records(connection, id) if e.id == record), None)
+        if found is None or found.status is not Status.open:
+            return
+        if News(news) is News.lock:
+            self._end(connection, saga, found, Status.done, value=found.value)
+        else:
+            saga = self._time_is_over(connection, saga, found)
+        self._go_on(connection, saga)
+
+    def _take(self, connection: Connection, saga: Saga, record_id: int, outcome: Any) -> None:
+        """Write down the outcome of a command, or of a sub-saga, and go on."""
         records = self.log.records(connection, saga.id)
-        record = next(each for each in records if each.id == asked[1])
+        record = next(each for each in records if each.id == record_id)
         if record.status is not Status.open and record.status is not Status.failed:
-            return True
+            return
         latest = [each for each in records if _same(each, record)][-1] is record
         if "error" in outcome:
             if record.status is Status.open or record.timed_out:
@@ -133,26 +174,33 @@ class Sagas:
                     *(saga.id, record.place),
                 )
         self._go_on(connection, self._reopened(saga, record))
-        return True
 
-    def wake(self, connection: Connection, id: str, record_id: int) -> None:
-        """Take note that the time of a record is over, if it is still open."""
-        saga = self.log.lock(connection, id)
-        records = self.log.records(connection, id)
-        record = next((each for each in records if each.id == record_id), None)
-        if record is None or record.status is not Status.open:
+    def _take_end(self, connection: Connection, saga: Saga, record: int) -> None:
+        """Take the end of a sub-saga for the outcome of what it was begun, or undone, by."""
+        part = self.log.sub_saga(connection, record)
+        if part is None or not part.state.is_end:
             return
+        records = self.log.records(connection, saga.id)
+        undone = any(each.id == record and each.kind is Kind.undo for each in records)
+        if undone == (part.state is not State.completed):
+            outcome: dict[str, Any] = {"result": None if undone else dict(part.data)}
+        else:
+            error = SagaError(f"{part.id} is {part.state.value}: {part.error}")
+            outcome = {"error": self.errors.to_wire(error)}
+        self._take(connection, saga, record, outcome)
+
+    def _time_is_over(self, connection: Connection, saga: Saga, record: Record) -> Saga:
         part = self.definitions.of(saga).parts[name_of(record.place)]
         if record.kind is Kind.sleep:
             self._end(connection, saga, record, Status.done)
         elif isinstance(part, Wait) and part.default is not MISSING:
             self._end(connection, saga, record, Status.done, value=part.default)
-            saga = self._keep(connection, saga, record, part.default)
+            return self._keep(connection, saga, record, part.default)
         else:
             error = self.errors.to_wire(SagaTimeout(f"no outcome of {record.place} in time"))
             timed_out = record.kind is Kind.step
             self._end(connection, saga, record, Status.failed, error=error, timed_out=timed_out)
-        self._go_on(connection, saga)
+        return saga
 
     def signal(self, connection: Connection, id: str, name: str, value: Any, who: str) -> None:
         """Give a signal to a saga; one that does not wait for it yet finds it when it does.
@@ -189,15 +237,7 @@ class Sagas:
         Raises:
             SagaError: it is over, or there is no way back any more.
         """
-        saga = self.log.lock(connection, id)
-        run = Run(self.definitions.of(saga), saga.data, self.log.records(connection, id))
-        if saga.state.is_end or run.pivoted:
-            why = f"is {saga.state.value}" if saga.state.is_end else "has passed its pivot"
-            raise SagaError(f"The saga {id} {why}, and cannot be cancelled.")
-        changed = replace(
-            saga, state=State.compensating, back=True, cancelled=True, error=f"cancelled by {who}"
-        )
-        self._go_on(connection, changed)
+        self._cancel(connection, self.log.lock(connection, id), who)
 
     def resume(self, connection: Connection, id: str, who: str, place: str | None = None) -> None:
         """Have what failed tried again, and go on: all of it, or what failed at *place*.
@@ -221,7 +261,7 @@ class Sagas:
         saga = self.log.lock(connection, id)
         if saga.state is not State.parked:
             raise SagaError(f"The saga {id} is {saga.state.value}, not parked: it needs nobody.")
-        kinds = (Kind.undo,) if saga.back else (Kind.step, Kind.wait, Kind.undo)
+        kinds = (Kind.undo,) if saga.back else (Kind.step, Kind.lock, Kind.wait, Kind.undo)
         last = {(each.kind, each.place): each for each in self.log.records(connection, id)}
         failed = [
             each
@@ -234,6 +274,16 @@ class Sagas:
             self._end(connection, saga, record, status, who=who)
         state = State.compensating if saga.back else State.running
         self._go_on(connection, replace(saga, state=state, error=None))
+
+    def _cancel(self, connection: Connection, saga: Saga, who: str) -> None:
+        run = Run(self.definitions.of(saga), saga.data, self.log.records(connection, saga.id))
+        if saga.state.is_end or run.pivoted:
+            why = f"is {saga.state.value}" if saga.state.is_end else "has passed its pivot"
+            raise SagaError(f"The saga {saga.id} {why}, and cannot be cancelled.")
+        changed = replace(
+            saga, state=State.compensating, back=True, cancelled=True, error=f"cancelled by {who}"
+        )
+        self._go_on(connection, changed)
 
     # ── going on ────────────────────────────────────────────────────────────────────────────
 
@@ -251,6 +301,20 @@ class Sagas:
                 break
             saga = replace(saga, data=self.log.find(connection, saga.id).data)
         self.log.save(connection, saga)
+        if saga.state.is_end:
+            self._leave(connection, saga)
+
+    def _leave(self, connection: Connection, saga: Saga) -> None:
+        """Tell those who wait for the end of a saga."""
+        if saga.record is not None:
+            self._send(News.end, self.log.saga_of(connection, saga.record), saga.record)
+        if saga.root is None:
+            self.release(connection, saga.id)
+
+    def release(self, connection: Connection, owner: str) -> None:
+        """Let go of the locks of a saga, and tell those that have them then."""
+        for heir, record in self.locks.release(connection, owner):
+            self._send(News.lock, heir, record)
 
     def _look(self, connection: Connection, saga: Saga) -> tuple[Run, State]:
         records = self.log.records(connection, saga.id)
@@ -289,6 +353,10 @@ class Sagas:
                 case Note(kind, place, value):
                     record = Record(kind, place, status=Status.done, value=value)
                     self.log.begin(connection, saga.id, record)
+                case Stop(record):
+                    self._stop(connection, saga, record)
+                case Hold(part, place, key):
+                    again = self._hold(connection, saga, part, place, key) or again
                 case Await(part, place):
                     again = self._await(connection, saga, part, place) or again
                 case Rest(part, place):
@@ -299,13 +367,70 @@ class Sagas:
         return again
 
     def _ask(self, connection: Connection, saga: Saga, ask: Ask) -> None:
-        step, task = ask.step, ask.step.undo if ask.undo else ask.step.task
+        step = ask.step
+        record = Record(Kind.undo if ask.undo else Kind.step, ask.place, ask.attempt)
+        timeout = None if ask.undo else step.timeout
+        if isinstance(step, SubSaga):
+            waiting = self._timed(connection, saga, record, timeout)
+            if ask.undo:
+                self._undo_part(connection, saga, ask.undo, waiting)
+            else:
+                data = ask.kwargs if step.give else ask.args[0]
+                self._begin_part(connection, saga, step, record, data, waiting)
+            return
+        task = step.undo if ask.undo else step.task
         options = {**step.options, **({"countdown": ask.delay} if ask.delay else {})}
         reply = self.request(task, ask.args, dict(ask.kwargs), address="durable", **options)
-        kind = Kind.undo if ask.undo else Kind.step
-        record = Record(kind, ask.place, ask.attempt)
-        timeout = None if ask.undo else step.timeout
         self._timed(connection, saga, record, timeout, UUID(reply.correlation_id))
+
+    # ── sub-sagas: whoever holds the lock of a saga may take those of its parts ─────────────
+
+    def _begin_part(
+        self,
+        connection: Connection,
+        saga: Saga,
+        part: SubSaga,
+        record: Record,
+        data: Data,
+        waiting: int,
+    ) -> None:
+        definition = part.definition
+        begun = Saga(
+            *(_part_id(saga, record), definition.name, definition.version, State.running),
+            *(dict(data),),
+            root=saga.root or saga.id,
+            record=waiting,
+        )
+        self.log.add(connection, begun)
+        self._go_on(connection, begun)
+
+    def _undo_part(self, connection: Connection, saga: Saga, done: Record, waiting: int) -> None:
+        """Have a sub-saga undone that is completed; one behind its pivot cannot be."""
+        part = replace(self.log.lock(connection, _part_id(saga, done)), record=waiting)
+        run = Run(self.definitions.of(part), part.data, self.log.records(connection, part.id))
+        if part.state is State.completed and not run.pivoted:
+            part = replace(
+                part, state=State.compensating, back=True, error=f"undone with {saga.id}"
+            )
+        self._go_on(connection, part)
+
+    def _stop(self, connection: Connection, saga: Saga, record: Record) -> None:
+        """Have a sub-saga cancelled that is on its way; what cannot be comes to its end."""
+        part = self.log.lock(connection, _part_id(saga, record))
+        if not part.back and not part.state.is_end:
+            with suppress(SagaError):
+                self._cancel(connection, part, f"saga {saga.id}")
+
+    # ── waiting ─────────────────────────────────────────────────────────────────────────────
+
+    def _hold(self, connection: Connection, saga: Saga, part: Lock, place: str, key: str) -> bool:
+        """Take a lock, or wait for it; True if it was free."""
+        waiting = self._timed(connection, saga, Record(Kind.lock, place, value=key), part.timeout)
+        owner = saga.root or saga.id
+        if not self.locks.take(connection, key, owner, saga=saga.id, record=waiting):
+            return False
+        self.log.end(connection, saga.id, waiting, Status.done, value=key)
+        return True
 
     def _await(self, connection: Connection, saga: Saga, part: Wait, place: str) -> bool:
         """Wait for a signal; True if it was given before."""
@@ -328,16 +453,24 @@ class Sagas:
         record: Record,
         seconds: float | None,
         request: UUID | None = None,
-    ) -> None:
-        """Write down something that is open, and have the saga told when its time is over."""
+    ) -> int:
+        """Write down something that is open, and have the saga told when its time is over.
+
+        Returns:
+            The id of the record.
+        """
         id_ = self.log.begin(connection, saga.id, record, request=request, seconds=seconds)
         if seconds is not None:
-            self.app.send_task(
-                *(TIME_TASK, (saga.id, id_)),
-                countdown=seconds,
-                queue=self.address(),
-                ignore_result=True,
-            )
+            self._send(News.time, saga.id, id_, countdown=seconds)
+        return id_
+
+    def _send(self, news: News, saga: str, record: int, **options: Any) -> None:
+        self.app.send_task(
+            *(NEWS_TASK, (news.value, saga, record)),
+            queue=self.address(),
+            ignore_result=True,
+            **options,
+        )
 
     def _end(
         self, connection: Connection, saga: Saga, record: Record, status: Status, **how: Any
@@ -347,7 +480,7 @@ class Sagas:
     def _keep(self, connection: Connection, saga: Saga, record: Record, value: Any) -> Saga:
         """Let the saga know a result or a signal from now on, if its part says so."""
         part = self.definitions.of(saga).parts[name_of(record.place)]
-        if record.kind not in (Kind.step, Kind.wait) or not isinstance(part, Step | Wait):
+        if record.kind is Kind.undo or not isinstance(part, Step | SubSaga | Wait):
             return saga
         if part.keep is None:
             return saga
@@ -360,6 +493,12 @@ class Sagas:
         if saga.state in (State.compensated, State.cancelled) and record.kind is Kind.step:
             return replace(saga, state=State.compensating)
         return saga
+
+
+def _part_id(saga: Saga, record: Record) -> str:
+    """What the sub-saga of *record* is called."""
+    id = f"{saga.id}/{record.place}" + (f"#{record.attempt}" if record.attempt > 1 else "")
+    return id if len(id.encode()) <= KEY_BYTES else str(uuid5(NAMESPACE_URL, id))
 
 
 def _parked(saga: Saga, why: str) -> Saga:

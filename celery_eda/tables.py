@@ -110,6 +110,7 @@ class Tables:
         projections: the tables made of events, and how their shadows are made.
         sagas: the state of each saga of this service.
         saga_steps: each attempt at a part of one, and what came of it.
+        saga_locks: what sagas have locked for others, and who waits for it.
         queue: messages that wait for a worker, where the database itself is the broker.
         bindings: the queues there are, and what exchanges put into them.
         takers: who takes from those queues right now.
@@ -134,6 +135,7 @@ class Tables:
     projections: Table
     sagas: Table
     saga_steps: Table
+    saga_locks: Table
     queue: Table
     bindings: Table
     takers: Table
@@ -146,7 +148,7 @@ class Tables:
             *(self.outbox, self.inbox, self.attempts, self.dead_letters),
             *(self.sequences, self.cursors, self.parked, self.audit, self.requests),
             *(self.events, self.snapshots, self.declarations, self.projections),
-            *(self.sagas, self.saga_steps),
+            *(self.sagas, self.saga_steps, self.saga_locks),
             *(self.queue, self.bindings, self.takers),
         )
 
@@ -384,7 +386,7 @@ def _event_tables(
     return events, snapshots, declarations, projections
 
 
-def _saga_tables(metadata: MetaData, prefix: str, schema: str | None) -> tuple[Table, Table]:
+def _saga_tables(metadata: MetaData, prefix: str, schema: str | None) -> tuple[Table, Table, Table]:
     sagas = Table(
         f"{prefix}sagas",
         metadata,
@@ -396,6 +398,8 @@ def _saga_tables(metadata: MetaData, prefix: str, schema: str | None) -> tuple[T
         Column("back", Boolean, nullable=False),
         Column("cancelled", Boolean, nullable=False),
         Column("error", LongText),
+        Column("root", Name(KEY_BYTES)),
+        Column("record", BigInteger),
         Column("begun_at", Moment, nullable=False),
         Column("changed_at", Moment),
         PrimaryKeyConstraint("id"),
@@ -404,6 +408,8 @@ def _saga_tables(metadata: MetaData, prefix: str, schema: str | None) -> tuple[T
     )
     Index(f"ix_{prefix}sagas_state", sagas.c.state, sagas.c.changed_at)
     Index(f"ix_{prefix}sagas_changed", sagas.c.changed_at)
+    Index(f"ix_{prefix}sagas_root", sagas.c.root)
+    Index(f"ix_{prefix}sagas_record", sagas.c.record, unique=True)
     steps = Table(
         f"{prefix}saga_steps",
         metadata,
@@ -427,7 +433,19 @@ def _saga_tables(metadata: MetaData, prefix: str, schema: str | None) -> tuple[T
     )
     Index(f"ix_{prefix}saga_steps_saga", steps.c.saga, steps.c.id)
     Index(f"ix_{prefix}saga_steps_request", steps.c.request, unique=True)
-    return sagas, steps
+    locks = Table(
+        f"{prefix}saga_locks",
+        metadata,
+        Column("key", Name(KEY_BYTES), nullable=False),
+        Column("place", BigInteger, nullable=False, autoincrement=False),
+        Column("owner", Name(KEY_BYTES), nullable=False),
+        Column("saga", Name(KEY_BYTES), nullable=False),
+        PrimaryKeyConstraint("key", "place"),
+        schema=schema,
+        **_OPTIONS,
+    )
+    Index(f"ix_{prefix}saga_locks_owner", locks.c.owner)
+    return sagas, steps, locks
 
 
 def _queue_tables(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -27,14 +27,15 @@ from celery_eda.dialects import dialect_of
 from celery_eda.errors import SagaError
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.saga import Saga
-from celery_eda.saga_definition import Step
+from celery_eda.saga_definition import Definition, Step, SubSaga
+from celery_eda.saga_locks import SagaLocks
 from celery_eda.saga_log import Entry, SagaLog
 from celery_eda.sagas import Definitions, Sagas
 from celery_eda.tables import Tables
 
 #: Transitions after which a run is given up.
 MOST = 10_000
-ID = "test"
+ID, OTHER = "test", "another"
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,17 @@ class SagaTest:
         engine = create_engine("sqlite://", poolclass=StaticPool)
         dialect, tables = dialect_of(engine.url, claim_timeout=60), Tables.on()
         dialect.prepare(engine, 60)
-        for table in (tables.sagas, tables.saga_steps):
+        for table in (tables.sagas, tables.saga_steps, tables.saga_locks):
             table.create(engine)
         errors = RemoteErrors()
         definitions = Definitions()
-        definitions.add(self.saga.definition)
+        for each in _with_parts(self.saga.definition):
+            definitions.add(each)
         log = SagaLog(tables.sagas, tables.saga_steps, dialect, errors.from_wire)
         app: Any = SimpleNamespace(send_task=self._tell_later)
         self._engine, self._errors = engine, errors
-        self._sagas = Sagas(app, definitions, log, errors, self._ask, lambda: "")
+        locks = SagaLocks(tables.saga_locks, dialect)
+        self._sagas = Sagas(app, definitions, log, locks, errors, self._ask, lambda: "")
         self._failures: dict[str, deque[Exception | None]] = defaultdict(deque)
         self._late: set[str] = set()
         self._now = 0.0
@@ -90,7 +93,7 @@ class SagaTest:
         self._timers: list[tuple[float, int, Callable[[Connection], None]]] = []
         self._replies: deque[Callable[[Connection], None]] = deque()
         self._captured: list[Any] = []
-        self._tasks = _tasks(self.saga)
+        self._tasks = _tasks(self.saga.definition)
         self._calls: list[str] = []
         self._given: list[Any] = []
 
@@ -107,6 +110,12 @@ class SagaTest:
     def is_late(self, step: str) -> None:
         """Let the outcome of *step* come only when nothing else is left to happen."""
         self._late.add(step)
+
+    def finds_locked(self, key: str, *, seconds: float) -> None:
+        """Let another saga have the lock of *key*, for so long."""
+        take = self._sagas.locks.take
+        self._do(lambda connection: take(connection, key, OTHER, saga=OTHER, record=0))
+        self._at(seconds, lambda connection: self._sagas.release(connection, OTHER))
 
     def signals(self, name: str, value: Any = None, *, after: float = 0.0) -> None:
         """Give a signal after so many seconds, if the saga can be given it then."""
@@ -189,10 +198,14 @@ class SagaTest:
         )
         return SimpleNamespace(correlation_id=str(request))
 
-    def _tell_later(self, _: str, args: Any, *, countdown: float, **options: Any) -> None:
-        """Stands where a time is published."""
+    def _tell_later(self, _: str, args: Any, *, countdown: float = 0, **options: Any) -> None:
+        """Stands where a saga's news are published."""
+
+        def tell(connection: Connection) -> None:
+            self._sagas.tell(connection, *args)
+
         self._captured.append(
-            lambda: self._at(countdown, lambda connection: self._sagas.wake(connection, *args))
+            lambda: self._at(countdown, tell) if countdown else self._replies.append(tell)
         )
 
     def _at(self, seconds: float, act: Callable[[Connection], None]) -> None:
@@ -221,23 +234,34 @@ class SagaTest:
             self._replies.append(reply)
 
 
-def _tasks(saga: Saga) -> dict[str, str]:
-    """The step that calls each task.
+def _with_parts(definition: Definition) -> Iterator[Definition]:
+    """A definition, and those of its sub-sagas."""
+    yield definition
+    for part in definition.parts.values():
+        if isinstance(part, SubSaga):
+            yield from _with_parts(part.definition)
+
+
+def _tasks(definition: Definition, prefix: str = "") -> dict[str, str]:
+    """The step that calls each task; those of sub-sagas as ``name/step``.
 
     Raises:
         SagaError: a task belongs to two, which could not be told apart.
     """
     found: dict[str, str] = {}
-    for name, part in saga.definition.parts.items():
-        if not isinstance(part, Step):
+    for name, part in definition.parts.items():
+        step = f"{prefix}{name}"
+        if isinstance(part, SubSaga):
+            calls = _tasks(part.definition, f"{step}/")
+        elif isinstance(part, Step):
+            calls = {part.task: step, **({part.undo: f"undo {step}"} if part.undo else {})}
+        else:
             continue
-        for task, step in ((part.task, name), (part.undo, f"undo {name}")):
-            if task is None:
-                continue
+        for task, call in calls.items():
             if task in found:
                 raise SagaError(
-                    f"{found[task]} and {step} are both calls of {task}, so that this test could "
+                    f"{found[task]} and {call} are both calls of {task}, so that this test could "
                     "not tell them apart. Name a task of its own for each."
                 )
-            found[task] = step
+            found[task] = call
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, select
 
 from celery_eda import EDA, RetryPolicy, Saga
 from celery_eda.errors import ConfigurationError, SagaError, SagaTimeout
@@ -511,3 +511,180 @@ def test_another_saga_of_the_same_name_needs_the_next_version(eda: EDA) -> None:
 
 def test_a_timeout_is_python_s_own_too() -> None:
     assert issubclass(SagaTimeout, TimeoutError)
+
+
+# ── sub-sagas ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def nested(run: Any, eda: EDA) -> SagaTest:
+    @eda.saga("shipping")
+    def shipping(steps: Steps) -> None:
+        steps.step("pack", "depot.pack", undo="depot.unpack")
+        steps.step("send", "depot.send", undo="depot.call_back")
+
+    def describe(steps: Steps) -> None:
+        steps.step("pay", "payment.charge", undo="payment.refund")
+        steps.saga("ship", shipping, give=lambda data: {"n": data["n"]}, timeout=600)
+        steps.step("tell", "notification.tell")
+
+    return run(describe)  # type: ignore[no-any-return]
+
+
+def test_a_sub_saga_is_begun_and_waited_for(nested: SagaTest) -> None:
+    nested.returns("ship/send", "parcel")
+
+    end = nested.run({"n": 7})
+
+    assert end.state == "completed"
+    assert end.calls == ["pay", "ship/pack", "ship/send", "tell"]
+    assert end.data["ship"] == {"n": 7, "pack": None, "send": "parcel"}
+
+
+def test_a_sub_saga_that_fails_undoes_itself_and_then_the_rest_is_undone(nested: SagaTest) -> None:
+    nested.fails("ship/send", ValueError("no van"))
+
+    end = nested.run({"n": 7})
+
+    assert end.state == "compensated"
+    assert end.calls == ["pay", "ship/pack", "ship/send", "undo ship/pack", "undo pay"]
+    assert "test/ship is compensated: send: ValueError: no van" in (end.error or "")
+
+
+def test_a_sub_saga_that_was_completed_is_undone_as_a_whole(nested: SagaTest) -> None:
+    nested.fails("tell")
+
+    end = nested.run({"n": 7})
+
+    assert end.state == "compensated"
+    assert end.calls[4:] == ["undo ship/send", "undo ship/pack", "undo pay"]
+
+
+def test_who_cancels_a_saga_cancels_its_sub_sagas(nested: SagaTest) -> None:
+    nested.is_late("ship/send")
+    nested.cancels(after=1)
+
+    end = nested.run({"n": 7})
+
+    assert end.state == "cancelled"
+    assert end.calls[3:] == ["undo ship/pack", "undo pay", "undo ship/send"]
+
+
+def test_a_sub_saga_that_takes_too_long_is_cancelled(nested: SagaTest) -> None:
+    nested.is_late("ship/pack")
+
+    end = nested.run({"n": 7})
+
+    assert end.state == "compensated"
+    assert end.calls == ["pay", "ship/pack", "undo pay", "undo ship/pack"]
+    assert "SagaTimeout" in (end.error or "")
+
+
+def test_a_sub_saga_behind_its_pivot_cannot_be_undone(run: Any, eda: EDA) -> None:
+    @eda.saga("shipping")
+    def shipping(steps: Steps) -> None:
+        steps.step("send", "depot.send", undo="depot.call_back")
+        steps.pivot()
+
+    def describe(steps: Steps) -> None:
+        steps.saga("ship", shipping)
+        steps.step("tell", "notification.tell")
+
+    test = run(describe)
+    test.fails("tell")
+
+    end = test.run({})
+
+    assert end.state == "parked"
+    assert end.error == "ship cannot be undone: ship: SagaError: test/ship is completed: None"
+    test.skips("ship")
+    assert test.run().state == "compensated"
+
+
+def test_a_sub_saga_that_failed_after_the_pivot_can_be_begun_anew(run: Any, eda: EDA) -> None:
+    @eda.saga("shipping")
+    def shipping(steps: Steps) -> None:
+        steps.step("send", "depot.send")
+
+    def describe(steps: Steps) -> None:
+        steps.pivot()
+        steps.saga("ship", shipping)
+
+    test = run(describe)
+    test.fails("ship/send")
+    assert test.run({}).state == "parked"
+
+    test.resumes()
+
+    assert test.run().state == "completed"
+
+
+# ── semantic locks ──────────────────────────────────────────────────────────────────────────
+
+
+def seat(steps: Steps) -> None:
+    steps.lock("seat", lambda data: f"seat {data['seat']}", timeout=60)
+    steps.step("book", "airline.book", undo="airline.release")
+
+
+def test_a_saga_waits_for_what_another_one_has_locked(run: Any) -> None:
+    test = run(seat)
+    test.finds_locked("seat 7", seconds=30)
+
+    end = test.run({"seat": 7})
+
+    assert (end.state, end.calls, end.seconds) == ("completed", ["book"], 60)
+    assert [each.record.status.value for each in end.history] == ["done", "done"]
+
+
+def test_a_saga_may_fail_instead_of_waiting_on(run: Any) -> None:
+    test = run(seat)
+    test.finds_locked("seat 7", seconds=90)
+
+    end = test.run({"seat": 7})
+
+    assert (end.state, end.calls) == ("compensated", [])
+    assert end.error == "seat: SagaTimeout: no outcome of seat in time"
+
+
+def test_another_key_is_free(run: Any) -> None:
+    test = run(seat)
+    test.finds_locked("seat 8", seconds=90)
+
+    assert test.run({"seat": 7}).state == "completed"
+
+
+def test_a_saga_that_is_cancelled_while_it_waits_for_a_lock_leaves_the_line(run: Any) -> None:
+    test = run(seat)
+    test.finds_locked("seat 7", seconds=30)
+    test.cancels(after=10)
+
+    end = test.run({"seat": 7})
+
+    assert (end.state, end.calls) == ("cancelled", [])
+    with test._engine.connect() as connection:
+        assert connection.execute(select(test._sagas.locks.table)).all() == []
+
+
+def test_the_parts_of_a_saga_share_its_locks(run: Any, eda: EDA) -> None:
+    inner = eda.saga("inner")(seat)
+
+    def describe(steps: Steps) -> None:
+        steps.lock("mine", lambda data: f"seat {data['seat']}")
+        steps.saga("inner", inner)
+
+    assert run(describe).run({"seat": 7}).state == "completed"
+
+
+def test_a_key_that_is_too_long_parks_the_saga(run: Any) -> None:
+    end = run(seat).run({"seat": "x" * 300})
+
+    assert end.state == "parked"
+    assert "the key of seat is longer than 255 bytes" in (end.error or "")
+
+
+def test_an_id_that_is_too_long_is_refused(eda: EDA) -> None:
+    test = SagaTest(eda.saga("saga")(seat))
+
+    with test._engine.begin() as connection, pytest.raises(SagaError, match="longer than 255"):
+        test._sagas.begin(connection, test.saga.definition, "x" * 256, {})

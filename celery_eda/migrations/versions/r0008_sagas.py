@@ -1,4 +1,4 @@
-"""Sagas: the state of each, and what has become of each attempt at a part of one."""
+"""Sagas: the state of each, what has become of each attempt at a part, and what they lock."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def upgrade(prefix: str, schema: str | None) -> None:
         sa.Column("back", sa.Boolean(), nullable=False),
         sa.Column("cancelled", sa.Boolean(), nullable=False),
         sa.Column("error", LONG_TEXT),
+        sa.Column("root", KEY),
+        sa.Column("record", sa.BigInteger()),
         sa.Column("begun_at", MOMENT, nullable=False),
         sa.Column("changed_at", MOMENT),
         sa.PrimaryKeyConstraint("id"),
@@ -60,14 +62,26 @@ def upgrade(prefix: str, schema: str | None) -> None:
         sqlite_autoincrement=True,
         **options,
     )
+    op.create_table(
+        f"{prefix}saga_locks",
+        sa.Column("key", KEY, nullable=False),
+        sa.Column("place", sa.BigInteger(), nullable=False, autoincrement=False),
+        sa.Column("owner", KEY, nullable=False),
+        sa.Column("saga", KEY, nullable=False),
+        sa.PrimaryKeyConstraint("key", "place"),
+        **options,
+    )
     # MySQL has no IF NOT EXISTS for an index; its sister has.
     dialect = op.get_context().dialect
     if_not_exists = dialect.name not in MYSQL or bool(getattr(dialect, "is_mariadb", False))
     for table, name, columns, unique in (
         ("sagas", "state", ["state", "changed_at"], False),
         ("sagas", "changed", ["changed_at"], False),
+        ("sagas", "root", ["root"], False),
+        ("sagas", "record", ["record"], True),
         ("saga_steps", "saga", ["saga", "id"], False),
         ("saga_steps", "request", ["request"], True),
+        ("saga_locks", "owner", ["owner"], False),
     ):
         op.create_index(
             f"ix_{prefix}{table}_{name}",
