@@ -18,6 +18,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, Table, and_, exists, s
 from celery_eda.cursors import Cursors
 from celery_eda.dialects.base import Dialect
 from celery_eda.outbox import Outbox
+from celery_eda.saga_log import SagaLog
 from celery_eda.settings import DAY, Settings
 from celery_eda.tables import Tables
 
@@ -46,6 +47,7 @@ class Housekeeping:
     tables: Tables
     outbox: Outbox
     cursors: Cursors
+    sagas: SagaLog
     settings: Settings
 
     def batches(self) -> Iterator[Batch]:
@@ -76,6 +78,8 @@ class Housekeeping:
         ):
             if seconds is not None:
                 yield what, partial(self._purge, table, seconds, unneeded)
+        if settings.saga_retention is not None:
+            yield "sagas", partial(self._end_sagas, settings.saga_retention)
 
     def _release(self) -> int:
         """Send parked messages again whose turn has come and that nobody has seen since."""
@@ -89,14 +93,18 @@ class Housekeeping:
         self, table: Table, seconds: float, unneeded: Callable[[Any], ColumnElement[bool]]
     ) -> int:
         with self.engine.begin() as connection:
-            before = self._now(connection) - timedelta(seconds=min(seconds, LONGEST_AGE))
+            before = self._before(connection, seconds)
             old = and_(table.c.at < before, unneeded(before))
             return self.dialect.purge(connection, table, old, BATCH)
 
-    def _now(self, connection: Connection) -> datetime:
-        """The database's time as a value: compared with a function, no index would be used."""
+    def _end_sagas(self, seconds: float) -> int:
+        with self.engine.begin() as connection:
+            return self.sagas.purge(connection, self._before(connection, seconds), BATCH)
+
+    def _before(self, connection: Connection, seconds: float) -> datetime:
+        """So long ago, as a value: compared with a function, no index would be used."""
         now: datetime = connection.execute(select(self.dialect.now())).scalar_one()
-        return now
+        return now - timedelta(seconds=min(seconds, LONGEST_AGE))
 
     # ── what may go ─────────────────────────────────────────────────────────────────────────
 

@@ -297,7 +297,8 @@ class Parts:
         """What deletes what is old; relays do it beside their sending."""
         return Housekeeping(
             *(self.relay_engine, self.dialect, self.tables),
-            *(self.outbox, self.cursors, self.settings),
+            *(self.outbox, self.cursors, self.saga_log),
+            self.settings,
         )
 
     @made_once
@@ -398,15 +399,17 @@ class Parts:
         return Definitions()
 
     @made_once
+    def saga_log(self) -> SagaLog:
+        """Each saga of this service, and what became of its parts."""
+        tables, read_error = self.tables, self.remote_errors.from_wire
+        return SagaLog(tables.sagas, tables.saga_steps, self.dialect, read_error)
+
+    @made_once
     def sagas(self) -> Sagas:
         """Moves sagas on."""
         return Sagas(
             *(self.app, self.saga_definitions),
-            SagaLog(
-                *(self.tables.sagas, self.tables.saga_steps, self.dialect),
-                self.remote_errors.from_wire,
-            ),
-            SagaLocks(self.tables.saga_locks, self.dialect),
+            *(self.saga_log, SagaLocks(self.tables.saga_locks, self.dialect)),
             *(self.remote_errors, self.requesting.ask),
             lambda: addresses.of_service(self.service),
         )

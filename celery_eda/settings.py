@@ -175,6 +175,12 @@ class Settings:
         "Seconds for which a durable request, and its reply, can be asked for; None for ever.",
         optional=True,
     )
+    saga_retention: float | None = option(
+        90 * DAY,
+        "Seconds for which a saga and its history are kept after its end; None for ever. After that "
+        "one of the same id can be begun again.",
+        optional=True,
+    )
     redelivery_horizon: float = option(
         DAY,
         "The longest time, in seconds, for which a broker may keep a copy of a message before it "

@@ -17,6 +17,9 @@ from celery_eda.housekeeping import BATCH, Housekeeping
 from celery_eda.inbox import Handled, Inbox, Outcome
 from celery_eda.message import Identity, Lane, Message, Position
 from celery_eda.outbox import Outbox
+from celery_eda.remote_errors import RemoteErrors
+from celery_eda.saga_log import Saga, SagaLog, State
+from celery_eda.saga_run import Kind, Record
 from celery_eda.settings import DAY, Settings
 from tests.databases import LOCKING, Database
 from tests.dialects.messages import message
@@ -38,12 +41,18 @@ def housekeeping(database: Database, outbox: Outbox, cursors: Cursors) -> Housek
     return make(database, outbox, cursors)
 
 
+def sagas_of(database: Database) -> SagaLog:
+    tables, read_error = database.tables, RemoteErrors().from_wire
+    return SagaLog(tables.sagas, tables.saga_steps, database.dialect, read_error)
+
+
 def make(
     database: Database, outbox: Outbox, cursors: Cursors, **settings: float | None
 ) -> Housekeeping:
     return Housekeeping(
         *(database.engine, database.dialect, database.tables),
-        *(outbox, cursors, Settings(**settings)),  # type: ignore[arg-type]
+        *(outbox, cursors, sagas_of(database)),
+        Settings(**settings),  # type: ignore[arg-type]
     )
 
 
@@ -177,7 +186,8 @@ def test_the_audit_goes_by_age_but_not_before_the_letter_that_it_is_about(
 def test_nothing_goes_where_the_settings_say_for_ever(
     database: Database, outbox: Outbox, cursors: Cursors, dead_letters: DeadLetters
 ) -> None:
-    for_ever = {f"{name}_retention": None for name in ("inbox", "dead_letter", "request", "audit")}
+    kinds = ("inbox", "dead_letter", "request", "audit", "saga")
+    for_ever = {f"{name}_retention": None for name in kinds}
     handle(database, 100 * INBOX)
     bury(database, dead_letters, message(), 100 * INBOX, "skipped")
     note(database, None, 100 * INBOX)
@@ -315,7 +325,7 @@ def test_a_purge_reads_an_index(database: Database, housekeeping: Housekeeping, 
     handle(database, *[0.0] * rows)
     tables = database.tables
     with database.engine.connect() as connection:
-        before = housekeeping._now(connection)
+        before = housekeeping._before(connection, 0)
         for table, unneeded in (
             (tables.inbox, housekeeping._forgettable),
             (tables.dead_letters, housekeeping._closed),
@@ -392,3 +402,30 @@ def test_what_waits_behind_a_failed_message_stays_where_it_is(
         assert cursors.find(connection, CONSUMER, LANE) == Cursor(parked=1, written=True)
 
     assert housekeeping.finish()["released"] == 0
+
+
+def test_sagas_go_when_they_have_been_over_for_long_with_all_that_belongs_to_them(
+    database: Database, housekeeping: Housekeeping
+) -> None:
+    log, table = sagas_of(database), database.tables.sagas
+    with database.engine.begin() as connection:
+        for id_, state, root in (
+            ("over", State.compensated, None),
+            ("over/part", State.completed, "over"),
+            ("running", State.running, None),
+            ("running/part", State.completed, "running"),
+            ("parked", State.parked, None),
+            ("fresh", State.completed, None),
+        ):
+            saga = Saga(id_, "order", 1, state, {}, root=root)
+            log.add(connection, saga)
+            log.save(connection, saga)
+            log.begin(connection, id_, Record(Kind.step, "pay"))
+    age(database, table, 91 * DAY, table.c.id != "fresh", column="changed_at")
+
+    assert housekeeping.finish()["sagas"] == 1
+
+    with database.engine.connect() as connection:
+        left = set(connection.scalars(select(table.c.id)))
+        of = set(connection.scalars(select(database.tables.saga_steps.c.saga)))
+    assert left == of == {"running", "running/part", "parked", "fresh"}
