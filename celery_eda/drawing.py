@@ -173,6 +173,8 @@ def _box(node: Node, x: float, y: float, width: float) -> str:
 
 
 def _arrow(edge: Edge, route: Sequence[Node], at: Mapping[Node, tuple[float, float, float]]) -> str:
+    if at[route[-1]][0] < at[route[0]][0]:
+        return _arrow_back(at[route[0]], at[route[-1]])
     x, y, width = at[route[0]]
     path = f"M{x + width:.0f} {y + HEIGHT / 2:.0f}"
     for start, end in pairwise(route):
@@ -191,6 +193,14 @@ def _arrow(edge: Edge, route: Sequence[Node], at: Mapping[Node, tuple[float, flo
             f'font-size="10" text-anchor="middle">{escape(edge.label)}</text>'
         )
     return drawn
+
+
+def _arrow_back(start: tuple[float, float, float], end: tuple[float, float, float]) -> str:
+    """An arrow to an earlier column, over the boxes between them."""
+    (x, y, width), (to_x, to_y, to_width) = start, end
+    x, to_x = x + width / 2, to_x + to_width / 2
+    curve = f"M{x:.0f} {y}C{x:.0f} {y - MARGIN} {to_x:.0f} {to_y - MARGIN} {to_x:.0f} {to_y}"
+    return f'<path d="{curve}" fill="none" stroke="#555" marker-end="url(#tip)"/>'
 
 
 def _quoted(text: str) -> str:

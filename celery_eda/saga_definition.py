@@ -165,6 +165,11 @@ class Definition:
     origin: str
 
 
+def always(_: Data) -> bool:
+    """The condition that holds in any case."""
+    return True
+
+
 def defined(name: str, version: int, describe: Callable[[Steps], object]) -> Definition:
     """The definition that *describe* gives.
 
@@ -337,7 +342,7 @@ class Steps:
         self._cases = cases
 
     @contextmanager
-    def otherwise(self, condition: Condition = lambda _: True) -> Iterator[None]:
+    def otherwise(self, condition: Condition = always) -> Iterator[None]:
         """A block for when no condition before it held, and *condition* does, if there is one."""
         cases, before = self._cases, self._open[-1]
         if cases is None or not before or not isinstance(choice := before[-1], Choice):

@@ -177,7 +177,7 @@ class Settings:
     )
     saga_retention: float | None = option(
         90 * DAY,
-        "Seconds for which a saga and its history are kept after its end; None for ever. After that "
+        "Seconds for which a saga and its history are kept after its end; None for ever. Then "
         "one of the same id can be begun again.",
         optional=True,
     )

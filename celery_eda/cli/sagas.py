@@ -15,6 +15,7 @@ import click
 from celery.bin.base import CeleryCommand
 from sqlalchemy import Connection
 
+from celery_eda import saga_pictures as pictures
 from celery_eda.cli.options import as_json, confirmed
 from celery_eda.cli.service import confirm, printable, service_of
 from celery_eda.errors import SagaError
@@ -52,19 +53,26 @@ def list_(
 @sagas.command(cls=CeleryCommand)
 @click.argument("id")
 @as_json
+@click.option("--svg", is_flag=True, help="As a picture: a bar for each attempt.")
 @click.pass_context
-def show(context: click.Context, id: str, as_json: bool) -> None:
+def show(context: click.Context, id: str, as_json: bool, svg: bool) -> None:
     """Show one saga, and its history: steps, attempts, waits, what was undone, who decided."""
     service = service_of(context)
     try:
         with service.engine.connect() as connection:
             saga = service.sagas.log.find(connection, id)
             history = service.sagas.log.history(connection, id)
+            parts = service.sagas.log.sub_sagas(connection, id)
     except SagaError as error:
         raise click.ClickException(printable(error)) from error
     lines = [_line(each) for each in history]
+    if svg:
+        click.echo(pictures.timeline(saga, history))
+        return
     if as_json:
-        click.echo(json.dumps({**_plain(saga), "history": lines}, default=str))
+        sub_sagas = [_plain(each) for each in parts]
+        found = {**_plain(saga), "history": lines, "sub_sagas": sub_sagas}
+        click.echo(json.dumps(found, default=str))
         return
     click.echo(printable(_summary(saga)))
     for line in lines:
@@ -73,6 +81,25 @@ def show(context: click.Context, id: str, as_json: bool) -> None:
         who = f"  by {line['who']}" if line["who"] else ""
         what = f"{line['kind']} {line['place']} #{line['attempt']}: {line['status']}"
         click.echo(printable(f"{times}  {what}{value}{who}"))
+    for part in parts:
+        click.echo(printable(f"its part {_summary(part)}"))
+
+
+@sagas.command(cls=CeleryCommand)
+@click.argument("name")
+@click.option("--version", type=int, help="Of the definition; the newest by default.")
+@click.option("--format", "format_", type=click.Choice(["mermaid", "svg"]), default="mermaid")
+@click.pass_context
+def draw(context: click.Context, name: str, version: int | None, format_: str) -> None:
+    """Draw the definition NAME: what may follow what. Needs no database."""
+    versions = service_of(context).saga_definitions.known.get(name, {})
+    if not versions or version not in (None, *versions):
+        known = ", ".join(map(str, sorted(versions))) or "none"
+        raise click.ClickException(
+            printable(f"There is no such saga {name} here; its versions: {known}.")
+        )
+    picture = pictures.graph(versions[max(versions) if version is None else version])
+    click.echo(picture.to_svg() if format_ == "svg" else picture.to_mermaid())
 
 
 @sagas.command(cls=CeleryCommand)
@@ -151,6 +178,7 @@ def _plain(saga: Saga) -> dict[str, Any]:
         "state": saga.state.value,
         "data": saga.data,
         "error": saga.error,
+        "root": saga.root,
         "begun_at": saga.begun_at,
         "changed_at": saga.changed_at,
     }

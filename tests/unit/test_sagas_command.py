@@ -108,3 +108,27 @@ def test_a_cancelled_one_is_undone(eda: EDA) -> None:
     assert state(eda, "two") == "cancelled"
     assert run(eda, "signal", "two", "approved").exit_code == 1
     assert run(eda, "signal", "two", "approved", "--value", "{").exit_code == 2
+
+
+def test_an_instance_is_shown_as_a_picture(eda: EDA) -> None:
+    assert run(eda, "show", "one", "--svg").stdout.startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("words", "begin"),
+    [
+        (["order"], "flowchart LR"),
+        (["order", "--format", "svg"], "<svg"),
+        (["order", "--version", "1"], "flowchart LR"),
+    ],
+)
+def test_a_definition_is_drawn(eda: EDA, words: list[str], begin: str) -> None:
+    assert run(eda, "draw", *words).stdout.startswith(begin)
+
+
+@pytest.mark.parametrize("words", [["unknown"], ["order", "--version", "2"]])
+def test_what_is_not_defined_cannot_be_drawn(eda: EDA, words: list[str]) -> None:
+    told = run(eda, "draw", *words)
+
+    assert told.exit_code == 1
+    assert "its versions: " in told.stderr
