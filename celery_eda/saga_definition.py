@@ -110,6 +110,14 @@ class Pivot:
 
 
 @dataclass(frozen=True)
+class Fail:
+    """The end of what goes on from here: it has failed, and *why*."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Choice:
     """The first block whose condition holds; none if none does."""
 
@@ -139,7 +147,7 @@ class Parallel:
     need: int
 
 
-Part = Step | SubSaga | Lock | Wait | Sleep | Pivot | Choice | Loop | Parallel
+Part = Step | SubSaga | Lock | Wait | Sleep | Pivot | Fail | Choice | Loop | Parallel
 
 
 @dataclass(frozen=True)
@@ -281,7 +289,8 @@ class Steps:
     def lock(self, name: str, key: Callable[[Data], str], *, timeout: float | None = None) -> None:
         """Let no other saga of this service have the same *key*, from here to the end of this one.
 
-        Who comes later waits, in the order in which they came. It binds only those that take it.
+        Who comes later waits, in the order in which they came. It binds only those that take it. A
+        saga that is parked keeps it.
 
         Args:
             name: unique in this saga.
@@ -303,6 +312,10 @@ class Steps:
                 "the saga itself, so that all before it is done."
             )
         self._add(Pivot(name))
+
+    def fail(self, name: str, why: str) -> None:
+        """Go no further: what was done is undone, with *why* as the reason."""
+        self._add(Fail(name, why))
 
     @contextmanager
     def parallel(self, name: str = "parallel", *, need: int | None = None) -> Iterator[None]:

@@ -13,6 +13,7 @@ from celery_eda.saga_definition import (
     Choice,
     Condition,
     Definition,
+    Fail,
     Lock,
     Loop,
     Parallel,
@@ -70,6 +71,8 @@ class _Picture:
         node = _node(part)
         here = self.arrows(begin, node)
         match part:
+            case Fail():
+                return []
             case Choice():
                 ends: Ends = []
                 for number, (condition, block) in enumerate(part.cases, 1):
@@ -100,6 +103,8 @@ def _node(part: Part) -> Node:
             return Node(f"{part.name}: {part.seconds:g} s", kind="event")
         case Pivot():
             return Node(part.name, kind="end")
+        case Fail():
+            return Node(f"{part.name}: {part.why}", kind="end")
         case Choice():
             return Node(f"{part.name}?", kind="choice")
         case Loop():

@@ -17,6 +17,7 @@ from celery_eda.saga_definition import (
     Choice,
     Data,
     Definition,
+    Fail,
     Lock,
     Loop,
     Parallel,
@@ -40,6 +41,7 @@ class Kind(str, Enum):
     sleep = "sleep"
     signal = "signal"
     choice = "choice"
+    taken = "taken"
     round = "round"
     pivot = "pivot"
 
@@ -140,7 +142,7 @@ class Rest:
 
 @dataclass(frozen=True)
 class Note:
-    """Write down what was decided: a choice, a round, or that the pivot is passed."""
+    """Write down what was decided: a choice, which branches are taken, a round, the pivot."""
 
     kind: Kind
     place: str
@@ -163,7 +165,8 @@ class Run:
 
     Attributes:
         decisions: what is to be done, in this order.
-        stuck: why it cannot go on, and which record says so.
+        failure: why it cannot go on, if no record says so.
+        stuck: why it cannot be undone, and which record says so.
         unsettled: whether something is under way that no part waits for: what a branch that was
             given up did is still to be undone.
     """
@@ -172,6 +175,7 @@ class Run:
     data: Data
     records: Sequence[Record]
     decisions: list[Decision] = field(default_factory=list)
+    failure: str | None = None
     stuck: tuple[str, Record] | None = None
     unsettled: bool = False
 
@@ -211,6 +215,9 @@ class Run:
             case Pivot():
                 self._noted(Kind.pivot, place, lambda: True)
                 return Progress.done
+            case Fail(why=why):
+                self.failure = f"{place}: {why}"
+                return Progress.failed
             case Choice():
                 return self._choice(part, place, rounds)
             case Loop():
@@ -299,23 +306,31 @@ class Run:
         more = self._noted(
             Kind.round, f"{loop.name}{rounds}[{loop.limit + 1}]", lambda: loop.again(self.data)
         )
-        return Progress.failed if more else Progress.done
+        if not more:
+            return Progress.done
+        self.failure = f"{loop.name}{rounds}: it went round more than {loop.limit} times"
+        return Progress.failed
 
     def _parallel(self, parallel: Parallel, rounds: str) -> Progress:
-        before = len(self.decisions)
+        before, place = len(self.decisions), f"{parallel.name}{rounds}"
         ends, asked = [], []
         for branch in parallel.branches:
             begin = len(self.decisions)
             ends.append(self._block(branch, rounds))
             asked.append(self.decisions[begin:])
-        if ends.count(Progress.done) < parallel.need:
+        done = [number for number, end in enumerate(ends) if end is Progress.done]
+        if len(done) < parallel.need and (Kind.taken, place) not in self._last:
             possible = len(ends) - ends.count(Progress.failed)
             return Progress.busy if possible >= parallel.need else Progress.failed
         # What the others were to do is not begun any more, and what they have done is undone.
         del self.decisions[before:]
-        for branch, end, decisions in zip(parallel.branches, ends, asked, strict=True):
-            if end is Progress.done:
-                self.decisions += decisions
+        self.failure = None
+        taken = done
+        if parallel.need < len(ends):
+            taken = self._noted(Kind.taken, place, lambda: done[: parallel.need])
+        for number, branch in enumerate(parallel.branches):
+            if number in taken:
+                self.decisions += asked[number]
             elif not self._undone(names_in(branch), rounds):
                 self.unsettled = True
         return Progress.done

@@ -335,7 +335,7 @@ class Sagas:
             end = State.cancelled if saga.cancelled else State.compensated
             return replace(saga, state=end) if progress is Progress.done else saga
         if progress is Progress.failed:
-            reason = _text(_last_failure(run))
+            reason = run.failure or _text(_last_failure(run))
             if run.pivoted:
                 return _parked(saga, f"it failed after the pivot: {reason}")
             return replace(saga, state=State.compensating, back=True, error=reason)
@@ -509,14 +509,12 @@ def _same(one: Record, other: Record) -> bool:
     return (one.kind, one.place) == (other.kind, other.place)
 
 
-def _last_failure(run: Run) -> Record | None:
+def _last_failure(run: Run) -> Record:
     failed = [each for each in run.records if each.status is Status.failed]
-    return max(failed, key=lambda each: each.ended or 0, default=None)
+    return max(failed, key=lambda each: each.ended or 0)
 
 
-def _text(record: Record | None) -> str:
-    if record is None:
-        return "a loop went round too often"
+def _text(record: Record) -> str:
     error = record.value
     what = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else "no outcome"
     return redaction.redact(f"{record.place}: {what}")

@@ -1,4 +1,4 @@
-"""What the four services agree on: the broker, and the queue of each service.
+"""What the services agree on: the broker, and the queue of each service.
 
 This is a Celery configuration module. The environment may say where things are: ``SHOP_BROKER``,
 ``SHOP_ORDER_DATABASE``, ``SHOP_PAYMENT_DATABASE``, … (SQLAlchemy URLs), and ``SHOP_NAME``, so that
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-SERVICES = ("order", "payment", "kitchen", "delivery")
+SERVICES = ("order", "payment", "kitchen", "delivery", "notification")
 
 # Without a server: one SQLite file between the services. Another broker is another URL.
 broker_url = os.environ.get("SHOP_BROKER", "eda+sqlite:///broker.db")

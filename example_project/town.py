@@ -24,6 +24,9 @@ class Town:
         folder: where databases and logs are.
         ends: what ends the processes.
         package: the package with a module for each service.
+
+    Attributes:
+        workers: that of each service.
     """
 
     def __init__(self, folder: Path, ends: ExitStack, package: str) -> None:
@@ -33,6 +36,7 @@ class Town:
         self.folder = folder
         self.broker = broker.url
         self.package = package
+        self.workers: dict[str, Process] = {}
         self._ends = ends
         os.environ.update(SHOP_BROKER=broker.url, SHOP_NAME="town")
 
@@ -49,6 +53,7 @@ class Town:
             log = self.folder / f"{name}.log"
             worker = Process(name, python("celery", "-A", app, *words), dict(os.environ), log)
             self._ends.callback(processes.end, [worker])
+            self.workers[name] = worker
 
     def run(self, name: str, *command: str) -> Process:
         """Start a process that logs to the file of that *name*."""

@@ -6,7 +6,7 @@ from sqlalchemy import String, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from celery_eda import Event
-from example_project.broker_topology.service import service
+from example_project.service import service
 
 app, eda = service("payment")
 

@@ -296,7 +296,38 @@ def test_a_loop_goes_round_as_long_as_it_is_to(run: Any) -> None:
 
     assert (end := long.run({"left": 1})).state == "compensated"
     assert end.calls == ["one"] * 5 + ["undo one"] * 5
-    assert end.error == "a loop went round too often"
+    assert end.error == "loop1: it went round more than 5 times"
+
+
+def test_a_saga_may_say_that_it_goes_no_further(run: Any) -> None:
+    def describe(steps: Steps) -> None:
+        steps.step("pay", "payment.charge", undo="payment.refund")
+        with steps.when(lambda data: data["n"] > 5):
+            steps.fail("large", "we do not sell so much")
+        steps.step("make", "kitchen.make")
+
+    end = run(describe).run({"n": 7})
+
+    assert (end.state, end.calls) == ("compensated", ["pay", "undo pay"])
+    assert end.error == "large: we do not sell so much"
+    assert run(describe).run({"n": 5}).state == "completed"
+
+
+def test_a_branch_that_was_not_needed_is_not_the_reason_of_a_later_failure(run: Any) -> None:
+    def describe(steps: Steps) -> None:
+        with steps.parallel(need=1):
+            with steps.branch():
+                steps.fail("north", "closed")
+            with steps.branch():
+                steps.step("south", "south.book", undo="south.release")
+        steps.step("go", "traveller.go")
+
+    test = run(describe)
+    test.fails("go", ValueError("late"))
+
+    end = test.run({})
+
+    assert (end.state, end.error) == ("compensated", "go: ValueError: late")
 
 
 def quotes(steps: Steps) -> None:
@@ -316,6 +347,20 @@ def test_the_first_branch_is_enough_and_what_the_others_did_is_undone(run: Any) 
 
     assert end.state == "completed"
     assert end.calls == ["north", "south", "north_sure", "go", "undo south"]
+
+
+def test_a_branch_that_is_done_when_another_was_taken_is_undone_too(run: Any) -> None:
+    def describe(steps: Steps) -> None:
+        with steps.parallel(need=1):
+            for who in ("north", "south"):
+                with steps.branch():
+                    steps.step(who, f"{who}.book", undo=f"{who}.release")
+        steps.step("go", "traveller.go")
+
+    end = run(describe).run({})
+
+    assert end.state == "completed"
+    assert end.calls == ["north", "south", "go", "undo south"]
 
 
 def test_a_branch_may_fail_if_another_is_enough(run: Any) -> None:

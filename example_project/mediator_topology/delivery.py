@@ -1,0 +1,37 @@
+"""Delivery: brings what was made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import String
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from example_project.service import service
+
+app, eda = service("delivery")
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {str: String(60)}  # noqa: RUF012  # as SQLAlchemy wants it
+
+
+class Delivery(Base):
+    """A drink that was brought to its customer."""
+
+    __tablename__ = "deliveries"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    order_id: Mapped[int]
+    customer: Mapped[str]
+
+
+@eda.task(name="delivery.deliver")
+def deliver(session: Session, what: dict[str, Any]) -> None:
+    """Bring it."""
+    session.add(Delivery(order_id=what["order"], customer=what["customer"]))
+
+
+def open_for_business() -> None:
+    """Make the service's own table."""
+    Base.metadata.create_all(eda.engine)

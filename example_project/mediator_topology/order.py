@@ -1,0 +1,105 @@
+"""Orders: the mediator. What has to happen for one, and what if it cannot, is written down here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import String
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from celery_eda.saga_definition import Data, Steps
+from example_project.service import service
+
+app, eda = service("order")
+
+MENU = {"hot chocolate": 450, "white chocolate": 500}
+#: Seconds until the manager is asked about an order that nobody makes.
+PATIENCE = 8
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {str: String(60)}  # noqa: RUF012  # as SQLAlchemy wants it
+
+
+class Order(Base):
+    """An order; the saga of the same number moves its state."""
+
+    __tablename__ = "orders"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    customer: Mapped[str]
+    drink: Mapped[str]
+    state: Mapped[str] = mapped_column(default="placed")
+
+
+@eda.task(name="order.close")
+def close(session: Session, what: dict[str, Any]) -> None:
+    """The customer has it."""
+    session.get_one(Order, what["order"]).state = "delivered"
+
+
+@eda.task(name="order.accept")
+def accept(session: Session, what: dict[str, Any]) -> None:
+    """It is under way."""
+    session.get_one(Order, what["order"]).state = "accepted"
+
+
+@eda.task(name="order.discard")
+def discard(session: Session, what: dict[str, Any]) -> None:
+    """Nothing is owed."""
+    session.get_one(Order, what["order"]).state = "discarded"
+
+
+def nobody_makes_it(data: Data) -> bool:
+    return "cup" not in data
+
+
+def the_manager_gives_up(data: Data) -> bool:
+    return bool(data["manager"] != "again")
+
+
+def out_of_stock(data: Data) -> bool:
+    return not data["cup"]
+
+
+@eda.saga("order")
+def sell(steps: Steps) -> None:
+    """The whole flow; what fails has all before it undone, the latest first."""
+    cup: dict[str, Any] = {"undo": "kitchen.throw_away", "keep": "cup"}
+    steps.step("accept", accept, undo=discard)
+    with steps.parallel("order"):
+        with steps.branch():
+            steps.step("pay", "payment.charge", undo="payment.refund")
+        with steps.branch(), steps.parallel("barista", need=1):
+            with steps.branch():
+                steps.step("make", "kitchen.make", **cup)
+            with steps.branch():
+                steps.sleep("patience", PATIENCE)
+        with steps.branch():
+            steps.step("tell", "notification.tell", undo="notification.apologise")
+    with steps.when(nobody_makes_it):
+        steps.wait_for("manager", timeout=3600, default="give up")
+        with steps.when(the_manager_gives_up):
+            steps.fail("discarded", "the manager gave up")
+        steps.step("make_again", "kitchen.make", **cup)
+    with steps.when(out_of_stock):
+        steps.fail("stock", "out of stock")
+    steps.pivot("served")  # from here on there is no way back
+    steps.step("deliver", "delivery.deliver")
+    steps.step("close", close)
+
+
+def place(customer: str, drink: str) -> int:
+    """Place an order, and begin its saga: both, or neither."""
+    with eda.transaction() as session:
+        order = Order(customer=customer, drink=drink)
+        session.add(order)
+        session.flush()
+        what = {"order": order.id, "customer": customer, "drink": drink, "price": MENU[drink]}
+        sell.start(what, id=f"order {order.id}", session=session)
+        return order.id
+
+
+def open_for_business() -> None:
+    """Make the service's own table."""
+    Base.metadata.create_all(eda.engine)

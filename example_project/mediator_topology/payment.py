@@ -1,0 +1,54 @@
+"""Payment: the customers' accounts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery.exceptions import Ignore
+from sqlalchemy import String, update
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from example_project.service import service
+
+app, eda = service("payment")
+
+CUSTOMERS = ("ada", "ben", "chen")
+OPENING_BALANCE = 10_000
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {str: String(60)}  # noqa: RUF012  # as SQLAlchemy wants it
+
+
+class Account(Base):
+    """A customer's money, in cents."""
+
+    __tablename__ = "accounts"
+
+    customer: Mapped[str] = mapped_column(primary_key=True)
+    balance: Mapped[int]
+
+
+@eda.task(name="payment.charge")
+def charge(session: Session, what: dict[str, Any]) -> None:
+    """Take the price from the customer's account, or refuse."""
+    customer, price = what["customer"], what["price"]
+    # Counted by the database, since another order of this customer may be paid right now.
+    can_pay = update(Account).where(Account.customer == customer, Account.balance >= price)
+    if not session.execute(can_pay.values(balance=Account.balance - price)).rowcount:
+        raise Ignore(f"{customer} cannot pay {price}")
+
+
+@eda.task(name="payment.refund")
+def refund(session: Session, what: dict[str, Any]) -> None:
+    """Give the price back."""
+    account = update(Account).where(Account.customer == what["customer"])
+    session.execute(account.values(balance=Account.balance + what["price"]))
+
+
+def open_for_business() -> None:
+    """Make the table and open the customers' accounts."""
+    Base.metadata.create_all(eda.engine)
+    with eda.transaction() as session:
+        for customer in CUSTOMERS:
+            session.merge(Account(customer=customer, balance=OPENING_BALANCE))
