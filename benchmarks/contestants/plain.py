@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from celery import Celery, Task
+from celery import Celery, Task, chain
 from kombu import Consumer, Queue
 from sqlalchemy import create_engine, insert
 from sqlalchemy.orm import sessionmaker
@@ -56,6 +56,14 @@ def insert_one(number: int) -> None:
     marks.started(number)
     with sessions() as session:
         session.execute(insert(effects).values(name="bench", number=number))
+        session.commit()
+
+
+@app.task(name="plain.step", ignore_result=True)
+def step(number: int) -> None:
+    """One row of a flow, in a transaction of its own."""
+    with sessions() as session:
+        session.execute(insert(effects).values(name="step", number=number))
         session.commit()
 
 
@@ -144,6 +152,12 @@ def work(count: int, first: int) -> None:
             session.commit()
 
 
+def chains(count: int, first: int) -> None:
+    """Begin *count* flows of five steps."""
+    for number in range(first, first + count):
+        chain([step.si(number) for _ in range(5)]).delay()
+
+
 def start_at_once(count: int, pause: float) -> list[list[float]]:
     """Publish *count* messages with pauses; the moments just before and after each ``.delay()``."""
     moments = []
@@ -159,7 +173,7 @@ VERBS: dict[str, Any] = {
     each.__name__: each
     for each in (
         *(ask, flood, ask_over_temporary_queues),
-        *(fill, fill_beside_work, work, start_at_once),
+        *(fill, fill_beside_work, work, start_at_once, chains),
     )
 }
 

@@ -40,4 +40,5 @@ GOALS = {
     "S10": Goal("several relays beside one", "relaying:s10"),
     "S11": Goal("the extension loaded and not used", "idle:s11"),
     "S12": Goal("events: emitted, fanned out, and kept", "events:s12"),
+    "S13": Goal("a flow of five steps: chain, events, saga", "flows:s13"),
 }
