@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, count
 from typing import Any
 
 from celery_eda.errors import ConfigurationError
@@ -178,6 +179,12 @@ def always(_: Data) -> bool:
     return True
 
 
+def name_of(condition: Condition) -> str | None:
+    """What a condition is called, if it is a function with a name."""
+    name = getattr(condition, "__name__", "<lambda>")
+    return None if name == "<lambda>" else str(name)
+
+
 def defined(name: str, version: int, describe: Callable[[Steps], object]) -> Definition:
     """The definition that *describe* gives.
 
@@ -233,8 +240,8 @@ class Steps:
         self._add(
             Step(
                 name,
-                task=_name_of(task),
-                undo=None if undo is None else _name_of(undo),
+                task=_task_name(task),
+                undo=None if undo is None else _task_name(undo),
                 give=give,
                 give_undo=give_undo or give,
                 keep=keep,
@@ -347,11 +354,15 @@ class Steps:
 
     @contextmanager
     def when(self, condition: Condition, name: str | None = None) -> Iterator[None]:
-        """A block for when *condition* holds for the data, once the saga has come here."""
+        """A block for when *condition* holds for the data, once the saga has come here.
+
+        The choice has the name of the function, unless it is given one.
+        """
         with self._block() as block:
             yield
         cases = [(condition, Block(tuple(block)))]
-        self._add(Choice(name or f"choice{self._count(Choice)}", tuple(cases)))
+        name = name or self._free(name_of(condition) or f"choice{self._count(Choice)}")
+        self._add(Choice(name, tuple(cases)))
         self._cases = cases
 
     @contextmanager
@@ -373,7 +384,8 @@ class Steps:
         """A block again and again, as long as *while_* holds; that fails after *limit* rounds."""
         with self._block() as block:
             yield
-        self._add(Loop(name or f"loop{self._count(Loop)}", while_, Block(tuple(block)), limit))
+        name = name or self._free(name_of(while_) or f"loop{self._count(Loop)}")
+        self._add(Loop(name, while_, Block(tuple(block)), limit))
 
     def block(self) -> Block:
         """All that was described so far."""
@@ -395,9 +407,14 @@ class Steps:
         self._open[-1].append(part)
         self._cases = None
 
+    def _free(self, name: str) -> str:
+        """*name*, or with a number behind it if that is taken."""
+        numbered = (f"{name}{number}" for number in count(2))
+        return next(each for each in chain([name], numbered) if each not in self.parts)
+
     def _count(self, kind: type) -> int:
         return 1 + sum(isinstance(part, kind) for part in self.parts.values())
 
 
-def _name_of(task: Any) -> str:
+def _task_name(task: Any) -> str:
     return task if isinstance(task, str) else str(task.name)

@@ -24,6 +24,7 @@ from celery_eda.saga_definition import (
     SubSaga,
     Wait,
     always,
+    name_of,
 )
 from celery_eda.saga_log import Entry, Saga
 from celery_eda.saga_run import Kind, Status
@@ -76,10 +77,10 @@ class _Picture:
             case Choice():
                 ends: Ends = []
                 for number, (condition, block) in enumerate(part.cases, 1):
-                    ends += self.block(block, [(node, _words(condition, number))])
+                    ends += self.block(block, [(node, _words(part, condition, number))])
                 return ends if part.cases[-1][0] is always else [*ends, (node, "none")]
             case Loop():
-                self.arrows(self.block(part.body, [(node, _words(part.again, 1))]), node)
+                self.arrows(self.block(part.body, [(node, _words(part, part.again, 1))]), node)
                 return [(node, "done")]
             case Parallel():
                 ends = [end for each in part.branches for end in self.block(each, here)]
@@ -117,10 +118,12 @@ def _within(timeout: float | None) -> str:
     return "" if timeout is None else f", {timeout:g} s at most"
 
 
-def _words(condition: Condition, number: int) -> str:
-    """What a condition is called; those without a name are counted."""
-    name = "otherwise" if condition is always else getattr(condition, "__name__", "<lambda>")
-    return f"case {number}" if name == "<lambda>" else name
+def _words(part: Choice | Loop, condition: Condition, number: int) -> str:
+    """What is written at the arrow for when *condition* holds."""
+    if condition is always:
+        return "otherwise"
+    name = name_of(condition) or f"case {number}"
+    return "yes" if part.name.startswith(name) else name
 
 
 def timeline(saga: Saga, history: Sequence[Entry]) -> str:

@@ -343,8 +343,12 @@ class Dialect:
             "Use eda+postgresql:// or eda+sqlite:///, or RabbitMQ or Redis beside this database."
         )
 
-    def presence(self, engine: Engine, tables: Tables) -> Presence:
-        """What tells the others that a taker is there."""
+    def presence(self, engine: Engine, tables: Tables, heartbeat: float | None) -> Presence:
+        """What tells the others that a taker is there.
+
+        With a *heartbeat* that is the taker itself, and whoever is silent for so many seconds is
+        taken for gone; for where nothing of a session lasts.
+        """
         raise NotImplementedError
 
     def absent(self, connection: Connection, engine: Engine, tables: Tables, me: int) -> list[int]:

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Integer,
     Table,
     bindparam,
+    case,
     cast,
     event,
     extract,
@@ -26,6 +27,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from celery_eda.dialects.base import Presence, Values
+from celery_eda.dialects.postgresql_heartbeat import Beating
 from celery_eda.dialects.postgresql_presence import Listening, channel_of, key_of
 from celery_eda.dialects.upserting import Upserting
 from celery_eda.tables import Tables
@@ -34,6 +36,10 @@ _ARRAYS = {
     "message_id": "uuid", "revision": "int4", "body": "bytea", "delay": "float8",
     "envelope": "bytea",
 }  # fmt: skip
+
+
+#: What is known of a connection: whether a pooler is between.
+_POOLED = "celery_eda_pooled"
 
 
 class PostgreSQL(Upserting):
@@ -54,28 +60,20 @@ class PostgreSQL(Upserting):
 
     def prepare(self, engine: Engine, patience: float) -> None:
         super().prepare(engine, patience)
-        milliseconds = int(patience * 1000)
-
-        @event.listens_for(engine, "connect")
-        def end_idle_transactions(dbapi_connection: Any, record: Any) -> None:
-            cursor = dbapi_connection.cursor()
-            cursor.execute(f"SET idle_in_transaction_session_timeout = {milliseconds}")
+        _set(
+            engine,
+            f"idle_in_transaction_session_timeout = {int(patience * 1000)}",
             # By default the server notices after two hours that a machine is gone.
-            cursor.execute("SET tcp_keepalives_idle = 10")
-            cursor.execute("SET tcp_keepalives_interval = 5")
-            cursor.execute("SET tcp_keepalives_count = 3")
-            cursor.close()
-            dbapi_connection.commit()
+            *(
+                "tcp_keepalives_idle = 10",
+                "tcp_keepalives_interval = 5",
+                "tcp_keepalives_count = 3",
+            ),
+        )
 
     def prepare_for_relays(self, engine: Engine) -> None:
-        @event.listens_for(engine, "connect")
-        def hurry(dbapi_connection: Any, record: Any) -> None:
-            cursor = dbapi_connection.cursor()
-            cursor.execute("SET synchronous_commit = off")
-            # A table that grows faster than its statistics would be read and sorted whole.
-            cursor.execute("SET enable_bitmapscan = off")
-            cursor.close()
-            dbapi_connection.commit()
+        # A table that grows faster than its statistics would be read and sorted whole.
+        _set(engine, "synchronous_commit = off", "enable_bitmapscan = off")
 
     @contextmanager
     def exclusive(self, connection: Connection, name: str) -> Iterator[None]:
@@ -113,14 +111,18 @@ class PostgreSQL(Upserting):
     def require_queues(self, url: URL) -> None:
         """It can: every PostgreSQL has LISTEN and advisory locks."""
 
-    def presence(self, engine: Engine, tables: Tables) -> Presence:
-        return Listening(tables)
+    def presence(self, engine: Engine, tables: Tables, heartbeat: float | None) -> Presence:
+        return Listening(tables) if heartbeat is None else Beating(engine, tables, heartbeat)
 
     def absent(self, connection: Connection, engine: Engine, tables: Tables, me: int) -> list[int]:
-        takers = tables.takers
+        takers = tables.takers.c
         # The lock is free once the connection that held it is gone, and ours until the commit.
-        free = func.pg_try_advisory_xact_lock(key_of(tables), cast(takers.c.id, Integer))
-        return list(connection.scalars(select(takers.c.id).where(takers.c.id != me, free)))
+        free = func.pg_try_advisory_xact_lock(key_of(tables), cast(takers.id, Integer))
+        gone = case((takers.lease.is_(None), free), else_=takers.at < self._ago(takers.lease))
+        return list(connection.scalars(select(takers.id).where(takers.id != me, gone)))
+
+    def _ago(self, seconds: Any) -> ColumnElement[Any]:
+        return func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, seconds)
 
     def wake(self, connection: Connection, tables: Tables, names: Iterable[str]) -> None:
         channel = channel_of(tables)
@@ -144,3 +146,35 @@ class PostgreSQL(Upserting):
 
     def code_of(self, error: DBAPIError) -> object:
         return getattr(error.orig, "sqlstate", None)
+
+
+def _set(engine: Engine, *settings: str) -> None:
+    """Have *settings* hold for the connections of *engine*.
+
+    A pooler hands the server's session to somebody else after each transaction: what was set for
+    the session would be theirs too. So there it is set for each transaction.
+    """
+
+    @event.listens_for(engine, "connect")
+    def set_for_the_session(dbapi_connection: Any, record: Any) -> None:
+        cursor = dbapi_connection.cursor()
+        if _is_pooled(dbapi_connection, cursor):
+            record.info[_POOLED] = True
+            if hasattr(dbapi_connection, "prepare_threshold"):
+                # What was prepared would not be there the next time.
+                dbapi_connection.prepare_threshold = None
+        else:
+            cursor.execute("; ".join(f"SET {each}" for each in settings))
+        cursor.close()
+        dbapi_connection.commit()
+
+    @event.listens_for(engine, "begin")
+    def set_for_the_transaction(connection: Connection) -> None:
+        if connection.info.get(_POOLED):
+            connection.exec_driver_sql("; ".join(f"SET LOCAL {each}" for each in settings))
+
+
+def _is_pooled(dbapi_connection: Any, cursor: Any) -> bool:
+    """Whether the server's process is another one than was said: poolers make one up."""
+    cursor.execute("SELECT pg_backend_pid()")
+    return bool(cursor.fetchone()[0] != dbapi_connection.info.backend_pid)

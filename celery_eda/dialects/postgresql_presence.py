@@ -88,7 +88,9 @@ def require_direct(connection: Connection, said: int) -> None:
         raise ConfigurationError(
             "A pooler such as pgbouncer is between here and PostgreSQL. It hands one connection "
             "to many, so that locks outlive whose they are and nobody is woken. Give broker_url "
-            "the address of PostgreSQL itself."
+            "the address of PostgreSQL itself, or set broker_transport_options = "
+            "{'heartbeat': 30}: then a worker that is silent for 30 s is taken for gone, which an "
+            "ordinary task may not survive, and queues are looked into four times a second."
         )
 
 

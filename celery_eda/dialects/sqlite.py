@@ -161,7 +161,7 @@ class SQLite(Upserting):
     def require_queues(self, url: URL) -> None:
         refuse_remote(file_of(url))
 
-    def presence(self, engine: Engine, tables: Tables) -> Presence:
+    def presence(self, engine: Engine, tables: Tables, heartbeat: float | None) -> Presence:
         return Doorbell(folder_of(engine, tables))
 
     def absent(self, connection: Connection, engine: Engine, tables: Tables, me: int) -> list[int]:

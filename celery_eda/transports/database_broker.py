@@ -52,6 +52,7 @@ class Broker:
         self.queues = Queues(tables, self.dialect)
         self.engine = create_engine(url, max_overflow=-1, **self.dialect.engine_options(PATIENCE))
         self.dialect.prepare(self.engine, PATIENCE)
+        self.heartbeat = _heartbeat(options.get("heartbeat"), url)
         if (synchronous := options.get("synchronous", "FULL")) not in SYNCHRONOUS:
             raise ConfigurationError(
                 f"broker_transport_options: synchronous is {synchronous!r}; it may be 'FULL' (what "
@@ -110,6 +111,20 @@ class Broker:
         return same and _place(url) == _place(self.url)
 
 
+def _heartbeat(seconds: Any, url: URL) -> float | None:
+    """The seconds after which a silent taker is taken for gone; None if something better tells."""
+    if seconds is None:
+        return None
+    is_number = isinstance(seconds, int | float) and seconds >= 1
+    if url.get_backend_name() != "postgresql" or not is_number:
+        raise ConfigurationError(
+            f"broker_transport_options: heartbeat is {seconds!r}. It is for a pooler before "
+            "PostgreSQL, and says after how many seconds (1 or more) a silent worker is taken for "
+            "gone. Leave it out elsewhere."
+        )
+    return float(seconds)
+
+
 def _relax(dbapi_connection: Any, record: Any) -> None:
     dbapi_connection.execute("PRAGMA synchronous=NORMAL")
 
@@ -129,7 +144,8 @@ def broker_at(url: str, options: Mapping[str, Any]) -> Broker:
     """
     place = make_url(url)
     tables = Tables.on(prefix=options.get("table_prefix", "eda_"), schema=options.get("schema"))
-    key = (place, tables.prefix, tables.schema, options.get("synchronous", "FULL"))
+    chosen = (options.get("synchronous", "FULL"), options.get("heartbeat"))
+    key = (place, tables.prefix, tables.schema, *chosen)
     with _making:
         if key not in _brokers:
             _brokers[key] = Broker(place, tables, options)

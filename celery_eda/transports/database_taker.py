@@ -39,7 +39,7 @@ class Taker:
         self.queues = broker.queues
         self.lock = threading.RLock()
         self._swept = self._planned = -SWEEP
-        self.presence = broker.dialect.presence(broker.engine, broker.tables)
+        self.presence = broker.dialect.presence(broker.engine, broker.tables, broker.heartbeat)
         try:
             self.connection = broker.engine.connect()
         except BaseException:

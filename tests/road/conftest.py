@@ -36,6 +36,11 @@ ROADS = {
     "eda-sqlite": ("eda_sqlite_url", "sqlite_url"),
     "eda-postgresql": ("eda_postgresql_url", "postgresql_url"),
 }
+#: Those with a pooler before PostgreSQL; only a few tests are about them.
+POOLED = {
+    "rabbitmq-pgbouncer": ("rabbitmq_url", "pgbouncer_url"),
+    "eda-pgbouncer": ("eda_pgbouncer_url", "pgbouncer_url"),
+}
 #: Those on which a message waits in the database itself, so that no relay has to send it.
 SHORT = ("eda-sqlite", "eda-postgresql")
 
@@ -303,6 +308,11 @@ def eda_postgresql_url(postgresql_url: str) -> str:
     return f"eda+{postgresql_url}"
 
 
+@pytest.fixture
+def eda_pgbouncer_url(pgbouncer_url: str) -> str:
+    return f"eda+{pgbouncer_url}"
+
+
 @pytest.fixture(
     params=[
         *("rabbitmq-postgresql", "redis-mariadb", "eda-sqlite"),
@@ -314,7 +324,8 @@ def eda_postgresql_url(postgresql_url: str) -> str:
 )
 def road(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Road]:
     """A system on every pair of broker and database; the last two in soak."""
-    broker, database = (request.getfixturevalue(name) for name in ROADS[request.param])
+    names = {**ROADS, **POOLED}[request.param]
+    broker, database = (request.getfixturevalue(name) for name in names)
     road = Road(broker, database, tmp_path)
     yield road
     road.end()

@@ -20,6 +20,7 @@ import pytest
 from tests.servers.base import Server
 from tests.servers.errors import ServerUnavailable
 from tests.servers.mariadb import MariaDB
+from tests.servers.pgbouncer import PgBouncer
 from tests.servers.postgresql import PostgreSQL
 from tests.servers.rabbitmq import RabbitMQ
 from tests.servers.redis import DATABASES, Redis
@@ -100,6 +101,20 @@ def postgresql_url(postgresql: PostgreSQL) -> Iterator[str]:
     yield postgresql.database(name)
     postgresql.start()
     postgresql.drop(name)
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgresql: PostgreSQL, servers_folder: Path) -> Iterator[PgBouncer]:
+    """A running pgbouncer in transaction mode, before the PostgreSQL."""
+    with PgBouncer.before(postgresql, servers_folder) as pooler:
+        yield pooler
+
+
+@pytest.fixture
+def pgbouncer_url(pgbouncer: PgBouncer, postgresql_url: str) -> str:
+    """The URL of a new PostgreSQL database, by way of a pooler."""
+    pgbouncer.start()
+    return pgbouncer.through(postgresql_url)
 
 
 @pytest.fixture

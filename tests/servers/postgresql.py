@@ -33,7 +33,7 @@ class PostgreSQL(Server):
     @classmethod
     def local(cls, root: Path) -> Self | None:
         """A new one, made by ``initdb`` of this machine or of pip."""
-        user = _owner()
+        user = owner()
         programs = _programs(user)
         if programs is None:
             return None
@@ -98,7 +98,7 @@ def _make(programs: Path, folder: Path, user: str | None) -> None:
     run([programs / "initdb", "--pgdata", folder / "data", *options], user=user)
 
 
-def _owner() -> str | None:
+def owner() -> str | None:
     """The user to run it as: ourselves, but for root, whom PostgreSQL refuses."""
     if os.getuid():
         return None

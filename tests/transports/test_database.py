@@ -398,6 +398,30 @@ def test_a_pooler_between_is_told_by_a_process_that_the_server_does_not_know(
             require_direct(connection, driver.pgconn.backend_pid + 1)
 
 
+def test_a_pooler_needs_a_heartbeat(pgbouncer_url: str) -> None:
+    with Connection(f"eda+{pgbouncer_url}") as connection:
+        put(connection, "a letter")
+        with pytest.raises(ConfigurationError, match="'heartbeat': 30"):
+            get(connection)
+    options = {"heartbeat": 30}
+    with Connection(f"eda+{pgbouncer_url}", transport_options=options) as connection:
+        assert drain(connection) == ["a letter"]
+
+
+@pytest.mark.parametrize("options", [{"heartbeat": 0}, {"heartbeat": "soon"}])
+def test_a_heartbeat_that_makes_no_sense_is_refused(
+    postgresql_url: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigurationError, match="taken for gone"):
+        Connection(f"eda+{postgresql_url}", transport_options=options).connect()
+
+
+def test_a_heartbeat_is_for_postgresql(tmp_path: Path) -> None:
+    options = {"heartbeat": 30}
+    with pytest.raises(ConfigurationError, match="taken for gone"):
+        Connection(f"eda+sqlite:///{tmp_path}/q.db", transport_options=options).connect()
+
+
 @pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs"])
 def test_a_network_file_system_is_refused(kind: str) -> None:
     mounts = f"/dev/sda1 / ext4 rw 0 0\nserver:/export /srv/data {kind} rw 0 0\n"
