@@ -14,6 +14,8 @@ from typing import Any
 
 #: The header of a request that says where its reply goes.
 REPLY_HEADER = "eda_reply_to"
+#: The header of a command that says which saga it belongs to.
+SAGA_HEADER = "eda_saga"
 
 _PROCESS = "eda.reply."
 _SERVICE = "eda.replies."

@@ -22,7 +22,7 @@ from celery_eda.reply import Replies, Reply
 from celery_eda.replying import REPLY_TASK
 from celery_eda.saga import Saga, decorator
 from celery_eda.saga_definition import Steps
-from celery_eda.sagas import NEWS_TASK
+from celery_eda.saga_engine import NEWS_TASK
 from celery_eda.settings import register
 from celery_eda.subscribing import SubscriptionDecorator
 from celery_eda.task import TaskDecorator, finishing, made_reliable

@@ -50,9 +50,11 @@ from celery_eda.replying import Replies
 from celery_eda.requesting import Requesting
 from celery_eda.requests import Requests
 from celery_eda.retry import Policy, checked
+from celery_eda.saga_definition import Definitions
+from celery_eda.saga_engine import SagaEngine
 from celery_eda.saga_locks import SagaLocks
 from celery_eda.saga_log import SagaLog
-from celery_eda.sagas import Definitions, Sagas
+from celery_eda.sagas import Sagas
 from celery_eda.sender import Sender
 from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings
@@ -407,12 +409,12 @@ class Parts:
     @made_once
     def sagas(self) -> Sagas:
         """Moves sagas on."""
-        return Sagas(
-            *(self.app, self.saga_definitions),
-            *(self.saga_log, SagaLocks(self.tables.saga_locks, self.dialect)),
-            *(self.remote_errors, self.requesting.ask),
+        engine = SagaEngine(
+            *(self.app, self.saga_definitions, self.saga_log),
+            *(SagaLocks(self.tables.saga_locks, self.dialect), self.requesting.ask),
             lambda: addresses.of_service(self.service),
         )
+        return Sagas(engine, self.remote_errors)
 
     @made_once
     def refusals(self) -> Refusals:

@@ -14,7 +14,7 @@ from uuid import UUID
 from kombu.serialization import dumps, loads
 from sqlalchemy import Connection, Table, select, update
 
-from celery_eda.addresses import REPLY_HEADER
+from celery_eda.addresses import REPLY_HEADER, SAGA_HEADER
 from celery_eda.dialects.base import Dialect
 from celery_eda.errors import UnknownRequest
 from celery_eda.message import Message
@@ -37,9 +37,12 @@ class Requests:
     def note(self, connection: Connection, messages: Sequence[Message]) -> None:
         """Note those of *messages* that are durable requests, just written to the outbox.
 
-        Another attempt at one, or what takes its place, asks in the name of the first.
+        Another attempt at one, or what takes its place, asks in the name of the first. What a saga
+        asks for it has written down itself.
         """
         for each in messages:
+            if SAGA_HEADER in each.headers:
+                continue
             if self.address and each.headers.get(REPLY_HEADER) == self.address:
                 values = {"correlation_id": UUID(each.headers["id"]), "task": each.task}
                 self.dialect.insert_once(connection, self.table, values, now="at")

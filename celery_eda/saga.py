@@ -10,9 +10,9 @@ from uuid import uuid4
 
 from sqlalchemy import Connection
 
-from celery_eda.saga_definition import Definition, Steps, defined
+from celery_eda.saga_definition import Definition, Definitions, Steps, defined
 from celery_eda.saga_log import Saga as Instance
-from celery_eda.sagas import Definitions, Sagas
+from celery_eda.sagas import Sagas
 
 
 class HasSagas(Protocol):

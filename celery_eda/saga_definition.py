@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any
 
-from celery_eda.errors import ConfigurationError
+from celery_eda.errors import ConfigurationError, SagaError
 from celery_eda.retry import Policy, checked
 
 #: What a saga knows, by name.
@@ -172,6 +172,41 @@ class Definition:
     body: Block
     parts: Mapping[str, Part]
     origin: str
+
+
+@dataclass(frozen=True)
+class Definitions:
+    """The sagas that an app knows, by name and version."""
+
+    known: dict[str, dict[int, Definition]] = field(default_factory=dict)
+
+    def add(self, definition: Definition) -> None:
+        """Let there be *definition*.
+
+        Raises:
+            SagaError: there is another one of that name and version.
+        """
+        versions = self.known.setdefault(definition.name, {})
+        if versions.get(definition.version, definition).origin != definition.origin:
+            raise SagaError(
+                f"The saga {definition.name} has version {definition.version} already. Sagas that "
+                "run keep the one they began with: give the new one the next number."
+            )
+        versions[definition.version] = definition
+
+    def of(self, name: str, version: int) -> Definition:
+        """That *version* of the saga *name*.
+
+        Raises:
+            SagaError: the code has it no more.
+        """
+        try:
+            return self.known[name][version]
+        except KeyError:
+            raise SagaError(
+                f"Version {version} of the saga {name} is not defined here. Keep it for as long "
+                "as a saga of that version runs."
+            ) from None
 
 
 def always(_: Data) -> bool:

@@ -7,14 +7,14 @@ follow. The record is never changed but to say how something has ended: it is th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
 from typing import Any
 from uuid import UUID
 
 from kombu.utils import json
-from sqlalchemy import Connection, Row, Select, Table, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, Table, delete, insert, select, update
 
 from celery_eda.dialects.base import Dialect
 from celery_eda.errors import SagaError
@@ -217,9 +217,12 @@ class SagaLog:
         request: UUID | None = None,
         seconds: float | None = None,
         who: str | None = None,
-    ) -> int:
-        """Write down a new record, which is over in *seconds* if that is not None."""
-        ended = {} if record.status is Status.open else self._ended(connection, saga)
+    ) -> Record:
+        """Write down a new record, which is over in *seconds* if that is not None.
+
+        Returns:
+            The record as it will be read.
+        """
         values = {
             "saga": saga,
             "kind": record.kind.value,
@@ -227,44 +230,42 @@ class SagaLog:
             "attempt": record.attempt,
             "status": record.status.value,
             "timed_out": False,
+            "ended": record.ended,
             "request": request,
             "value": json.dumps(record.value),
             "who": who,
             "begun_at": self.dialect.now(),
+            "ended_at": None if record.ended is None else self.dialect.now(),
             "due": None if seconds is None else self.dialect.later(seconds),
-            **ended,
         }
         key = connection.execute(insert(self.steps).values(values)).inserted_primary_key
         assert key is not None, "one row was inserted"
-        return int(key[0])
+        return replace(record, id=int(key[0]), value=json.loads(values["value"]))
 
     def end(
         self,
         connection: Connection,
-        saga: str,
-        id: int,
-        status: Status,
+        record: Record,
         *,
-        value: Any = None,
         error: Mapping[str, Any] | None = None,
-        timed_out: bool = False,
         who: str | None = None,
-    ) -> None:
-        """Write down how a record has ended; an *error* as it travels."""
-        values = {
-            "status": status.value,
-            "timed_out": timed_out,
-            "value": json.dumps(value if error is None else {"error": error}),
-            "who": who,
-            **self._ended(connection, saga),
-        }
-        connection.execute(update(self.steps).where(self.steps.c.id == id).values(values))
+    ) -> Record:
+        """Write down how a record has ended; an *error* as it travels.
 
-    def _ended(self, connection: Connection, saga: str) -> dict[str, Any]:
-        """The next end of a saga, which this transaction has locked."""
-        columns = self.steps.c
-        last = connection.scalar(select(func.max(columns.ended)).where(columns.saga == saga))
-        return {"ended": (last or 0) + 1, "ended_at": self.dialect.now()}
+        Returns:
+            The record as it will be read.
+        """
+        value = json.dumps(record.value if error is None else {"error": error})
+        values = {
+            "status": record.status.value,
+            "timed_out": record.timed_out,
+            "ended": record.ended,
+            "ended_at": self.dialect.now(),
+            "value": value,
+            "who": who,
+        }
+        connection.execute(update(self.steps).where(self.steps.c.id == record.id).values(values))
+        return replace(record, value=self._value(record.status, value))
 
     def _rows(self, connection: Connection, saga: str) -> list[Row[Any]]:
         columns = self.steps.c
@@ -272,13 +273,16 @@ class SagaLog:
         return list(connection.execute(query).all())
 
     def _record(self, row: Row[Any]) -> Record:
-        value = json.loads(row.value)
-        if row.status == Status.failed.value and value is not None:
-            value = self.read_error(value["error"])
+        status = Status(row.status)
         return Record(
-            *(Kind(row.kind), row.place, row.attempt, Status(row.status), row.ended),
-            *(value, bool(row.timed_out), row.id),
+            *(Kind(row.kind), row.place, row.attempt, status, row.ended),
+            *(self._value(status, row.value), bool(row.timed_out), row.id),
         )
+
+    def _value(self, status: Status, stored: str) -> Any:
+        value = json.loads(stored)
+        is_error = status is Status.failed and value is not None
+        return self.read_error(value["error"]) if is_error else value
 
 
 def _mutable(saga: Saga) -> dict[str, Any]:

@@ -27,10 +27,11 @@ from celery_eda.dialects import dialect_of
 from celery_eda.errors import SagaError
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.saga import Saga
-from celery_eda.saga_definition import Definition, Step, SubSaga
+from celery_eda.saga_definition import Definition, Definitions, Step, SubSaga
+from celery_eda.saga_engine import SagaEngine
 from celery_eda.saga_locks import SagaLocks
 from celery_eda.saga_log import Entry, SagaLog
-from celery_eda.sagas import Definitions, Sagas
+from celery_eda.sagas import Sagas
 from celery_eda.tables import Tables
 
 #: Transitions after which a run is given up.
@@ -85,7 +86,8 @@ class SagaTest:
         app: Any = SimpleNamespace(send_task=self._tell_later)
         self._engine, self._errors = engine, errors
         locks = SagaLocks(tables.saga_locks, dialect)
-        self._sagas = Sagas(app, definitions, log, locks, errors, self._ask, lambda: "")
+        moves = SagaEngine(app, definitions, log, locks, self._ask, lambda: "")
+        self._sagas = Sagas(moves, errors)
         self._failures: dict[str, deque[Exception | None]] = defaultdict(deque)
         self._late: set[str] = set()
         self._now = 0.0
@@ -113,9 +115,9 @@ class SagaTest:
 
     def finds_locked(self, key: str, *, seconds: float) -> None:
         """Let another saga have the lock of *key*, for so long."""
-        take = self._sagas.locks.take
+        take = self._sagas.engine.locks.take
         self._do(lambda connection: take(connection, key, OTHER, saga=OTHER, record=0))
-        self._at(seconds, lambda connection: self._sagas.release(connection, OTHER))
+        self._at(seconds, lambda connection: self._sagas.engine.release(connection, OTHER))
 
     def signals(self, name: str, value: Any = None, *, after: float = 0.0) -> None:
         """Give a signal after so many seconds, if the saga can be given it then."""

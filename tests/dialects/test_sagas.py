@@ -16,10 +16,11 @@ from sqlalchemy.exc import DBAPIError
 
 from celery_eda.errors import SagaError
 from celery_eda.remote_errors import RemoteErrors
-from celery_eda.saga_definition import Definition, Steps, defined
+from celery_eda.saga_definition import Definition, Definitions, Steps, defined
+from celery_eda.saga_engine import News, SagaEngine
 from celery_eda.saga_locks import SagaLocks
 from celery_eda.saga_log import SagaLog, State
-from celery_eda.sagas import Definitions, News, Sagas
+from celery_eda.sagas import Sagas
 from tests.databases import Database
 
 TIMES = 10
@@ -34,11 +35,12 @@ class Bench:
         definitions.add(definition)
         tables, dialect = database.tables, database.dialect
         self.definition = definition
-        self.sagas = Sagas(
+        engine = SagaEngine(
             *(SimpleNamespace(send_task=lambda *_, **__: None), definitions),  # type: ignore[arg-type]
             SagaLog(tables.sagas, tables.saga_steps, dialect, errors.from_wire),
-            *(SagaLocks(tables.saga_locks, dialect), errors, self._ask, lambda: ""),
+            *(SagaLocks(tables.saga_locks, dialect), self._ask, lambda: ""),
         )
+        self.sagas = Sagas(engine, errors)
 
     def _ask(self, *_: Any, **__: Any) -> Any:
         return SimpleNamespace(correlation_id=str(uuid4()))

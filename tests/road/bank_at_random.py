@@ -24,7 +24,8 @@ from celery_eda import Event, RetryPolicy, checkpoints
 from celery_eda.errors import SagaError
 from celery_eda.replying import REPLY_TASK, Replies
 from celery_eda.saga_definition import Data, Steps
-from celery_eda.sagas import Sagas
+from celery_eda.saga_engine import SagaEngine
+from celery_eda.saga_transition import Transition
 from tests.road.system import _first_time, app, eda
 from tests.road.tables import accounts, effects
 
@@ -182,22 +183,22 @@ def transfer(steps: Steps) -> None:
 
 
 def _kill_at_transitions() -> None:
-    write_end, go_on, ended = Sagas._end, Sagas._go_on, list[str]()
+    write_end, go_on, ended = Transition.end, SagaEngine.go_on, list[str]()
 
     def die_once(when: str) -> None:
         if any(_first_time(f"killed {when} {what}") for what in ended):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def end_and_die(self: Any, at: Any, saga: Any, record: Any, status: Any, **how: Any) -> None:
+    def end_and_die(self: Any, record: Any, status: Any, **how: Any) -> None:
         ended.append(f"{record.kind.value}.{record.place}.{status.value}")
         die_once("before")
-        write_end(self, at, saga, record, status, **how)
+        write_end(self, record, status, **how)
 
-    def go_on_and_die(self: Any, at: Any, saga: Any) -> None:
-        go_on(self, at, saga)
+    def go_on_and_die(self: Any, turn: Any) -> None:
+        go_on(self, turn)
         die_once("in")
 
-    Sagas._end, Sagas._go_on = end_and_die, go_on_and_die  # type: ignore[method-assign]
+    Transition.end, SagaEngine.go_on = end_and_die, go_on_and_die  # type: ignore[method-assign]
     checkpoints.arm("delivery.received", ended.clear)
     checkpoints.arm("delivery.committed", lambda: die_once("after"))
 

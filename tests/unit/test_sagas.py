@@ -708,7 +708,7 @@ def test_a_saga_that_is_cancelled_while_it_waits_for_a_lock_leaves_the_line(run:
 
     assert (end.state, end.calls) == ("cancelled", [])
     with test._engine.connect() as connection:
-        assert connection.execute(select(test._sagas.locks.table)).all() == []
+        assert connection.execute(select(test._sagas.engine.locks.table)).all() == []
 
 
 def test_the_parts_of_a_saga_share_its_locks(run: Any, eda: EDA) -> None:
