@@ -52,6 +52,17 @@ class Marks:
                 raise TimeoutError(f"{len(self._moments)} of {count} tasks have started")
             return dict(self._moments)
 
+    def when(self, number: int) -> float:
+        """The moment at which the task with that *number* started, as soon as it has.
+
+        Raises:
+            TimeoutError: it does not.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: number in self._moments, PATIENCE):
+                raise TimeoutError(f"the task {number} has not started")
+            return self._moments[number]
+
     def rate(self, count: int) -> float:
         """Tasks per second, from the first of *count* to the last."""
         moments = sorted(self.of(count).values())

@@ -120,10 +120,14 @@ class Cast:
 
     def celery(self, module: str, *words: str, **environment: str) -> Worker:
         """``celery -A <module's app> <words>``."""
-        folder = self._folder / f"{next(self._numbers)}-celery"
-        folder.mkdir()
         app = f"benchmarks.contestants.{module}"
-        command = [sys.executable, "-m", "celery", "-A", app, *words]
+        return self.program("celery", "-A", app, *words, **environment)
+
+    def program(self, *words: str, **environment: str) -> Worker:
+        """``python -m <words>``."""
+        folder = self._folder / f"{next(self._numbers)}-{words[0]}"
+        folder.mkdir()
+        command = [sys.executable, "-m", *words]
         host = LocalProcess(command, folder, environment={**_paths(), **environment})
         host.start()
         self._stack.callback(host.kill)

@@ -58,6 +58,13 @@ def start(number: int) -> None:
     marks.started(number)
 
 
+@eda.task(name="bench.hold")
+def hold(number: int) -> None:
+    """Tells when it starts, and does not end."""
+    marks.started(number)
+    time.sleep(600)
+
+
 @eda.task(name="bench.carry")
 def carry(payload: str) -> None:
     """Carries about 1 KB, to nobody."""
@@ -157,6 +164,29 @@ def start_after_commit(count: int, pause: float) -> list[list[float]]:
         moments.append([before, time.monotonic()])
         time.sleep(pause)
     return moments
+
+
+def publish_starts(count: int, first: int) -> None:
+    """*count* messages, each in a transaction of its own with nothing else."""
+    for number in range(first, first + count):
+        with eda.transaction():
+            start.delay(number)
+
+
+def occupy(first: int) -> None:
+    """A task that does not end, and one behind it."""
+    hold.delay(first)
+    start.delay(first + 1)
+
+
+def take_bare(count: int) -> None:
+    """Take *count* messages out of the queue and acknowledge each, without a worker."""
+    with eda.app.connection_for_read() as connection:
+        queue = eda.app.amqp.queues[app.conf.task_default_queue](connection.default_channel)
+        for _ in range(count):
+            message = queue.get()
+            assert message is not None, "the queue is empty"
+            message.ack()
 
 
 def settle() -> None:
@@ -279,6 +309,7 @@ VERBS: dict[str, Any] = {
     for each in (
         *(ask, ask_slowly, flood, fill, fill_beside_work, work, start_after_commit),
         *(settle, waiting, drain, relay_until_told, fill_and_notify),
+        *(publish_starts, occupy, take_bare),
         *(handle, handle_bare, claim_and_clear),
         *(emit, emit_together, subscribe, heard, read_page, fold_stream),
     )

@@ -158,6 +158,12 @@ def chains(count: int, first: int) -> None:
         chain([step.si(number) for _ in range(5)]).delay()
 
 
+def publish_starts(count: int, first: int) -> None:
+    """*count* messages."""
+    for number in range(first, first + count):
+        start.delay(number)
+
+
 def start_at_once(count: int, pause: float) -> list[list[float]]:
     """Publish *count* messages with pauses; the moments just before and after each ``.delay()``."""
     moments = []
@@ -173,7 +179,7 @@ VERBS: dict[str, Any] = {
     each.__name__: each
     for each in (
         *(ask, flood, ask_over_temporary_queues),
-        *(fill, fill_beside_work, work, start_at_once, chains),
+        *(fill, fill_beside_work, work, start_at_once, chains, publish_starts),
     )
 }
 

