@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-SERVICES = ("order", "payment", "kitchen", "delivery", "notification")
+SERVICES = ("order", "payment", "kitchen", "delivery")
 
 # Without a server: one SQLite file between the services. Another broker is another URL.
 broker_url = os.environ.get("SHOP_BROKER", "eda+sqlite:///broker.db")
@@ -46,4 +46,6 @@ def database_of(service: str) -> str:
 
 
 # A task's name begins with its service: `payment.charge` goes to the queue of `payment`.
-task_routes = {f"{service}.*": {"queue": queue_of(service)} for service in SERVICES}
+task_routes = {
+    f"{service}.*": {"queue": queue_of(service)} for service in (*SERVICES, "notification")
+}

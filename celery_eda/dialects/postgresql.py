@@ -62,18 +62,16 @@ class PostgreSQL(Upserting):
         super().prepare(engine, patience)
         _set(
             engine,
-            f"idle_in_transaction_session_timeout = {int(patience * 1000)}",
+            idle_in_transaction_session_timeout=int(patience * 1000),
             # By default the server notices after two hours that a machine is gone.
-            *(
-                "tcp_keepalives_idle = 10",
-                "tcp_keepalives_interval = 5",
-                "tcp_keepalives_count = 3",
-            ),
+            tcp_keepalives_idle=10,
+            tcp_keepalives_interval=5,
+            tcp_keepalives_count=3,
         )
 
     def prepare_for_relays(self, engine: Engine) -> None:
         # A table that grows faster than its statistics would be read and sorted whole.
-        _set(engine, "synchronous_commit = off", "enable_bitmapscan = off")
+        _set(engine, synchronous_commit="off", enable_bitmapscan="off")
 
     @contextmanager
     def exclusive(self, connection: Connection, name: str) -> Iterator[None]:
@@ -148,12 +146,17 @@ class PostgreSQL(Upserting):
         return getattr(error.orig, "sqlstate", None)
 
 
-def _set(engine: Engine, *settings: str) -> None:
+def _set(engine: Engine, **settings: int | str) -> None:
     """Have *settings* hold for the connections of *engine*.
 
     A pooler hands the server's session to somebody else after each transaction: what was set for
     the session would be theirs too. So there it is set for each transaction.
     """
+
+    def statement(for_transaction: str) -> str:
+        """One for all of them, which is one round trip."""
+        calls = (f"set_config('{k}', '{v}', {for_transaction})" for k, v in settings.items())
+        return f"SELECT {', '.join(calls)}"
 
     @event.listens_for(engine, "connect")
     def set_for_the_session(dbapi_connection: Any, record: Any) -> None:
@@ -164,17 +167,29 @@ def _set(engine: Engine, *settings: str) -> None:
                 # What was prepared would not be there the next time.
                 dbapi_connection.prepare_threshold = None
         else:
-            cursor.execute("; ".join(f"SET {each}" for each in settings))
+            cursor.execute(statement("false"))
         cursor.close()
         dbapi_connection.commit()
 
     @event.listens_for(engine, "begin")
     def set_for_the_transaction(connection: Connection) -> None:
         if connection.info.get(_POOLED):
-            connection.exec_driver_sql("; ".join(f"SET LOCAL {each}" for each in settings))
+            connection.exec_driver_sql(statement("true"))
 
 
 def _is_pooled(dbapi_connection: Any, cursor: Any) -> bool:
-    """Whether the server's process is another one than was said: poolers make one up."""
+    """Whether the server's process is another one than was said: poolers make one up.
+
+    A driver that does not tell what was said may have a pooler behind it, for all we know.
+    """
     cursor.execute("SELECT pg_backend_pid()")
-    return bool(cursor.fetchone()[0] != dbapi_connection.info.backend_pid)
+    return bool(cursor.fetchone()[0] != _said_process(dbapi_connection))
+
+
+def _said_process(dbapi_connection: Any) -> int | None:
+    """The server's process as the driver was told of it; None if it does not tell."""
+    if (info := getattr(dbapi_connection, "info", None)) is not None:
+        process: int = info.backend_pid
+        return process
+    asyncpg: Any = getattr(dbapi_connection, "driver_connection", None)
+    return asyncpg.get_server_pid() if hasattr(asyncpg, "get_server_pid") else None
