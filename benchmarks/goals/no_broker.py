@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import create_engine, text
 
 from benchmarks import figures
 from benchmarks.contestant import Contestant
@@ -21,10 +22,12 @@ from celery_eda import upgrading
 from celery_eda.tables import Tables
 from tests.road.tables import metadata
 
-ROUNDS = 5
+ROUNDS = 3
 #: Messages published, and worked off, in one round; and those whose latency is taken.
-MESSAGES, TAKEN_ONE_BY_ONE, LATE = 300, 300, 50
+MESSAGES, TAKEN_ONE_BY_ONE, LATE = 1_000, 300, 50
 PAUSE = 0.02
+#: Seconds that a worker has to end.
+STOPPING = 20.0
 #: Seconds for which idle workers are watched; takeovers of each kind.
 IDLE, TAKEOVERS = 8.0, 4
 #: Messages that wait already, at scale 1.
@@ -35,7 +38,7 @@ PREFETCH = 4
 TAKEOVER = 2.0
 TARGET = 1.2
 
-_numbers = itertools.count(1, 1_000)
+_numbers = itertools.count(1, 10_000)
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,18 @@ class Queue:
     """One kind of queue: who publishes, who works, and how latency is taken."""
 
     publisher: Contestant
-    worker: Worker
+    work: Callable[[Cast], Worker]
     latency: str
 
-    def published(self, marks: Marks) -> tuple[float, float]:
-        """Messages per second published to a worker that is stopped, and then worked off."""
-        self.worker.host.freeze()
+    def published(self, stage: Stage, marks: Marks) -> tuple[float, float]:
+        """Messages per second: published while nobody works, and then worked off."""
         marks.forget()
-        try:
-            took = self.publisher.do("publish_starts", MESSAGES, next(_numbers)).seconds
-        finally:
-            self.worker.host.thaw()
-        return MESSAGES / took, marks.rate(MESSAGES)
+        took = self.publisher.do("publish_starts", MESSAGES, 0).seconds
+        with stage.cast() as cast:
+            worker = self.work(cast)
+            rate = marks.rate(MESSAGES)
+            worker.host.stop(STOPPING)
+        return MESSAGES / took, rate
 
     def latencies(self, marks: Marks) -> list[float]:
         """Seconds from before each commit to the start of its task."""
@@ -69,20 +72,16 @@ def s14(stage: Stage, scale: float) -> Result:
     waiting = max(2 * TAKEN_ONE_BY_ONE, round(WAITING * scale))
     with Marks(stage.folder) as marks, stage.cast() as cast:
         queues = _queues(stage, cast, marks)
-        for queue in queues.values():
-            queue.publisher.do("publish_starts", 1, next(_numbers))
-            marks.of(1)
-            marks.forget()
-        rates = interleaved(
-            {name: partial(queue.published, marks) for name, queue in queues.items()},
-            rounds=ROUNDS,
-        )
+        rates = _rates(stage, queues, marks)
+        with _old_transactions(stage):
+            of_postgresql = {name: queues[name] for name in ("eda+postgresql", "procrastinate")}
+            aged = _rates(stage, of_postgresql, marks)
+        workers = {name: queue.work(cast) for name, queue in queues.items()}
         late = interleaved(
             {name: partial(queue.latencies, marks) for name, queue in queues.items()},
             rounds=ROUNDS,
         )
-        idle = _idle(queues)
-        aged = _beside_an_old_transaction(stage, queues, marks)
+        idle = _idle(workers)
     checks = [_aged(name, rates[name], each) for name, each in aged.items()]
     medians: dict[str, float] = {}
     for name, rounds in rates.items():
@@ -106,11 +105,11 @@ def s14(stage: Stage, scale: float) -> Result:
         runs=ROUNDS,
         medians=medians,
         compared=(
-            f"{MESSAGES} messages published one by one, each with a commit of its own, to a worker "
-            "of two slots that is stopped, and then worked off; "
-            f"{LATE} messages {PAUSE * 1000:g} ms apart; an idle worker for {IDLE:g} s; the same "
-            f"beside an old snapshot; {TAKEN_ONE_BY_ONE} messages taken one by one before and "
-            f"behind {waiting} that wait."
+            f"{MESSAGES} messages published one by one, each with a commit of its own, while no "
+            "worker is there, and then worked off by a new worker of two slots, from its first task to its "
+            f"last; the same beside an old snapshot; {LATE} messages {PAUSE * 1000:g} ms apart; an "
+            f"idle worker for {IDLE:g} s; {TAKEN_ONE_BY_ONE} messages published and taken one by "
+            f"one, beside {waiting} that wait; a worker killed {TAKEOVERS} times."
         ),
         samples={name: [one for _, one in rounds] for name, rounds in rates.items()},
         unit="worked off/s",
@@ -118,21 +117,30 @@ def s14(stage: Stage, scale: float) -> Result:
     )
 
 
+def _rates(
+    stage: Stage, queues: dict[str, Queue], marks: Marks
+) -> dict[str, list[tuple[float, float]]]:
+    cases = {name: partial(queue.published, stage, marks) for name, queue in queues.items()}
+    return interleaved(cases, rounds=ROUNDS)
+
+
 def _queues(stage: Stage, cast: Cast, marks: Marks) -> dict[str, Queue]:
     def ours(**places: str) -> Queue:
         where = {**places, "BENCH_MARKS": marks.path}
-        return Queue(cast.contestant("ours", **where), cast.worker("ours", **where), AFTER_COMMIT)
+        publisher = cast.contestant("ours", **where)
+        return Queue(publisher, lambda cast: cast.worker("ours", **where), "start_after_commit")
 
     def plain(broker: str) -> Queue:
         where = {"BENCH_BROKER": broker, "BENCH_MARKS": marks.path, "BENCH_LATE": "1"}
-        return Queue(cast.contestant("plain", **where), cast.worker("plain", **where), AT_ONCE)
+        publisher = cast.contestant("plain", **where)
+        return Queue(publisher, lambda cast: cast.worker("plain", **where), "start_at_once")
 
     def procrastinate() -> Queue:
         where = {"BENCH_DATABASE": stage.database(), "BENCH_MARKS": marks.path}
         publisher = cast.contestant("procrastinate", **where)
         publisher.do("prepare")
         words = ("benchmarks.contestants.procrastinate", "work")
-        return Queue(publisher, cast.program(*words, **where), AT_ONCE)
+        return Queue(publisher, lambda cast: cast.program(*words, **where), "start_at_once")
 
     rabbitmq = {"BENCH_BROKER": stage.broker("rabbitmq"), "BENCH_DATABASE": stage.database()}
     return {
@@ -143,9 +151,6 @@ def _queues(stage: Stage, cast: Cast, marks: Marks) -> dict[str, Queue]:
         "sqla+sqlite, plain": plain(f"sqla+sqlite:///{_file(stage)}"),
         "procrastinate": procrastinate(),
     }
-
-
-AFTER_COMMIT, AT_ONCE = "start_after_commit", "start_at_once"
 
 
 def _file(stage: Stage) -> Path:
@@ -165,40 +170,29 @@ def _places(stage: Stage, kind: str) -> dict[str, str]:
     return {"BENCH_BROKER": f"eda+{url}", "BENCH_DATABASE": url}
 
 
-def _idle(queues: dict[str, Queue]) -> dict[str, float]:
+def _idle(workers: dict[str, Worker]) -> dict[str, float]:
     """Milliseconds of CPU that each worker uses in a second in which nothing happens."""
-    begun, before = time.monotonic(), {name: each.worker.cpu() for name, each in queues.items()}
+    begun, before = time.monotonic(), {name: each.cpu() for name, each in workers.items()}
     time.sleep(IDLE)
     took = time.monotonic() - begun
-    return {name: 1000 * (each.worker.cpu() - before[name]) / took for name, each in queues.items()}
+    return {name: 1000 * (each.cpu() - before[name]) / took for name, each in workers.items()}
 
 
-def _beside_an_old_transaction(
-    stage: Stage, queues: dict[str, Queue], marks: Marks
-) -> dict[str, list[tuple[float, float]]]:
-    """The rates while a transaction is open that saw the database as it was before."""
+@contextmanager
+def _old_transactions(stage: Stage) -> Iterator[None]:
+    """In each database a transaction is open that saw it as it was before."""
     engine = create_engine(stage.postgresql.url)
-    names = ("eda+postgresql", "procrastinate")
-    opened = []
-    try:
-        for url in _databases(engine):
-            opened.append(create_engine(url, isolation_level="REPEATABLE READ").connect())
-            opened[-1].execute(text("SELECT count(*) FROM pg_class"))
-        cases = {name: partial(queues[name].published, marks) for name in names}
-        return interleaved(cases, rounds=ROUNDS, warm_ups=2)
-    finally:
-        for connection in opened:
-            connection.close()
-        engine.dispose()
-
-
-def _databases(engine: Engine) -> list[str]:
-    """The URLs of all databases of this run."""
-    with engine.connect() as connection:
-        names = connection.scalars(
-            text("SELECT datname FROM pg_database WHERE datname LIKE 'eda_test_%'")
-        )
-        return [engine.url.set(database=name).render_as_string(False) for name in names]
+    with ExitStack() as stack:
+        stack.callback(engine.dispose)
+        with engine.connect() as connection:
+            query = "SELECT datname FROM pg_database WHERE datname LIKE 'eda_test_%'"
+            names = connection.scalars(text(query)).all()
+        for name in names:
+            url = engine.url.set(database=name)
+            old = create_engine(url, isolation_level="REPEATABLE READ").connect()
+            stack.callback(old.close)
+            old.execute(text("SELECT count(*) FROM pg_class"))
+        yield
 
 
 def _aged(name: str, before: list[tuple[float, float]], after: list[tuple[float, float]]) -> Check:
