@@ -110,9 +110,10 @@ def s14(stage: Stage, scale: float) -> Result:
         compared=(
             f"{MESSAGES} messages published one by one, each with a commit of its own, while no "
             "worker is there, and then worked off by a new worker of two slots, from its first "
-            f"task to its last; the same beside an old snapshot; {LATE} messages "
-            f"{PAUSE * 1000:g} ms apart; an idle worker for {IDLE:g} s; {TAKEN_ONE_BY_ONE} messages published and taken one by "
-            f"one, beside {waiting} that wait; a worker killed {TAKEOVERS} times."
+            "task to its last; the same beside an old snapshot; "
+            f"{LATE} messages {PAUSE * 1000:g} ms apart; an idle worker for {IDLE:g} s; "
+            f"{TAKEN_ONE_BY_ONE} messages published and taken one by one, beside {waiting} that "
+            f"wait; a worker killed {TAKEOVERS} times."
         ),
         samples={name: [one for _, one in rounds] for name, rounds in rates.items()},
         unit="worked off/s",
