@@ -40,6 +40,7 @@ class Beating:
         self._lease = lease
         self._over = threading.Event()
         self._lost = ""
+        self._thread: threading.Thread | None = None
         self._bell, self._ringer = os.pipe()
         os.set_blocking(self._bell, False)
         os.set_blocking(self._ringer, False)
@@ -47,7 +48,8 @@ class Beating:
     def announce(self, connection: Connection, taker: int) -> None:
         here = self._table.c.id == taker
         connection.execute(update(self._table).where(here).values(lease=self._lease))
-        threading.Thread(target=self._run, args=(taker,), daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(taker,), daemon=True)
+        self._thread.start()
 
     def fileno(self) -> int:
         return self._bell
@@ -65,20 +67,25 @@ class Beating:
         return False
 
     def disown(self) -> None:
-        self._close()
-
-    def end(self) -> None:
-        if not self._over.is_set():
-            self._over.set()
-            self._close()
-
-    def _close(self) -> None:
         for descriptor in (self._bell, self._ringer):
             with suppress(OSError):
                 os.close(descriptor)
 
+    def end(self) -> None:
+        if self._over.is_set():
+            return
+        self._over.set()
+        os.close(self._bell)
+        if self._thread is None:
+            os.close(self._ringer)  # else it is the thread's: it may be about to write
+
     def _run(self, taker: int) -> None:
         """Say that it is there and look, until the end."""
+        with suppress(OSError):  # nobody listens any more
+            self._beat_and_ring(taker)
+        os.close(self._ringer)
+
+    def _beat_and_ring(self, taker: int) -> None:
         said = monotonic()
         due = said + self._lease / BEATS
         while not self._over.wait(LOOK) and not self._lost:
@@ -89,7 +96,7 @@ class Beating:
                     said = before
             if monotonic() > said + self._lease:
                 self._lost = f"nothing was heard of taker {taker} for {self._lease:g} s"
-            with suppress(OSError):
+            with suppress(BlockingIOError):
                 os.write(self._ringer, b".")
 
     def _beat(self, taker: int) -> bool:
