@@ -221,6 +221,11 @@ def identified(identities: Iterator[Identity]) -> Iterator[None]:
         _identities.reset(token)
 
 
+def gives_identities() -> bool:
+    """Whether what is published right here is given its identities."""
+    return _identities.get() is not None
+
+
 def next_identity() -> Identity | None:
     """The identity of what is published right now, if it is given one."""
     identities = _identities.get()

@@ -198,6 +198,21 @@ class Wire:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """Headers and properties of a message, encoded.
+
+    Attributes:
+        headers: as JSON, the way kombu writes it.
+        properties: likewise.
+        envelope: both as the broker's protocol has them; None if that is left to whoever sends.
+    """
+
+    headers: str
+    properties: str
+    envelope: bytes | None
+
+
+@dataclass(frozen=True)
 class Message:
     """A message, ready to send.
 
@@ -212,8 +227,8 @@ class Message:
         preparation: calls on the result backend that have to precede the message.
         lane: whose next number the message gets when it is written to the outbox, or None.
         draft: the event that goes to the event store together with the message, or None.
-        envelope: headers and properties as the broker's protocol encodes them, None if they are to
-            be encoded when it is sent. A message that is made of this one has none.
+        encoded: headers and properties once more, if they are encoded already. A message that is
+            made of this one has none.
     """
 
     identity: Identity
@@ -231,13 +246,19 @@ class Message:
     lane: Lane | None = None
     draft: Draft | None = None
     # Not among the arguments, so that `replace` never hands it on to other headers.
-    envelope: bytes | None = field(default=None, init=False, compare=False, repr=False)
+    encoded: Encoded | None = field(default=None, init=False, compare=False, repr=False)
 
-    def sealed(self, envelope: bytes | None) -> Message:
-        """This message, with its *envelope*."""
-        copy = object.__new__(Message)
-        vars(copy).update(vars(self), envelope=envelope)
-        return copy
+    def knowing(self, encoded: Encoded | None, **changes: Any) -> Message:
+        """This message with these *changes*; *encoded* are its headers and properties then."""
+        # All fields at once: that of a frozen dataclass takes a call for each of them.
+        made = object.__new__(Message)
+        vars(made).update(vars(self), **changes, encoded=encoded)
+        return made
+
+    @property
+    def envelope(self) -> bytes | None:
+        """Headers and properties as the broker's protocol has them, if they are encoded so."""
+        return self.encoded.envelope if self.encoded else None
 
     def at(self, position: Position | None) -> Message:
         """This message at its place in its lane; None if it is to have none."""

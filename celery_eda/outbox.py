@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Row, Table
 
 from celery_eda import redaction
 from celery_eda.dialects.base import Dialect
-from celery_eda.message import Identity, Message
+from celery_eda.message import Encoded, Identity, Message
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,12 @@ class Outbox:
 
     def add(self, connection: Connection, messages: Sequence[Message]) -> list[int]:
         """Write *messages* in one go; returns the ids of the rows, in the same order."""
-        rows = [{**to_row(each), "envelope": self.seal(each)} for each in messages]
+        rows = [{**to_row(each), "envelope": each.envelope or self.seal(each)} for each in messages]
         return self.dialect.add(connection, self.table, rows)
+
+    def encode(self, message: Message) -> Encoded:
+        """Headers and properties of *message*, as its row is to have them."""
+        return Encoded(*_texts(message), self.seal(message))
 
     def claim(
         self, connection: Connection, owner: str, limit: int, ids: Sequence[int] = ()
@@ -110,6 +114,7 @@ class Outbox:
 
 def to_row(message: Message) -> dict[str, Any]:
     """The columns of *message*; ``delay`` is in seconds from now, None for at once."""
+    headers, properties = _texts(message)
     return {
         "message_id": message.identity.id,
         "revision": message.identity.revision,
@@ -119,8 +124,8 @@ def to_row(message: Message) -> dict[str, Any]:
         "routing_key": message.routing_key,
         "content_type": message.content_type,
         "content_encoding": message.content_encoding,
-        "headers": _dumps(message.headers),
-        "properties": _dumps(message.properties),
+        "headers": headers,
+        "properties": properties,
         "body": message.body,
         "preparation": json.dumps(message.preparation) if message.preparation else None,
         "delay": _seconds_until(message.due),
@@ -133,9 +138,9 @@ def from_row(row: Row[Any]) -> Message:
     Of one that has an envelope, headers and properties are read only if somebody asks for them.
     """
     envelope = getattr(row, "envelope", None)
-    read = _loads if envelope is None else Unread
-    message = _made(row, read(row.headers), read(row.properties))
-    return message if envelope is None else message.sealed(bytes(envelope))
+    encoded = Encoded(row.headers, row.properties, envelope and bytes(envelope))
+    read: Callable[[str], Mapping[str, Any]] = Unread if encoded.envelope else _loads
+    return _made(row, read(row.headers), read(row.properties)).knowing(encoded)
 
 
 def _made(row: Row[Any], headers: Mapping[str, Any], properties: Mapping[str, Any]) -> Message:
@@ -181,6 +186,13 @@ def _loads(text: str) -> dict[str, Any]:
     hook = _typed if _TYPE in text else None
     read: dict[str, Any] = loads(text, object_hook=hook)
     return read
+
+
+def _texts(message: Message) -> tuple[str, str]:
+    """Headers and properties of *message* as JSON."""
+    if message.encoded:
+        return message.encoded.headers, message.encoded.properties
+    return _dumps(message.headers), _dumps(message.properties)
 
 
 def _dumps(mapping: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ that records instead of sending, so the message is exactly what Celery would hav
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from functools import cached_property, partial, wraps
@@ -24,6 +24,7 @@ from celery_eda import context, ordering, replying, results
 from celery_eda.addresses import REPLY_HEADER
 from celery_eda.errors import OutsideTransaction
 from celery_eda.message import HEADERS, Identity, Lane, Message
+from celery_eda.prepared import Prepared
 from celery_eda.recording import RecordingPool, RecordingProducer
 from celery_eda.transports import SafeConnection, undelivered
 
@@ -45,8 +46,7 @@ class Publisher:
     is_reliable: Callable[[str], bool]
     store: Callable[[Sequence[Message]], None]
 
-    @contextmanager
-    def apart(self, task: str) -> Iterator[None]:
+    def apart(self, task: str) -> AbstractContextManager[None]:
         """Inside any transaction: nothing. Outside: store what the block publishes, if so set.
 
         Raises:
@@ -54,10 +54,8 @@ class Publisher:
         """
         stores = self.outside == "store" or (self.outside is None and self.is_reliable(task))
         if stores or self.outside == "raise":
-            with self.stored(task, self.store):
-                yield
-        else:
-            yield
+            return self.stored(task, self.store)
+        return nullcontext()
 
     @contextmanager
     def stored(self, what: str, store: Callable[[Sequence[Message]], None]) -> Iterator[None]:
@@ -119,7 +117,7 @@ class CapturingAMQP(AMQP):
             recorder = RecordingProducer()
             # The task-sent event is about a sending that has not happened.
             send(recorder, name, message._replace(sent_event=None), **options)
-            lane = self._lane(name, key, message.body)
+            lane = self.lane_of(name, key, message.body)
             transaction.capture(self._captured(name, lane, recorder))
             return None
 
@@ -133,7 +131,7 @@ class CapturingAMQP(AMQP):
         if replying.hand_on(progress.reply_to, progress.task_id, message):
             progress.reply_handed_on = True
 
-    def _lane(self, task: str, key: Any, body: Any) -> Lane | None:
+    def lane_of(self, task: str, key: Any, body: Any) -> Lane | None:
         """The lane of a message: its key is said by the caller, else by the task."""
         if key is None:
             key_of = getattr(self.app.tasks.get(task), "ordering_key", None)
@@ -214,11 +212,18 @@ def _without_ours(headers: dict[str, Any]) -> dict[str, Any]:
 def store_outside(app: Celery) -> None:
     """Let *app* do with what is published outside any transaction what its settings say."""
     send_task = app.send_task
+    prepared = Prepared(app, send_task)
 
     @wraps(send_task)
-    def send_task_apart(name: str, *args: Any, **kwargs: Any) -> Any:
-        with app.eda.publisher.apart(name):
-            return send_task(name, *args, **kwargs)
+    def send_task_apart(
+        name: str, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any
+    ) -> Any:
+        if (transaction := context.current_transaction()) is None:
+            with app.eda.publisher.apart(name):
+                return send_task(name, args, kwargs, *rest, **options)
+        if rest:
+            return send_task(name, args, kwargs, *rest, **options)
+        return prepared.send(transaction, name, args, kwargs, options)
 
     app.send_task = send_task_apart
 

@@ -5,7 +5,7 @@ Nothing of a broker is imported before an app that uses it connects.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from celery_eda.transports.database import Shortcut
+    from celery_eda.transports.frames import EnvelopeTemplate
 
 #: By the ``driver_type`` of kombu's transport, so that ``rediss`` and ``sentinel`` are ``redis``.
 #: A broker from elsewhere is added as ``ALIASES["driver_type"] = "module:Class"``.
@@ -90,6 +91,23 @@ def seal_of(app: Any) -> Callable[[Message], bytes | None]:
         return lambda _: None
     seal: Callable[[Message], bytes | None] = import_module("celery_eda.transports.frames").seal
     return seal
+
+
+def template_of(
+    app: Any, message: Message, headers: Iterable[str], properties: Iterable[str]
+) -> EnvelopeTemplate | None:
+    """What makes the envelopes of messages that differ from *message* in these places only.
+
+    None if the broker of *app* needs none.
+
+    Raises:
+        ValueError: it cannot be made of this one.
+    """
+    if app.connection_for_write().transport.driver_type != "amqp":
+        return None
+    frames = import_module("celery_eda.transports.frames")
+    template: EnvelopeTemplate = frames.EnvelopeTemplate(message, headers, properties)
+    return template
 
 
 def is_database(url: str | None) -> bool:

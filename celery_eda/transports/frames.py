@@ -7,9 +7,9 @@ encoded beforehand: that is the envelope.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from struct import pack
+from struct import pack, unpack_from
 from typing import Any
 
 from amqp import Message as AMQPMessage
@@ -19,6 +19,7 @@ from amqp.spec import Basic
 from kombu.messaging import Producer
 
 from celery_eda.message import Message
+from celery_eda.template import Template
 from celery_eda.transports.base import publish_with
 
 METHOD, HEADER, BODY = 1, 2, 3
@@ -72,6 +73,39 @@ def seal(message: Message) -> bytes | None:
     except Exception:  # whoever sends it finds out, and says so
         return None
     return None if immediate else envelope
+
+
+class EnvelopeTemplate:
+    """Makes the envelopes of messages that differ in some texts only.
+
+    Args:
+        message: one of them, with something of its own at each place that differs.
+        headers: the names of its headers that differ.
+        properties: the names of its properties that do.
+
+    Raises:
+        ValueError: it has no envelope, or its places cannot be told apart.
+    """
+
+    def __init__(self, message: Message, headers: Iterable[str], properties: Iterable[str]) -> None:
+        if (envelope := seal(message)) is None:
+            raise ValueError("it has no envelope")
+        texts = {name: _value(message.headers[name]) for name in headers}
+        shorts = {name: _short(message.properties[name]) for name in properties}
+        # Before the table of headers: the flags, two short texts, and its length in four bytes.
+        table = 2 + len(_short(message.content_type)) + len(_short(message.content_encoding))
+        (length,) = unpack_from(">I", envelope, table)
+        self._before, rest = envelope[:table], envelope[table + 4 :]
+        self._fixed = length - sum(map(len, texts.values()))
+        self._texts, self._shorts = tuple(texts), tuple(shorts)
+        self._rest = Template(rest, {**texts, **shorts})
+
+    def filled(self, values: Mapping[str, str]) -> bytes:
+        """The envelope with these *values*; there may be more than are needed."""
+        texts = {name: _value(values[name]) for name in self._texts}
+        length = self._fixed + sum(map(len, texts.values()))
+        shorts = {name: _short(values[name]) for name in self._shorts}
+        return self._before + pack(">I", length) + self._rest.filled({**texts, **shorts})
 
 
 class _Encoder:

@@ -187,6 +187,19 @@ def test_what_is_published_in_a_transaction_is_what_celery_would_send(
     assert not ours.delayed
 
 
+@pytest.mark.parametrize("name", CALLED)
+def test_what_is_published_once_more_is_what_was_published_before(
+    street: Street, name: str
+) -> None:
+    """By then the form of a message may be known, and Celery is not asked to make it."""
+    publish(street.outbox, CALLED[name])
+    first = street.letters()
+
+    publish(street.outbox, CALLED[name])
+
+    assert street.letters() == first
+
+
 @pytest.mark.parametrize("name", HANDLED)
 def test_what_a_handled_message_publishes_is_what_celery_would_send(
     street: Street, name: str

@@ -19,7 +19,7 @@ from hypothesis import strategies as some
 from kombu import Producer
 from kombu.transport.pyamqp import Channel
 
-from celery_eda.message import Message
+from celery_eda.message import Encoded, Message
 from celery_eda.transports.base import publish_with
 from celery_eda.transports.frames import Frames, seal
 from tests.transports.letters import letter
@@ -107,13 +107,13 @@ def by_us(*messages: Message) -> bytes:
 
 def in_envelope(message: Message) -> bytes:
     """What is written of a message whose headers were encoded when it was captured."""
-    sealed = message.sealed(seal(message))
+    sealed = message.knowing(Encoded("", "", seal(message)))
     return by_us(sealed if sealed.envelope is None else blank(sealed))
 
 
 def blank(message: Message) -> Message:
     """*message* with nothing to encode but its envelope."""
-    return replace(message, headers={}, properties={}).sealed(message.envelope)
+    return replace(message, headers={}, properties={}).knowing(Encoded("", "", message.envelope))
 
 
 @pytest.mark.parametrize("message", LETTERS.values(), ids=LETTERS.keys())

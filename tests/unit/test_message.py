@@ -6,7 +6,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from celery_eda.message import Identity
+from celery_eda.message import Encoded, Identity
 from tests.transports.letters import letter
 
 ID = UUID("0191d1d0-7bdc-7000-8000-000000000001")
@@ -82,8 +82,8 @@ def test_an_identity_cannot_be_changed() -> None:
         Identity(ID).revision = 1  # type: ignore[misc]
 
 
-def test_a_message_that_is_made_of_another_has_not_its_envelope() -> None:
-    sealed = letter().sealed(b"headers and properties")
+def test_a_message_that_is_made_of_another_has_not_its_encoding() -> None:
+    sealed = letter().knowing(Encoded("headers", "properties", b"both"))
     body, headers = b"[]", {"id": "other"}
 
     made = [
@@ -91,5 +91,5 @@ def test_a_message_that_is_made_of_another_has_not_its_envelope() -> None:
         replace(sealed, headers=headers),
     ]
 
-    assert sealed.envelope == b"headers and properties"
-    assert [each.envelope for each in made] == [None] * 4
+    assert sealed.envelope == b"both"
+    assert [each.encoded for each in made] == [None] * 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -305,7 +306,7 @@ def test_a_message_without_a_number_takes_effect_as_it_comes(slot: Slot, lanes: 
     lanes.delay("a", 2)
     messages = slot.sent()
     headers = {k: v for k, v in messages[1].headers.items() if k != "eda_order"}
-    foreign = Message(**{**vars(messages[1]), "headers": headers})
+    foreign = replace(messages[1], headers=headers)
 
     slot.deliver(foreign)
 
@@ -345,7 +346,7 @@ def test_a_message_without_a_key_reads_and_writes_no_cursor(slot: Slot) -> None:
 def test_a_malformed_place_is_a_dead_letter(slot: Slot, lanes: Any, header: Any) -> None:
     lanes.delay("a", 1)
     (message,) = slot.sent()
-    forged = Message(**{**vars(message), "headers": {**message.headers, "eda_order": header}})
+    forged = replace(message, headers={**message.headers, "eda_order": header})
 
     assert isinstance(slot.deliver(forged), ValueError)
     assert [letter.reason for letter in slot.dead()] == ["malformed"]
