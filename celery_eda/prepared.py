@@ -288,8 +288,8 @@ class Prepared:
         values = {
             "id": task_id,
             "root_id": task_id,
-            "argsrepr": saferepr(args, amqp.argsrepr_maxsize, form.levels),
-            "kwargsrepr": saferepr(kwargs, amqp.kwargsrepr_maxsize, form.levels),
+            "argsrepr": _shown(args, amqp.argsrepr_maxsize, form.levels),
+            "kwargsrepr": _shown(kwargs, amqp.kwargsrepr_maxsize, form.levels),
             ID_HEADER: str(identity.id),
             "correlation_id": task_id,
             "reply_to": self._app.thread_oid,
@@ -310,6 +310,30 @@ def _are_alike(options: Mapping[str, Any]) -> bool:
 def _ancestry(parent: Any) -> tuple[Any, Any]:
     """What a message says of the task that publishes it: the first of its line, and itself."""
     return parent.request.root_id or parent.request.id, parent.request.id
+
+
+def _shown(arguments: Any, most: int, levels: int) -> str:
+    """What Celery shows of *arguments*; of plain ones that are all shown without its machinery."""
+    text = ""
+    if type(arguments) is tuple:
+        shown = [_PLAIN[type(each)](each) for each in arguments if type(each) in _PLAIN]
+        if len(shown) == len(arguments):
+            text = f"({', '.join(shown)}{',' if len(shown) == 1 else ''})"
+    elif not arguments and type(arguments) is dict:
+        text = "{}"
+    if text and len(text) < most and levels > 0:
+        return text
+    shown_by_celery: str = saferepr(arguments, most, levels)
+    return shown_by_celery
+
+
+#: How Celery shows what is most often an argument.
+_PLAIN: dict[type, Callable[[Any], str]] = {
+    str: lambda text: "'" + text.replace("'", "\\'") + "'",
+    int: str,
+    bool: str,
+    type(None): str,
+}
 
 
 def _json(text: str) -> str:

@@ -16,6 +16,7 @@ import pytest
 from celery import Celery, signals
 from celery._state import _task_stack
 from celery.app.routes import Router
+from celery.utils.saferepr import saferepr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 from kombu import Queue
@@ -25,6 +26,7 @@ from celery_eda import EDA, context
 from celery_eda.errors import PublishingForbidden
 from celery_eda.message import Identity, Message
 from celery_eda.outbox import to_row
+from celery_eda.prepared import _shown
 
 FRESH = Identity(UUID("0191d1d0-7bdc-7000-8000-000000000001"))
 BROKERS = {"rabbitmq": "amqp://", "redis": "redis://", "other": "memory://"}
@@ -149,6 +151,15 @@ def test_a_message_is_the_one_that_celery_would_have_made(
     assert ours == by_celery
     assert rows(publishing, ours) == rows(publishing, by_celery)
     assert [list(each.headers) for each in ours] == [list(each.headers) for each in by_celery]
+
+
+@given(
+    some.lists(json).map(tuple) | some.lists(json) | some.dictionaries(some.text(), json),
+    some.integers(0, 60) | some.just(1024),
+    some.integers(0, 4),
+)
+def test_arguments_are_shown_as_celery_shows_them(arguments: Any, most: int, levels: int) -> None:
+    assert _shown(arguments, most, levels) == saferepr(arguments, most, levels)
 
 
 CALLS: dict[str, Callable[[Publishing], Any]] = {
