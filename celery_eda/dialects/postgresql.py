@@ -23,16 +23,19 @@ from sqlalchemy import (
     func,
     select,
 )
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from celery_eda.dialects.base import Presence, Values
 from celery_eda.dialects.postgresql_heartbeat import Beating
 from celery_eda.dialects.postgresql_presence import Listening, channel_of, key_of
+from celery_eda.dialects.statements import made_once
 from celery_eda.dialects.upserting import Upserting
 from celery_eda.tables import Tables
 
-_ARRAYS = {
+#: Of the columns of the outbox that are no text.
+_TYPES = {
     "message_id": "uuid", "revision": "int4", "body": "bytea", "delay": "float8",
     "envelope": "bytea",
 }  # fmt: skip
@@ -92,19 +95,53 @@ class PostgreSQL(Upserting):
     def add(self, connection: Connection, table: Table, rows: Sequence[Values]) -> list[int]:
         if connection.dialect.driver != "psycopg":
             return super().add(connection, table, rows)
-        names = list(rows[0])
-        # Binary arrays: one statement for any number of rows, 2 to 4 times as fast as the rest.
-        arrays = ", ".join(f"%b::{_ARRAYS.get(name, 'text')}[]" for name in names)
-        target = connection.dialect.identifier_preparer.format_table(table)
-        columns = ", ".join(name for name in names if name != "delay")
-        result = connection.exec_driver_sql(
-            f"INSERT INTO {target} ({columns}, available_at, created_at) "
-            f"SELECT {columns}, clock_timestamp() + make_interval(secs => delay), "
-            f"clock_timestamp() FROM unnest({arrays}) WITH ORDINALITY "
-            f"AS row({', '.join(names)}, position) ORDER BY position RETURNING id",
-            tuple([row[name] for row in rows] for name in names),
+        names = tuple(rows[0])
+        if len(rows) == 1:
+            statement, values = self._adding_one(table, names), tuple(rows[0].values())
+        else:
+            statement = self._adding(table, names)
+            values = tuple([row[name] for row in rows] for name in names)
+        return list(connection.exec_driver_sql(statement, values).scalars())
+
+    @made_once
+    def _adding_one(self, table: Table, names: tuple[str, ...]) -> str:
+        values = (_scheduled(name, f"%b::{_TYPES.get(name, 'text')}") for name in names)
+        return (
+            f"INSERT INTO {self._named_columns(table, names)} "
+            f"VALUES ({', '.join(values)}, clock_timestamp()) RETURNING id"
         )
-        return [row.id for row in result]
+
+    @made_once
+    def _adding(self, table: Table, names: tuple[str, ...]) -> str:
+        """Binary arrays: one statement for any number of rows, 2 to 4 times as fast as the rest."""
+        arrays = ", ".join(f"%b::{_TYPES.get(name, 'text')}[]" for name in names)
+        return (
+            f"INSERT INTO {self._named_columns(table, names)} "
+            f"SELECT {', '.join(_scheduled(name, name) for name in names)}, clock_timestamp() "
+            f"FROM unnest({arrays}) WITH ORDINALITY AS row({', '.join(names)}, position) "
+            "ORDER BY position RETURNING id"
+        )
+
+    def _named_columns(self, table: Table, names: tuple[str, ...]) -> str:
+        columns = ("available_at" if name == "delay" else name for name in names)
+        return f"{_quoted(table)} ({', '.join(columns)}, created_at)"
+
+    def insert_once(
+        self, connection: Connection, table: Table, values: Values, now: str | None = None
+    ) -> bool:
+        if connection.dialect.driver != "psycopg":
+            return super().insert_once(connection, table, values, now)
+        statement = self._inserting_once(table, tuple(values), now)
+        return connection.exec_driver_sql(statement, tuple(values.values())).first() is not None
+
+    @made_once
+    def _inserting_once(self, table: Table, names: tuple[str, ...], now: str | None) -> str:
+        columns = ", ".join((*names, now) if now else names)
+        values = ", ".join(["%s"] * len(names) + ["clock_timestamp()"] * bool(now))
+        return (
+            f"INSERT INTO {_quoted(table)} ({columns}) VALUES ({values}) "
+            f"ON CONFLICT DO NOTHING RETURNING {next(iter(table.primary_key)).name}"
+        )
 
     def require_queues(self, url: URL) -> None:
         """It can: every PostgreSQL has LISTEN and advisory locks."""
@@ -144,6 +181,18 @@ class PostgreSQL(Upserting):
 
     def code_of(self, error: DBAPIError) -> object:
         return getattr(error.orig, "sqlstate", None)
+
+
+def _quoted(table: Table) -> str:
+    """The name of *table*, as statements have it."""
+    preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
+    name: str = preparer.format_table(table)
+    return name.replace("%", "%%")
+
+
+def _scheduled(name: str, value: str) -> str:
+    """The *value* of the column; of a delay, the time when it is over."""
+    return f"clock_timestamp() + make_interval(secs => {value})" if name == "delay" else value
 
 
 def _set(engine: Engine, **settings: int | str) -> None:
