@@ -31,6 +31,7 @@ from celery_eda.transports.base import (
     unknown,
     unroutable,
 )
+from celery_eda.transports.redis_payloads import Payloads
 
 # Not kombu's own list: it holds KeyError, which here means a queue that the app does not know.
 OUTAGES = (exceptions.ConnectionError, exceptions.TimeoutError, OperationalError, OSError)
@@ -63,6 +64,7 @@ class Redis:
             },
         )
         self._channel: Any = None
+        self._payloads: Payloads | None = None
         self._declared: set[str] = set()
 
     def publish(self, messages: Sequence[Message]) -> list[Answer]:
@@ -83,7 +85,8 @@ class Redis:
 
     def _send(self, messages: Sequence[Message]) -> list[Answer]:
         self._channel = self._channel or self._connect()
-        pipeline = _Pipeline(self._channel)
+        self._payloads = self._payloads or Payloads(self._channel)
+        pipeline = _Pipeline(self._channel, self._payloads)
         added = [self._put(message, pipeline) for message in messages]
         replies = pipeline.execute()
         return [
@@ -114,13 +117,14 @@ class Redis:
         """Declare afresh from now on: the server may have lost a binding."""
         self._declared = set()
         self._channel.state.clear()
+        self._payloads = None
 
     def _drop(self) -> None:
         if self._channel is not None:
             # Kombu would delete such queues with us; they belong to their consumers.
             self._channel.auto_delete_queues.clear()
         self._broker.collect()
-        self._channel = None
+        self._channel = self._payloads = None
         self._declared = set()
 
 
@@ -130,10 +134,11 @@ class _Pipeline:
     Stands in for a channel, to kombu's producer, and for a batch, to kombu's channel.
     """
 
-    def __init__(self, channel: Any) -> None:
+    def __init__(self, channel: Any, payloads: Payloads) -> None:
         self.prepare_message = channel.prepare_message
         self._channel = channel
         self._producer = Producer(self)
+        self._payloads = payloads
         self._commands: list[tuple[str, list[Any]]] = []
         self._used: list[int] = []
 
@@ -149,11 +154,20 @@ class _Pipeline:
             # since they have one delivery tag.
             for queue in subscribers(self._bindings, message.routing_key):
                 publish_with(self._producer, replace(message, exchange="", routing_key=queue))
+        elif made := self._payloads.of(message):
+            self.add("lpush", *made)
         else:
             publish_with(self._producer, message)
+            self._learn(message)
         if not self._used:
             raise unroutable(message)
         return self._used
+
+    def _learn(self, message: Message) -> None:
+        """If kombu has pushed *message* to a list and done nothing else, do the next ones so."""
+        if len(self._used) == 1 and self._commands[-1][0] == "lpush":
+            _, (key, *payloads) = self._commands[-1]
+            self._payloads.learn(message, key, payloads[-1])
 
     @cached_property
     def _bindings(self) -> list[tuple[str, str, str]]:
