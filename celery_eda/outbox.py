@@ -140,24 +140,22 @@ def from_row(row: Row[Any]) -> Message:
     envelope = getattr(row, "envelope", None)
     encoded = Encoded(row.headers, row.properties, envelope and bytes(envelope))
     read: Callable[[str], Mapping[str, Any]] = Unread if encoded.envelope else _loads
-    return _made(row, read(row.headers), read(row.properties)).knowing(encoded)
-
-
-def _made(row: Row[Any], headers: Mapping[str, Any], properties: Mapping[str, Any]) -> Message:
-    return Message(
-        identity=Identity(row.message_id, row.revision),
-        task=row.task,
-        body=bytes(row.body),
-        content_type=row.content_type,
-        content_encoding=row.content_encoding,
-        headers=headers,
-        properties=properties,
-        exchange=row.exchange,
-        routing_key=row.routing_key,
-        queue=row.queue,
-        preparation=tuple((name, arguments) for name, arguments in json.loads(row.preparation))
-        if row.preparation
-        else (),
+    preparation = json.loads(row.preparation) if row.preparation else ()
+    return Message.made(
+        {
+            "identity": Identity(row.message_id, row.revision),
+            "task": row.task,
+            "body": bytes(row.body),
+            "content_type": row.content_type,
+            "content_encoding": row.content_encoding,
+            "headers": read(row.headers),
+            "properties": read(row.properties),
+            "exchange": row.exchange,
+            "routing_key": row.routing_key,
+            "queue": row.queue,
+            "preparation": tuple((name, arguments) for name, arguments in preparation),
+            "encoded": encoded,
+        }
     )
 
 
