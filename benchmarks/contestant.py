@@ -27,11 +27,13 @@ class Measured:
         value: what it returned.
         seconds: from its beginning to its end.
         cpu: seconds of CPU of the whole process meanwhile, all threads.
+        machine: the same of all processes, servers among them.
     """
 
     value: Any
     seconds: float
     cpu: float
+    machine: float
 
 
 class ContestantFailed(Exception):

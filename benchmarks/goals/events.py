@@ -79,7 +79,7 @@ def _emitted_and_sent(service: Contestant) -> Measured:
     sent = service.do("drain")
     if sent.value != TOGETHER:
         raise RuntimeError(f"{sent.value} of {TOGETHER} events were sent")
-    return Measured((apart, together), sent.seconds, sent.cpu)
+    return Measured((apart, together), sent.seconds, sent.cpu, sent.machine)
 
 
 def _handled(stage: Stage, number: int) -> float:

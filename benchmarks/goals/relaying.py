@@ -52,12 +52,22 @@ class Race:
             for name, rounds in measured.items()
         }
 
+    def machine(self, measured: dict[str, list[Measured]]) -> dict[str, float]:
+        """Microseconds of CPU per message of all processes together, by way; its median."""
+        return {
+            f"{name}, and all others": figures.median(
+                [each.machine / self.ways[name][0] * 1e6 for each in rounds]
+            )
+            for name, rounds in measured.items()
+        }
+
 
 def s1(stage: Stage, scale: float) -> Result:
     """The relay to RabbitMQ: classic and quorum queues, beside peers on the classic one."""
     count, fewer = max(1, round(MESSAGES * scale)), max(1, round(OF_PEERS * scale))
     rates: dict[str, list[float]] = {}
     cpu: dict[str, list[float]] = {}
+    machine: dict[str, float] = {}
     not_compared: dict[str, str] = {}
     for kind in ("quorum", "classic"):
         with stage.cast() as cast:
@@ -76,6 +86,7 @@ def s1(stage: Stage, scale: float) -> Result:
             measured = race.run(ROUNDS)
         rates.update(race.rates(measured))
         cpu.update(race.cpu(measured))
+        machine.update(race.machine(measured))
     limits = {"quorum": 0.90, "classic": 0.80}
     checks = [
         Check.of(
@@ -97,7 +108,7 @@ def s1(stage: Stage, scale: float) -> Result:
         checks,
         runs=ROUNDS,
         medians={f"{name}, messages/s": figures.median(each) for name, each in rates.items()},
-        cpu={name: figures.median(each) for name, each in cpu.items()},
+        cpu={name: figures.median(each) for name, each in cpu.items()} | machine,
         compared=(
             f"{count} messages of about 1 KB, persistent; ours and the limit with a confirm for "
             "each; plain Celery and django-celery-outbox with its defaults without confirms, "
@@ -134,7 +145,7 @@ def s2(stage: Stage, scale: float) -> Result:
         ],
         runs=ROUNDS,
         medians={f"{name}, messages/s": figures.median(each) for name, each in rates.items()},
-        cpu={name: figures.median(each) for name, each in cpu.items()},
+        cpu={name: figures.median(each) for name, each in cpu.items()} | race.machine(measured),
         compared=(
             f"{count} messages of about 1 KB (kombu's publish: {fewer}), to one list of a Redis "
             "that has every command on disk before it answers (appendfsync always)."
