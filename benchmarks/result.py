@@ -75,7 +75,7 @@ class Result:
     """All of one goal.
 
     Attributes:
-        goal: its number, S1 to S14.
+        goal: its number, S1 to S15.
         checks: its conditions; the first one gives the line its ratio and target.
         runs: rounds that counted.
         medians: by case and unit, what the ratios were made of.

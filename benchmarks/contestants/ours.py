@@ -52,6 +52,12 @@ def insert_one(session: Session, number: int) -> None:
     session.execute(insert(effects).values(name="bench", number=number))
 
 
+@eda.task(name="bench.keep", key="key")
+def keep(session: Session, key: str, number: int) -> None:
+    """One row, in its place among the messages of its key."""
+    session.execute(insert(effects).values(name=key, number=number))
+
+
 @eda.task(name="bench.start")
 def start(number: int) -> None:
     """Tells when it starts."""
@@ -296,6 +302,26 @@ def handle(count: int) -> None:
             insert_one.pop_request()
 
 
+def keep_order(count: int, keys: int) -> None:
+    """Publish *count* messages of so many keys in one transaction, and deliver each, without a
+    broker.
+    """
+    with eda.transaction():
+        for number in range(count):
+            keep.delay(f"key {number % keys}", number)
+    with eda.relay_engine.begin() as connection:
+        pending = eda.outbox.claim(connection, "0" * 32, count)
+        eda.outbox.clear(connection, "0" * 32, [each.id for each in pending])
+    assert len(pending) == count, "some are not there"
+    for each in pending:
+        args, kwargs, _ = json.loads(each.message.body)
+        keep.push_request(**{**each.message.headers, "called_directly": False})
+        try:
+            keep(*args, **kwargs)
+        finally:
+            keep.pop_request()
+
+
 def handle_bare(count: int) -> None:
     """What that task does, in *count* transactions of the user's own."""
     for number in range(count):
@@ -310,7 +336,7 @@ VERBS: dict[str, Any] = {
         *(ask, ask_slowly, flood, fill, fill_beside_work, work, start_after_commit),
         *(settle, waiting, drain, relay_until_told, fill_and_notify),
         *(publish_starts, occupy, take_bare),
-        *(handle, handle_bare, claim_and_clear),
+        *(handle, handle_bare, keep_order, claim_and_clear),
         *(emit, emit_together, subscribe, heard, read_page, fold_stream),
     )
 }

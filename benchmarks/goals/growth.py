@@ -190,17 +190,17 @@ def copy(url: str, count: int) -> None:
     _tidy(engine)
 
 
-def remember(url: str, count: int) -> None:
-    """Fill the inbox with so many messages that were handled."""
+def remember(url: str, count: int, days: int = 0) -> None:
+    """Fill the inbox with so many messages that were handled some *days* ago."""
     engine = create_engine(url)
     with engine.begin() as connection:
         connection.execute(
             text(
                 "INSERT INTO eda_inbox (consumer, message_id, revision, outcome, at) "
-                "SELECT 'bench.insert', gen_random_uuid(), 0, 'done', now() "
-                "FROM generate_series(1, :count)"
+                "SELECT 'bench.insert', gen_random_uuid(), 0, 'done', "
+                "now() - make_interval(days => :days) FROM generate_series(1, :count)"
             ),
-            {"count": count},
+            {"count": count, "days": days},
         )
     _tidy(engine)
 
