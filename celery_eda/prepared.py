@@ -15,7 +15,8 @@ from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, signals
-from celery.app.amqp import AMQP
+from celery.app import amqp as app_amqp
+from celery.app import base as app_base
 from celery.app.routes import MapRoute, Router
 from celery.backends.rpc import RPCBackend
 from celery.utils.saferepr import saferepr
@@ -64,7 +65,7 @@ class Form:
     """What the messages of one kind have in common.
 
     Attributes:
-        first: one of them.
+        first: one of them, without its body.
         serializer: of their bodies.
         router: by which Celery found their route.
         queue: which Celery found, as it was declared.
@@ -98,7 +99,7 @@ class Form:
         )
         texts = app.eda.outbox.encode(marked)
         return cls(
-            first,
+            first.knowing(None, body=b""),
             serializer,
             app.amqp.router,
             app.amqp.queues.get(first.queue),
@@ -270,9 +271,14 @@ class Prepared:
         """Whether nothing has a say in a message but what a form knows."""
         amqp, conf = self._app.amqp, self._app.conf
         return (
-            getattr(self._send_task, "__func__", None) is Celery.send_task
-            and amqp.create_task_message.__func__ is AMQP.as_task_v2
-            and type(amqp)._create_task_sender is AMQP._create_task_sender
+            all(
+                _is_from(module, function)
+                for module, function in (
+                    (app_base, self._send_task),
+                    (app_amqp, amqp.create_task_message),
+                    (app_amqp, amqp._create_task_sender),
+                )
+            )
             and type(amqp.router) is Router
             and all(type(route) is MapRoute for route in amqp.router.routes)
             and not conf.task_always_eager
@@ -305,6 +311,12 @@ def _are_alike(options: Mapping[str, Any]) -> bool:
         name in ALIKE or name == "key" or (name in ABSENT and value is None)
         for name, value in options.items()
     )
+
+
+def _is_from(module: Any, method: Any) -> bool:
+    """Whether the code of *method* is the module's own, and not that of a wrapper around it."""
+    code = getattr(getattr(method, "__func__", None), "__code__", None)
+    return code is not None and code.co_filename == module.__file__
 
 
 def _ancestry(parent: Any) -> tuple[Any, Any]:

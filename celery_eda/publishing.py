@@ -28,6 +28,7 @@ from celery_eda.prepared import Prepared
 from celery_eda.recording import RecordingPool, RecordingProducer
 from celery_eda.transports import SafeConnection, undelivered
 
+_NOTHING = nullcontext()
 #: Longest delay that the outbox keeps; databases end in the year 9999.
 LONGEST_DELAY = timedelta(days=36500)
 
@@ -52,10 +53,11 @@ class Publisher:
         Raises:
             OutsideTransaction: the settings forbid it.
         """
-        stores = self.outside == "store" or (self.outside is None and self.is_reliable(task))
-        if stores or self.outside == "raise":
-            return self.stored(task, self.store)
-        return nullcontext()
+        if self.outside == "send" or context.current_transaction() is not None:
+            return _NOTHING
+        if self.outside is None and not self.is_reliable(task):
+            return _NOTHING
+        return self.stored(task, self.store)
 
     @contextmanager
     def stored(self, what: str, store: Callable[[Sequence[Message]], None]) -> Iterator[None]:
@@ -218,12 +220,11 @@ def store_outside(app: Celery) -> None:
     def send_task_apart(
         name: str, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any
     ) -> Any:
-        if (transaction := context.current_transaction()) is None:
-            with app.eda.publisher.apart(name):
+        with app.eda.publisher.apart(name):
+            transaction = context.current_transaction()
+            if transaction is None or rest:
                 return send_task(name, args, kwargs, *rest, **options)
-        if rest:
-            return send_task(name, args, kwargs, *rest, **options)
-        return prepared.send(transaction, name, args, kwargs, options)
+            return prepared.send(transaction, name, args, kwargs, options)
 
     app.send_task = send_task_apart
 

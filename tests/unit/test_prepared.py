@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import wraps
+from json import loads as json_of
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -21,12 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 from kombu import Queue
 from kombu.utils import uuid as make_id
+from sqlalchemy import select
 
 from celery_eda import EDA, context
 from celery_eda.errors import PublishingForbidden
 from celery_eda.message import Identity, Message
 from celery_eda.outbox import to_row
 from celery_eda.prepared import _shown
+from celery_eda.upgrading import upgrade
 
 FRESH = Identity(UUID("0191d1d0-7bdc-7000-8000-000000000001"))
 BROKERS = {"rabbitmq": "amqp://", "redis": "redis://", "other": "memory://"}
@@ -345,12 +350,30 @@ def test_a_task_that_is_called_wrongly_says_so(known: Publishing) -> None:
         known.publish(known.order.delay)
 
 
-def test_an_app_that_sends_in_its_own_way_is_asked(tmp_path: Path) -> None:
-    class Own(Celery):
-        def send_task(self, *args: Any, **options: Any) -> Any:
-            return super().send_task(*args, **options, headers={"own": True})
+def traced(send_task: Any) -> Any:
+    """What instrumentation makes of Celery's own function."""
 
-    app = Own(broker="amqp://", set_as_current=False)
+    @wraps(send_task)
+    def send_traced(*args: Any, **options: Any) -> Any:
+        return send_task(*args, **{**options, "headers": {"traced": True}})
+
+    return send_traced
+
+
+class Own(Celery):
+    """Sends in a way of its own."""
+
+    def send_task(self, *args: Any, **options: Any) -> Any:
+        return super().send_task(*args, **options, headers={"traced": True})
+
+
+@pytest.mark.parametrize("kind", [Own, Celery])
+def test_an_app_that_sends_in_its_own_way_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Celery]
+) -> None:
+    if kind is Celery:
+        monkeypatch.setattr(Celery, "send_task", traced(Celery.send_task))
+    app = kind(broker="amqp://", set_as_current=False)
     app.conf.eda_database_url = f"sqlite:///{tmp_path}/shop.db"
     EDA(app)
     collected = context.Collected()
@@ -358,4 +381,30 @@ def test_an_app_that_sends_in_its_own_way_is_asked(tmp_path: Path) -> None:
         for _ in range(3):
             app.send_task("pay")
 
-    assert [each.headers["own"] for each in collected.messages] == [True] * 3
+    assert [each.headers["traced"] for each in collected.messages] == [True] * 3
+
+
+def test_what_is_stored_outside_any_transaction_is_made_so_too(
+    tmp_path: Path, routed: list[str]
+) -> None:
+    it = Publishing("amqp://", tmp_path)
+    upgrade(it.eda.engine, it.eda.tables)
+    it.app.conf.eda_send_after_commit = False
+
+    for number in range(3):
+        it.order.delay(number)
+
+    assert routed == ["order"]
+    with it.eda.engine.connect() as connection:
+        rows = connection.execute(select(it.eda.tables.outbox).order_by("id")).all()
+        assert [json_of(row.body)[0] for row in rows] == [[0], [1], [2]]
+
+
+def test_a_form_does_not_keep_the_body_of_the_message_that_it_was_learned_from(
+    known: Publishing,
+) -> None:
+    known.publish(lambda: known.pay.delay("x" * 10**6))
+    prepared = inspect.getclosurevars(known.app.send_task).nonlocals["prepared"]
+
+    assert prepared._forms
+    assert [each.first.body for each in prepared._forms.values()] == [b""]
