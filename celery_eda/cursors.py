@@ -12,14 +12,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
     Row,
+    Select,
     Table,
+    Update,
     and_,
+    bindparam,
     delete,
     func,
     or_,
@@ -311,11 +315,8 @@ class Cursors:
     def _read(
         self, connection: Connection, consumer: str, lane: Lane, *, lock: bool = False
     ) -> Cursor:
-        columns = self.table.c
-        query = select(
-            columns.epoch, columns.last, columns.base, columns.held, columns.parked
-        ).where(self._is_of(self.table, consumer, lane))
-        row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+        query = self._locking if lock else self._reading
+        row = self.dialect.execute(connection, query, _its(consumer, lane)).one_or_none()
         return Cursor() if row is None else Cursor(*row, written=True)
 
     def _move(
@@ -326,29 +327,46 @@ class Cursors:
         Returns:
             How many messages are parked.
         """
-        lane, columns = position.lane, self.table.c
+        lane = position.lane
         if not cursor.written:
             moved = Cursor(position.epoch, position.number)
             if not self._insert(connection, consumer, lane, moved):
                 raise GotAhead
             return 0
-        result = connection.execute(
-            update(self.table)
-            .where(
-                self._is_of(self.table, consumer, lane),
-                columns.epoch == cursor.epoch,
-                columns.last == cursor.last,
-            )
-            .values(
-                epoch=position.epoch,
-                last=position.number,
-                base=cursor.base if position.epoch == cursor.epoch else 0,
-                held=None,
-            )
-        )
-        if not result.rowcount:
+        values = {
+            **_its(consumer, lane),
+            "its_epoch": cursor.epoch,
+            "its_last": cursor.last,
+            "next_epoch": position.epoch,
+            "next_last": position.number,
+            "next_base": cursor.base if position.epoch == cursor.epoch else 0,
+        }
+        if not self.dialect.execute(connection, self._moving, values).rowcount:
             raise GotAhead
         return self._read(connection, consumer, lane).parked
+
+    # Made once: making one takes longer than having it run.
+
+    @cached_property
+    def _reading(self) -> Select[Any]:
+        columns = self.table.c
+        its = (columns[name] == bindparam(f"its_{name}") for name in _NAMES)
+        return select(
+            columns.epoch, columns.last, columns.base, columns.held, columns.parked
+        ).where(*its)
+
+    @cached_property
+    def _locking(self) -> Select[Any]:
+        return self._reading.with_for_update()
+
+    @cached_property
+    def _moving(self) -> Update:
+        columns = self.table.c
+        its = (columns[name] == bindparam(f"its_{name}") for name in (*_NAMES, "epoch", "last"))
+        following: dict[str, Any] = {
+            name: bindparam(f"next_{name}") for name in ("epoch", "last", "base")
+        }
+        return update(self.table).where(*its).values(**following, held=None)
 
     def _insert(self, connection: Connection, consumer: str, lane: Lane, cursor: Cursor) -> bool:
         values = {
@@ -404,6 +422,11 @@ class PlaceTaken(Exception):
 
 
 _NAMES = ("consumer", "source", "stream", "key")
+
+
+def _its(consumer: str, lane: Lane) -> dict[str, Any]:
+    """The parameters that name a cursor."""
+    return {f"its_{name}": value for name, value in _names(consumer, lane).items()}
 
 
 def _names(consumer: str, lane: Lane) -> dict[str, str]:

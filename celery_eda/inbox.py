@@ -92,7 +92,7 @@ class Inbox:
         elif outcome is not Outcome.done or result is not None:
             its = attempt(consumer, identity)
             values = {"its_outcome": outcome.value, "its_result": result}
-            connection.execute(self._completing, {**its, **values})
+            self.dialect.execute(connection, self._completing, {**its, **values})
 
     def close(
         self,
@@ -111,7 +111,8 @@ class Inbox:
 
     def find(self, connection: Connection, consumer: str, identity: Identity) -> Handled | None:
         """The recorded outcome of this attempt, if there is one."""
-        row = connection.execute(self._finding, attempt(consumer, identity)).one_or_none()
+        its = attempt(consumer, identity)
+        row = self.dialect.execute(connection, self._finding, its).one_or_none()
         return None if row is None else Handled(Outcome(row.outcome), row.result)
 
     def newest(self, connection: Connection, consumer: str) -> datetime | None:

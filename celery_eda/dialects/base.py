@@ -17,8 +17,10 @@ from sqlalchemy import (
     BindParameter,
     ColumnElement,
     Connection,
+    CursorResult,
     Delete,
     Engine,
+    Executable,
     Insert,
     Row,
     Select,
@@ -243,12 +245,18 @@ class Dialect:
     ) -> Sequence[Row[Any]]:
         if limit < 1:
             return []
-        return connection.execute(query, {"room": limit, **parameters}).all()
+        return self.execute(connection, query, {"room": limit, **parameters}).all()
+
+    def execute(
+        self, connection: Connection, statement: Executable, parameters: Values
+    ) -> CursorResult[Any]:
+        """Execute a *statement* that is made once."""
+        return connection.execute(statement, parameters)
 
     def clear(self, connection: Connection, table: Table, owner: str, ids: Sequence[int]) -> int:
         """Delete claimed rows; returns how many of them were still the owner's."""
         parameters = {"ids": self._as_parameter(ids), "its_owner": owner}
-        return connection.execute(self._clearing(table), parameters).rowcount
+        return self.execute(connection, self._clearing(table), parameters).rowcount
 
     @made_once
     def _clearing(self, table: Table) -> Delete | TextClause:

@@ -12,7 +12,9 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Connection,
+    CursorResult,
     Engine,
+    Executable,
     Integer,
     Table,
     bindparam,
@@ -23,6 +25,7 @@ from sqlalchemy import (
     func,
     select,
 )
+from sqlalchemy import Dialect as SQLAlchemyDialect
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -91,6 +94,21 @@ class PostgreSQL(Upserting):
     def _is_named(self, table: Table) -> ColumnElement[bool]:
         # One parameter for any number of ids, so that the statement stays the same to the server.
         return table.c.id == func.any(bindparam("ids", type_=ARRAY(BigInteger)))
+
+    def execute(
+        self, connection: Connection, statement: Executable, parameters: Values
+    ) -> CursorResult[Any]:
+        # SQLAlchemy would look up what it has made of the statement, for longer than that runs.
+        if connection.dialect.driver != "psycopg":
+            return super().execute(connection, statement, parameters)
+        text, values = self._compiled(statement, connection.dialect)
+        return connection.exec_driver_sql(text, {**values, **parameters})
+
+    @made_once
+    def _compiled(self, statement: Any, dialect: SQLAlchemyDialect) -> tuple[str, Values]:
+        """The text of a statement, and the values that it has already."""
+        compiled = statement.compile(dialect=dialect)
+        return str(compiled), compiled.params
 
     def add(self, connection: Connection, table: Table, rows: Sequence[Values]) -> list[int]:
         if connection.dialect.driver != "psycopg":
