@@ -161,14 +161,16 @@ class Prepared:
             return self._fill(form, transaction, name, arguments, options, parent)
         if not self._may_learn(kind, options):
             return self._send_task(name, args, kwargs, **options)
-        collected = context.Collected()
+        collected, made_for = context.Collected(), self._made_for
         with context.scope_of(collected):
             result = self._send_task(name, args, kwargs, **options)
         for message in collected.messages:
             transaction.capture(message)
-        # The first message of all has Celery set itself up.
+        form = self._learn(collected.messages, arguments, options, parent)
         self._forget_what_changed()
-        self._forms[kind] = self._learn(collected.messages, arguments, options, parent)
+        # Else a setting has changed meanwhile, if only because Celery was used for the first time.
+        if self._made_for is made_for:
+            self._forms[kind] = form
         return result
 
     def _kind(self, name: str, args: Any, kwargs: Any, options: dict[str, Any], parent: Any) -> Any:

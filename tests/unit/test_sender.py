@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -42,3 +43,36 @@ def test_what_is_committed_after_a_mistake_is_sent_all_the_same() -> None:
         time.sleep(0.01)
 
     assert relay.asked == [1, 2]
+
+
+class Slow:
+    """Stands for a relay that takes its time."""
+
+    settings = Settings()
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+        self.done = threading.Event()
+
+    def send(self, ids: Sequence[int]) -> Round:
+        self.asked.append(list(ids))
+        time.sleep(0.05)
+        self.done.set()
+        return Round(confirmed=len(ids))
+
+    def close(self) -> None:
+        """Nothing is connected."""
+
+
+def test_what_is_committed_while_the_sender_rests_leaves_together() -> None:
+    relay: Any = Slow()
+    sender = Sender(lambda: relay)
+
+    sender.hand_off([1])
+    assert relay.done.wait(30)
+    for row_id in (2, 3, 4):
+        sender.hand_off([row_id])
+        time.sleep(0.001)
+    sender.finish()
+
+    assert relay.asked == [[1], [2, 3, 4]]
