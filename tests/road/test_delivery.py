@@ -148,7 +148,8 @@ def test_a_policy_counts_the_attempts_of_a_message_across_workers_and_copies(
     assert road.effects("unsteady") == road.effects() == Counter([8])
     assert road.ends(hopeless.headers["eda_id"]) == ["retried", "retried", "retried", "dead"]
     assert road.ends(patient.headers["eda_id"]) == ["retried", "retried", "retried", "done"]
-    assert plain.AsyncResult(hopeless.headers["id"]).state == "FAILURE"
+    # As with Celery's own retries: a worker may tell of an attempt after another one of the end.
+    assert plain.AsyncResult(hopeless.headers["id"]).state in ("FAILURE", "RETRY")
 
 
 def test_a_delayed_message_waits_in_the_outbox_and_nowhere_else(road: Road, plain: Celery) -> None:
