@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from celery_eda.relay import Round
 from celery_eda.sender import Sender
 from celery_eda.settings import Settings
@@ -56,7 +58,7 @@ class Slow:
 
     def send(self, ids: Sequence[int]) -> Round:
         self.asked.append(list(ids))
-        time.sleep(0.05)
+        time.sleep(0.5)
         self.done.set()
         return Round(confirmed=len(ids))
 
@@ -64,7 +66,11 @@ class Slow:
         """Nothing is connected."""
 
 
-def test_what_is_committed_while_the_sender_rests_leaves_together() -> None:
+def test_what_is_committed_while_the_sender_rests_leaves_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It rests for half a second, in which a thread that did not would take them one by one."""
+    monkeypatch.setattr("celery_eda.sender.LONGEST_REST", 10.0)
     relay: Any = Slow()
     sender = Sender(lambda: relay)
 
@@ -72,7 +78,7 @@ def test_what_is_committed_while_the_sender_rests_leaves_together() -> None:
     assert relay.done.wait(30)
     for row_id in (2, 3, 4):
         sender.hand_off([row_id])
-        time.sleep(0.001)
+        time.sleep(0.01)
     sender.finish()
 
     assert relay.asked == [[1], [2, 3, 4]]
