@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,17 +73,16 @@ def s14(stage: Stage, scale: float) -> Result:
     waiting = max(2 * TAKEN_ONE_BY_ONE, round(WAITING * scale))
     with Marks(stage.folder) as marks, stage.cast() as cast:
         queues = _queues(stage, cast, marks)
-        rates = _rates(stage, queues, marks)
-        with _old_transactions(stage):
-            of_postgresql = {name: queues[name] for name in (OURS, PEER)}
-            aged = _rates(stage, of_postgresql, marks)
+        beside, holding = _queues_beside_old(stage, cast, marks)
+        with holding:
+            rates = _rates(stage, {**queues, **beside}, marks)
         workers = {name: queue.work(cast) for name, queue in queues.items()}
         late = interleaved(
             {name: partial(queue.latencies, marks) for name, queue in queues.items()},
             rounds=ROUNDS,
         )
         idle = _idle(workers)
-    ages = {name: _ages(rates[name], each) for name, each in aged.items()}
+    ages = {name: _ages(rates[name], rates.pop(_aged(name))) for name in (OURS, PEER)}
     what = "worked off/s without an old transaction ÷ beside one"
     checks = [Check.of(f"{OURS}: {what}", ages[OURS], at_most=TARGET)]
     medians = {f"{PEER}: {what}": figures.median(ages[PEER])}
@@ -128,32 +127,34 @@ def _rates(
     return interleaved(cases, rounds=ROUNDS)
 
 
-def _queues(stage: Stage, cast: Cast, marks: Marks) -> dict[str, Queue]:
-    def ours(**places: str) -> Queue:
-        where = {**places, "BENCH_MARKS": marks.path}
-        publisher = cast.contestant("ours", **where)
-        return Queue(publisher, lambda cast: cast.worker("ours", **where), "start_after_commit")
+def _of_ours(cast: Cast, marks: Marks, places: dict[str, str]) -> Queue:
+    where = {**places, "BENCH_MARKS": marks.path}
+    publisher = cast.contestant("ours", **where)
+    return Queue(publisher, lambda cast: cast.worker("ours", **where), "start_after_commit")
 
+
+def _of_peer(cast: Cast, marks: Marks, database: str) -> Queue:
+    where = {"BENCH_DATABASE": database, "BENCH_MARKS": marks.path}
+    publisher = cast.contestant("procrastinate", **where)
+    publisher.do("prepare")
+    words = ("benchmarks.contestants.procrastinate", "work")
+    return Queue(publisher, lambda cast: cast.program(*words, **where), "start_at_once")
+
+
+def _queues(stage: Stage, cast: Cast, marks: Marks) -> dict[str, Queue]:
     def plain(broker: str) -> Queue:
         where = {"BENCH_BROKER": broker, "BENCH_MARKS": marks.path, "BENCH_LATE": "1"}
         publisher = cast.contestant("plain", **where)
         return Queue(publisher, lambda cast: cast.worker("plain", **where), "start_at_once")
 
-    def procrastinate() -> Queue:
-        where = {"BENCH_DATABASE": stage.database(), "BENCH_MARKS": marks.path}
-        publisher = cast.contestant("procrastinate", **where)
-        publisher.do("prepare")
-        words = ("benchmarks.contestants.procrastinate", "work")
-        return Queue(publisher, lambda cast: cast.program(*words, **where), "start_at_once")
-
     rabbitmq = {"BENCH_BROKER": stage.broker("rabbitmq"), "BENCH_DATABASE": stage.database()}
     return {
-        "eda+sqlite": ours(**_places(stage, "eda+sqlite")),
-        OURS: ours(**_places(stage, OURS)),
-        "RabbitMQ, outbox and relay": ours(**rabbitmq),
+        "eda+sqlite": _of_ours(cast, marks, _places(stage, "eda+sqlite")),
+        OURS: _of_ours(cast, marks, _places(stage, OURS)),
+        "RabbitMQ, outbox and relay": _of_ours(cast, marks, rabbitmq),
         "Redis, plain": plain(stage.broker("redis")),
         "sqla+sqlite, plain": plain(f"sqla+sqlite:///{_file(stage)}"),
-        PEER: procrastinate(),
+        PEER: _of_peer(cast, marks, stage.database()),
     }
 
 
@@ -182,21 +183,25 @@ def _idle(workers: dict[str, Worker]) -> dict[str, float]:
     return {name: 1000 * (each.cpu() - before[name]) / took for name, each in workers.items()}
 
 
-@contextmanager
-def _old_transactions(stage: Stage) -> Iterator[None]:
-    """In each database a transaction is open that saw it as it was before."""
-    engine = create_engine(stage.postgresql.url)
-    with ExitStack() as stack:
+def _aged(name: str) -> str:
+    """The same queue, beside an old transaction."""
+    return f"{name}, old transaction beside"
+
+
+def _queues_beside_old(
+    stage: Stage, cast: Cast, marks: Marks
+) -> tuple[dict[str, Queue], ExitStack]:
+    """Two queues in databases of their own, in each of which a transaction is open all the time."""
+    places = _places(stage, OURS)
+    peer = stage.database()
+    queues = {_aged(OURS): _of_ours(cast, marks, places), _aged(PEER): _of_peer(cast, marks, peer)}
+    stack = ExitStack()
+    for url in (places["BENCH_DATABASE"], peer):
+        engine = create_engine(url, isolation_level="REPEATABLE READ")
         stack.callback(engine.dispose)
-        with engine.connect() as connection:
-            query = "SELECT datname FROM pg_database WHERE datname LIKE 'eda_test_%'"
-            names = connection.scalars(text(query)).all()
-        for name in names:
-            url = engine.url.set(database=name)
-            old = create_engine(url, isolation_level="REPEATABLE READ").connect()
-            stack.callback(old.close)
-            old.execute(text("SELECT count(*) FROM pg_class"))
-        yield
+        connection = stack.enter_context(engine.connect())
+        connection.execute(text("SELECT count(*) FROM pg_class"))
+    return queues, stack
 
 
 def _ages(before: list[tuple[float, float]], after: list[tuple[float, float]]) -> list[float]:
