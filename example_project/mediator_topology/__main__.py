@@ -73,6 +73,7 @@ def tell(town: Town) -> dict[str, Any]:
         words = ("signal", f"order {number}", "manager", "--value", json.dumps(decision))
         town.command("order", "sagas", *words)
     barista.start()
+    wait_until(lambda: _ended(order) == ORDERS + 2, "the end of both")
     for number in range(LATER):
         order.place(customers[number % len(customers)], OTHER)
     wait_until(lambda: _ended(order) == ORDERS + 2 + LATER, "every order delivered or discarded")
