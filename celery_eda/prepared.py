@@ -56,10 +56,6 @@ MOST_KINDS = 1000
 Arguments = tuple[Any, Mapping[str, Any]]
 
 
-class Unlike(ValueError):
-    """No other message can be made like this one."""
-
-
 @dataclass(frozen=True)
 class Form:
     """What the messages of one kind have in common.
@@ -70,6 +66,9 @@ class Form:
         router: by which Celery found their route.
         queue: which Celery found, as it was declared.
         levels: how deep their arguments are shown.
+        headers: of them, as JSON.
+        properties: likewise.
+        envelope: both as the broker's protocol has them, None if it needs none.
     """
 
     first: Message
@@ -86,10 +85,10 @@ class Form:
         """The form of a message that Celery made.
 
         Raises:
-            Unlike: there is more about it than a form has.
+            ValueError: there is more about it than a form has.
         """
         if first.queue is None or first.due or first.preparation or first.draft:
-            raise Unlike
+            raise ValueError("no other message can be made like this one")
         headers = [name for name in HEADERS if first.headers[name] is not None]
         marks = {name: f"<{name} {uuid()}>" for name in (*headers, *PROPERTIES)}
         marked = first.knowing(
