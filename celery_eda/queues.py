@@ -6,9 +6,9 @@ that fence can complete it. A lease has no end by the clock; it ends when its ta
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import Any
 
 from sqlalchemy import (
@@ -16,7 +16,6 @@ from sqlalchemy import (
     Engine,
     Row,
     Table,
-    bindparam,
     delete,
     func,
     insert,
@@ -24,11 +23,9 @@ from sqlalchemy import (
     update,
 )
 
-from celery_eda.dialects.base import Dialect, Presence
+from celery_eda.dialects.queueing import NOT_DUE, Passed, Presence, Queueing, lowest
 from celery_eda.tables import Tables
 
-#: The owner of a message whose time has not come.
-NOT_DUE = 0
 #: The exchange through which every queue is known by its name.
 BY_NAME = ""
 
@@ -74,7 +71,7 @@ class Queues:
     """The queues of one database. What is written takes effect with the caller's commit."""
 
     tables: Tables
-    dialect: Dialect
+    dialect: Queueing
 
     @property
     def table(self) -> Table:
@@ -84,35 +81,35 @@ class Queues:
 
     def put(self, connection: Connection, messages: Sequence[Waiting]) -> None:
         """Put *messages* into their queues, in this order, and wake who takes from those."""
-        if not messages:
-            return
-        now: Any = self.dialect.now()
-        if any(each.delay is not None or each.lifetime is not None for each in messages):
-            now = connection.scalar(select(now))
-        rows = [_row(each, now) for each in messages]
-        connection.execute(insert(self.table).values(at=now), rows)
-        self.dialect.wake(connection, self.tables, dict.fromkeys(each.queue for each in messages))
+        if messages:
+            self.dialect.enqueue(connection, self.tables, [vars(each) for each in messages])
 
     def lease(
-        self, connection: Connection, queue: str, taker: int, limit: int
+        self, connection: Connection, queue: str, taker: int, room: int, passed: Passed
     ) -> Sequence[Row[Any]]:
-        """Let *taker* have up to *limit* messages; nobody else gets them while it is there."""
-        return self.dialect.lease(connection, self.table, queue, taker, limit)
+        """Let *taker* have up to *room* messages; nobody else gets them while it is there.
 
-    def take(self, connection: Connection, queue: str, limit: int) -> Sequence[Row[Any]]:
-        """Take up to *limit* messages for good."""
-        return self.dialect.take(connection, self.table, queue, limit)
+        Only those are looked for that are behind the ids *passed*, of which each rank has one.
+        """
+        return self.dialect.lease(connection, self.table, queue, taker, room, passed)
+
+    def take(
+        self, connection: Connection, queue: str, room: int, passed: Passed
+    ) -> Sequence[Row[Any]]:
+        """Take up to *room* messages for good, likewise."""
+        return self.dialect.take(connection, self.table, queue, room, passed)
 
     def complete(self, connection: Connection, leases: Collection[Lease]) -> None:
         """Delete messages that are done with; those that somebody else has taken stay."""
         if leases:
-            connection.execute(delete(self.table).where(*self._is_leased()), _keys(leases))
+            done = [{"id": each.id, "fence": each.fence} for each in leases]
+            self.dialect.complete(connection, self.table, done)
 
     def give_back(self, connection: Connection, leases: Collection[Lease]) -> None:
         """Let others have messages again, at their old place."""
-        if leases:
-            statement = update(self.table).where(*self._is_leased()).values(owner=None)
-            connection.execute(statement, _keys(leases))
+        columns = self.table.c
+        for each in leases:
+            self._free(connection, (columns.id == each.id) & (columns.fence == each.fence))
 
     def come_due(self, connection: Connection) -> set[str]:
         """Let those be taken whose time has come; returns their queues."""
@@ -232,33 +229,12 @@ class Queues:
         return self._free(connection, self.table.c.owner == taker)
 
     def _free(self, connection: Connection, which: Any) -> set[str]:
-        statement = update(self.table).where(which).values(owner=None)
-        queues = set(connection.scalars(statement.returning(self.table.c.queue)))
-        self.dialect.wake(connection, self.tables, queues)
-        return queues
-
-    def _is_leased(self) -> Iterable[Any]:
+        """Let everybody have these messages, and wake who takes from their queues."""
         columns = self.table.c
-        return columns.id == bindparam("its_id"), columns.fence == bindparam("its_fence")
-
-
-def _keys(leases: Iterable[Lease]) -> list[dict[str, int]]:
-    return [{"its_id": each.id, "its_fence": each.fence} for each in leases]
-
-
-def _row(message: Waiting, now: Any) -> dict[str, Any]:
-    later = message.delay is not None and message.delay > 0
-    return {
-        "queue": message.queue,
-        "rank": message.rank,
-        "message": message.message,
-        "body": message.body,
-        "due": now + timedelta(seconds=message.delay) if later and message.delay else None,
-        "owner": NOT_DUE if later else None,
-        "expires_at": None
-        if message.lifetime is None
-        else now + timedelta(seconds=message.lifetime),
-    }
+        statement = update(self.table).where(which).values(owner=None)
+        found = lowest(connection.execute(statement.returning(columns.queue, columns.id)).all())
+        self.dialect.wake(connection, self.tables, found)
+        return set(found)
 
 
 def _moment(value: Any) -> datetime:

@@ -6,13 +6,12 @@ and leaves the commit to the caller, unless it says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
-    CTE,
     URL,
     BindParameter,
     ColumnElement,
@@ -39,54 +38,15 @@ from sqlalchemy.exc import DBAPIError, TimeoutError
 from celery_eda.dialects import idle
 from celery_eda.dialects.statements import made_once
 from celery_eda.errors import ConfigurationError
-from celery_eda.tables import Moment, Tables
+from celery_eda.tables import Moment
+
+if TYPE_CHECKING:
+    from celery_eda.dialects.queueing import Queueing
 
 Values = Mapping[str, Any]
 
 #: Sequences that one statement moves on: databases bound its parameters.
 SEQUENCES_AT_ONCE = 200
-
-
-class Presence(Protocol):
-    """That a taker is there, as the kernel or the server knows it, and how it is woken.
-
-    It ends with its process, however that ends, and needs no clock.
-    """
-
-    #: Distinguishes it from all others.
-    name: str
-
-    def announce(self, connection: Connection, taker: int) -> None:
-        """Be there as *taker*, before this transaction tells others of it."""
-        ...
-
-    def fileno(self) -> int:
-        """What becomes readable when there may be something to take."""
-        ...
-
-    def woken(self) -> frozenset[str] | None:
-        """The queues that it was woken for; None if nobody knows which. Never waits.
-
-        Raises:
-            OSError: it is there no more.
-        """
-        ...
-
-    def heard(self) -> frozenset[str]:
-        """The queues that it was woken for while it was busy with a statement."""
-        ...
-
-    def missed(self, connection: Connection) -> bool:
-        """Whether somebody has written without waking it."""
-        ...
-
-    def disown(self) -> None:
-        """Leave it to the parent, in a child that has just been forked."""
-        ...
-
-    def end(self) -> None:
-        """Be gone. Repeating it is harmless."""
-        ...
 
 
 class Dialect:
@@ -337,11 +297,8 @@ class Dialect:
 
     # ── queues: the database as the broker ──────────────────────────────────────────────────
 
-    #: Seconds between two looks of a taker at what nobody has told it.
-    glance = 1.0
-
-    def require_queues(self, url: URL) -> None:
-        """Make sure that the database at *url* can be the broker.
+    def queueing(self, url: URL) -> Queueing:
+        """This dialect as that of a broker, which the database at *url* is to be.
 
         Raises:
             ConfigurationError: it cannot wake who waits for a message, or not tell who is gone.
@@ -349,61 +306,6 @@ class Dialect:
         raise ConfigurationError(
             f"{url.get_backend_name()} cannot be the broker: it does not wake who waits for a row. "
             "Use eda+postgresql:// or eda+sqlite:///, or RabbitMQ or Redis beside this database."
-        )
-
-    def presence(self, engine: Engine, tables: Tables, heartbeat: float | None) -> Presence:
-        """What tells the others that a taker is there.
-
-        With a *heartbeat* that is the taker itself, and whoever is silent for so many seconds is
-        taken for gone; for where nothing of a session lasts.
-        """
-        raise NotImplementedError
-
-    def absent(self, connection: Connection, engine: Engine, tables: Tables, me: int) -> list[int]:
-        """The takers that are there no more, *me* aside; nobody else gets them meanwhile."""
-        raise NotImplementedError
-
-    def wake(self, connection: Connection, tables: Tables, names: Iterable[str]) -> None:
-        """Wake who takes from the queues of these *names*, once this transaction commits."""
-
-    def ring(self, engine: Engine, tables: Tables) -> None:
-        """Wake everybody, now that a transaction has committed. Never waits, never fails."""
-
-    def lease(
-        self, connection: Connection, queue: Table, name: str, taker: int, limit: int
-    ) -> Sequence[Row[Any]]:
-        """Let *taker* have up to *limit* messages of a queue, in their order."""
-        values = {"owner": taker, "fence": queue.c.fence + 1}
-        ready = self._first(queue, name, limit)
-        rows = connection.execute(
-            update(queue).where(queue.c.id == ready.c.id).values(**values).returning(*queue.c)
-        )
-        return _in_order(rows.all())
-
-    def take(
-        self, connection: Connection, queue: Table, name: str, limit: int
-    ) -> Sequence[Row[Any]]:
-        """Delete up to *limit* messages of a queue, and return them in their order."""
-        ready = self._first(queue, name, limit)
-        rows = connection.execute(delete(queue).where(queue.c.id == ready.c.id).returning(*queue.c))
-        return _in_order(rows.all())
-
-    def _first(self, queue: Table, name: str, limit: int) -> CTE:
-        # Without MATERIALIZED the limit would be applied anew for every row that is locked.
-        query = self._waiting(queue, name, limit).with_for_update(skip_locked=True)
-        return query.cte("ready").prefix_with("MATERIALIZED")
-
-    def _waiting(self, queue: Table, name: str, limit: int) -> Select[Any]:
-        columns = queue.c
-        return (
-            select(columns.id)
-            .where(
-                columns.queue == name,
-                columns.owner.is_(None),
-                columns.expires_at.is_(None) | (columns.expires_at > self.now()),
-            )
-            .order_by(columns.rank, columns.id)
-            .limit(limit)
         )
 
     # ── housekeeping ────────────────────────────────────────────────────────────────────────
@@ -468,7 +370,3 @@ class Dialect:
     def code_of(self, error: DBAPIError) -> object:
         """The vendor's code of *error*."""
         raise NotImplementedError
-
-
-def _in_order(rows: Sequence[Row[Any]]) -> Sequence[Row[Any]]:
-    return sorted(rows, key=lambda row: (row.rank, row.id))

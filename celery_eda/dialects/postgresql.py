@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import (
     ARRAY,
-    URL,
     BigInteger,
     ColumnElement,
     Connection,
     CursorResult,
     Engine,
     Executable,
-    Integer,
     Table,
     bindparam,
-    case,
     cast,
     event,
     extract,
@@ -26,16 +23,13 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy import Dialect as SQLAlchemyDialect
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from celery_eda.dialects.base import Presence, Values
-from celery_eda.dialects.postgresql_heartbeat import Beating
-from celery_eda.dialects.postgresql_presence import Listening, channel_of, key_of
-from celery_eda.dialects.statements import made_once
+from celery_eda.dialects.base import Values
+from celery_eda.dialects.postgresql_queueing import PostgreSQLQueueing
+from celery_eda.dialects.statements import made_once, quoted
 from celery_eda.dialects.upserting import Upserting
-from celery_eda.tables import Tables
 
 #: Of the columns of the outbox that are no text.
 _TYPES = {
@@ -48,7 +42,7 @@ _TYPES = {
 _POOLED = "celery_eda_pooled"
 
 
-class PostgreSQL(Upserting):
+class PostgreSQL(Upserting, PostgreSQLQueueing):
     insert = staticmethod(insert)
     transient_codes = frozenset({"40001", "40P01", "55P03"})
 
@@ -142,7 +136,7 @@ class PostgreSQL(Upserting):
 
     def _named_columns(self, table: Table, names: tuple[str, ...]) -> str:
         columns = ("available_at" if name == "delay" else name for name in names)
-        return f"{_quoted(table)} ({', '.join(columns)}, created_at)"
+        return f"{quoted(table)} ({', '.join(columns)}, created_at)"
 
     def insert_once(
         self, connection: Connection, table: Table, values: Values, now: str | None = None
@@ -157,30 +151,9 @@ class PostgreSQL(Upserting):
         columns = ", ".join((*names, now) if now else names)
         values = ", ".join(["%s"] * len(names) + ["clock_timestamp()"] * bool(now))
         return (
-            f"INSERT INTO {_quoted(table)} ({columns}) VALUES ({values}) "
+            f"INSERT INTO {quoted(table)} ({columns}) VALUES ({values}) "
             f"ON CONFLICT DO NOTHING RETURNING {next(iter(table.primary_key)).name}"
         )
-
-    def require_queues(self, url: URL) -> None:
-        """It can: every PostgreSQL has LISTEN and advisory locks."""
-
-    def presence(self, engine: Engine, tables: Tables, heartbeat: float | None) -> Presence:
-        return Listening(tables) if heartbeat is None else Beating(engine, tables, heartbeat)
-
-    def absent(self, connection: Connection, engine: Engine, tables: Tables, me: int) -> list[int]:
-        takers = tables.takers.c
-        # The lock is free once the connection that held it is gone, and ours until the commit.
-        free = func.pg_try_advisory_xact_lock(key_of(tables), cast(takers.id, Integer))
-        gone = case((takers.lease.is_(None), free), else_=takers.at < self._ago(takers.lease))
-        return list(connection.scalars(select(takers.id).where(takers.id != me, gone)))
-
-    def _ago(self, seconds: Any) -> ColumnElement[Any]:
-        return func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, seconds)
-
-    def wake(self, connection: Connection, tables: Tables, names: Iterable[str]) -> None:
-        channel = channel_of(tables)
-        for name in names:
-            connection.execute(select(func.pg_notify(channel, name)))
 
     def milliseconds(self) -> ColumnElement[int]:
         return cast(extract("epoch", func.clock_timestamp()) * 1000, BigInteger)
@@ -199,13 +172,6 @@ class PostgreSQL(Upserting):
 
     def code_of(self, error: DBAPIError) -> object:
         return getattr(error.orig, "sqlstate", None)
-
-
-def _quoted(table: Table) -> str:
-    """The name of *table*, as statements have it."""
-    preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
-    name: str = preparer.format_table(table)
-    return name.replace("%", "%%")
 
 
 def _scheduled(name: str, value: str) -> str:

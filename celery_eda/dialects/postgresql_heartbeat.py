@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from time import monotonic
 from uuid import uuid4
@@ -54,14 +55,13 @@ class Beating:
     def fileno(self) -> int:
         return self._bell
 
-    def woken(self) -> None:
-        with suppress(BlockingIOError):
-            os.read(self._bell, 4096)
+    def woken(self) -> Mapping[str, int] | None:
         if self._lost:
             raise ConnectionResetError(self._lost)
-
-    def heard(self) -> frozenset[str]:
-        return frozenset()
+        with suppress(BlockingIOError):
+            os.read(self._bell, 4096)
+            return None
+        return {}
 
     def missed(self, connection: Connection) -> bool:
         return False

@@ -7,6 +7,7 @@ nothing more can be taken; so nobody holds messages who is thought to be gone.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 from zlib import crc32
@@ -27,6 +28,11 @@ def channel_of(tables: Tables) -> str:
     return f"celery_eda_{crc32(tables.queue.fullname.encode()):08x}"
 
 
+def note_of(queue: str, id_: int) -> str:
+    """What is said there: the lowest id that can be taken, and its queue."""
+    return f"{id_} {queue}"
+
+
 class Listening:
     """One taker, on the connection that it is announced on."""
 
@@ -34,13 +40,13 @@ class Listening:
         self.name = uuid4().hex
         self._tables = tables
         self._driver: Any = None
-        self._heard: set[str] = set()
+        self._heard: dict[str, int] = {}
 
     def announce(self, connection: Connection, taker: int) -> None:
         self._driver = connection.connection.driver_connection
         require_direct(connection, self._driver.pgconn.backend_pid)
         # What comes while a statement runs is handed to the handler alone.
-        self._driver.add_notify_handler(lambda each: self._heard.add(each.payload))
+        self._driver.add_notify_handler(lambda each: self._hear(each.payload))
         connection.execute(select(func.pg_advisory_lock(key_of(self._tables), taker)))
         connection.execute(text(f"LISTEN {channel_of(self._tables)}"))
 
@@ -51,19 +57,20 @@ class Listening:
             raise ConnectionResetError(f"the connection that listens is lost: {error}") from error
         return descriptor
 
-    def woken(self) -> frozenset[str]:
+    def woken(self) -> Mapping[str, int]:
         connection = self._driver.pgconn
         try:
             connection.consume_input()
             while note := connection.notifies():
-                self._heard.add(note.extra.decode())
+                self._hear(note.extra.decode())
         except Exception as error:
             raise ConnectionResetError(f"the connection that listens is lost: {error}") from error
-        return self.heard()
-
-    def heard(self) -> frozenset[str]:
-        heard, self._heard = frozenset(self._heard), set()
+        heard, self._heard = self._heard, {}
         return heard
+
+    def _hear(self, note: str) -> None:
+        id_, _, queue = note.partition(" ")
+        self._heard[queue] = min(int(id_), self._heard.get(queue, int(id_)))
 
     def missed(self, connection: Connection) -> bool:
         return False

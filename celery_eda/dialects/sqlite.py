@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import (
-    URL,
     BindParameter,
     ColumnElement,
     Connection,
@@ -25,7 +24,6 @@ from sqlalchemy import (
     Table,
     bindparam,
     cast,
-    delete,
     event,
     func,
     select,
@@ -35,18 +33,11 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from celery_eda.dialects.base import Presence, Values
-from celery_eda.dialects.sqlite_presence import (
-    Doorbell,
-    file_of,
-    folder_of,
-    is_gone,
-    refuse_remote,
-    ring_all,
-)
+from celery_eda.dialects.base import Values
+from celery_eda.dialects.sqlite_queueing import SQLiteQueueing
 from celery_eda.dialects.statements import made_once
 from celery_eda.dialects.upserting import Upserting
-from celery_eda.tables import Moment, Tables
+from celery_eda.tables import Moment
 
 _BEGINS_NOTHING = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN")
 _CODES = {
@@ -63,10 +54,9 @@ MILLISECONDS_A_DAY = 86_400_000
 _FORMAT = "%Y-%m-%d %H:%M:%f000"
 
 
-class SQLite(Upserting):
+class SQLite(Upserting, SQLiteQueueing):
     insert = staticmethod(insert)
     admits_first = False
-    glance = 0.25
     refused_pools: Mapping[str, str] = dict.fromkeys(
         ("gevent", "eventlet"),
         "a greenlet that waits for SQLite's write lock stops the one that holds it",
@@ -157,37 +147,6 @@ class SQLite(Upserting):
         self, table: Table, owner: str | BindParameter[str]
     ) -> Sequence[ColumnElement[bool]]:
         return (table.c.claimed_by == owner,)
-
-    def require_queues(self, url: URL) -> None:
-        refuse_remote(file_of(url))
-
-    def presence(self, engine: Engine, tables: Tables, heartbeat: float | None) -> Presence:
-        return Doorbell(folder_of(engine, tables))
-
-    def absent(self, connection: Connection, engine: Engine, tables: Tables, me: int) -> list[int]:
-        folder, takers = folder_of(engine, tables), tables.takers
-        others = connection.execute(select(takers.c.id, takers.c.name).where(takers.c.id != me))
-        return [row.id for row in others.all() if is_gone(folder, row.name)]
-
-    def ring(self, engine: Engine, tables: Tables) -> None:
-        ring_all(folder_of(engine, tables))
-
-    def lease(
-        self, connection: Connection, queue: Table, name: str, taker: int, limit: int
-    ) -> Sequence[Row[Any]]:
-        # Who only looks must not wait for the write lock.
-        if not connection.scalar(self._waiting(queue, name, 1)):
-            return []
-        return super().lease(connection, queue, name, taker, limit)
-
-    def take(
-        self, connection: Connection, queue: Table, name: str, limit: int
-    ) -> Sequence[Row[Any]]:
-        if not connection.scalar(self._waiting(queue, name, 1)):
-            return []
-        ids = self._waiting(queue, name, limit)
-        rows = connection.execute(delete(queue).where(queue.c.id.in_(ids)).returning(*queue.c))
-        return sorted(rows.all(), key=lambda row: (row.rank, row.id))
 
     def milliseconds(self) -> ColumnElement[int]:
         return cast((func.julianday("now") - UNIX_EPOCH) * MILLISECONDS_A_DAY, Integer)

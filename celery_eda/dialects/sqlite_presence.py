@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,11 @@ class Doorbell:
             raise ConnectionResetError("this taker has ended")
         return self._descriptor
 
-    def woken(self) -> None:
+    def woken(self) -> Mapping[str, int] | None:
         with suppress(BlockingIOError):
             os.read(self.fileno(), 65536)
-
-    def heard(self) -> frozenset[str]:
-        return frozenset()
+            return None
+        return {}
 
     def missed(self, connection: Connection) -> bool:
         before, self._seen = self._seen, connection.exec_driver_sql("PRAGMA data_version").scalar()

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Protocol, TypeVar
 
+from sqlalchemy import Table
+from sqlalchemy.dialects import postgresql
+
 Made = TypeVar("Made")
 
 
@@ -34,3 +37,10 @@ def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
         return statement
 
     return made
+
+
+def quoted(table: Table) -> str:
+    """The name of *table*, as psycopg has it in the text of a statement."""
+    preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
+    name: str = preparer.format_table(table)
+    return name.replace("%", "%%")

@@ -16,6 +16,7 @@ from kombu.utils.json import dumps
 from sqlalchemy import URL, Connection, create_engine, event, inspect, make_url
 
 from celery_eda.dialects import dialect_of
+from celery_eda.dialects.queueing import RANKS
 from celery_eda.errors import ConfigurationError
 from celery_eda.message import Message
 from celery_eda.queues import Lease, Queues, Waiting
@@ -26,8 +27,8 @@ from celery_eda.transports.base import publish_with
 SCHEME = "eda"
 #: Seconds after which the server ends a transaction in which nothing happens.
 PATIENCE = 60.0
-#: Priorities as kombu knows them: the higher, the sooner.
-HIGHEST = 9
+#: Of priorities as kombu knows them: the higher, the sooner.
+HIGHEST = RANKS - 1
 #: Longest delay or lifetime in seconds; databases end in the year 9999.
 LONGEST = 36500 * 86400.0
 SYNCHRONOUS = ("FULL", "NORMAL")
@@ -47,8 +48,7 @@ class Broker:
     def __init__(self, url: URL, tables: Tables, options: Mapping[str, Any]) -> None:
         self.url = url
         self.tables = tables
-        self.dialect = dialect_of(url, claim_timeout=PATIENCE)
-        self.dialect.require_queues(url)
+        self.dialect = dialect_of(url, claim_timeout=PATIENCE).queueing(url)
         self.queues = Queues(tables, self.dialect)
         self.engine = create_engine(url, max_overflow=-1, **self.dialect.engine_options(PATIENCE))
         self.dialect.prepare(self.engine, PATIENCE)

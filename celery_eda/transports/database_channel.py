@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections import OrderedDict, deque
+from collections.abc import Collection
 from contextlib import suppress
 from time import sleep
 from typing import Any
@@ -221,9 +222,9 @@ class Channel(virtual.Channel):
             try:
                 with taker.transaction() as connection:
                     rows = (
-                        taker.queues.take(connection, queue, 1)
+                        taker.take(connection, queue, 1)
                         if no_ack
-                        else taker.queues.lease(connection, queue, taker.id, 1)
+                        else taker.lease(connection, queue, 1)
                     )
                 break
             except Busy:
@@ -238,7 +239,7 @@ class Channel(virtual.Channel):
     def is_consuming(self, queue: str) -> bool:
         return queue in self._active_queues
 
-    def wake(self, queues: frozenset[str] | set[str] | None) -> None:
+    def wake(self, queues: Collection[str] | None) -> None:
         """Look into these *queues* the next time; None for all."""
         for queue in self._active_queues:
             if queues is None or queue in queues:
@@ -298,9 +299,9 @@ class Channel(virtual.Channel):
             if limit <= 0:
                 continue
             rows = (
-                taker.queues.take(connection, queue, limit)
+                taker.take(connection, queue, limit)
                 if no_ack
-                else taker.queues.lease(connection, queue, taker.id, limit)
+                else taker.lease(connection, queue, limit)
             )
             room -= 0 if no_ack else len(rows)
             taken += [(row, no_ack) for row in rows]

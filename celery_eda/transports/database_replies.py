@@ -78,18 +78,17 @@ class Replies:
         try:
             with taker.transaction() as connection:
                 return [
-                    row
-                    for name in self._names
-                    for row in taker.queues.take(connection, name, AT_ONCE)
+                    row for name in self._names for row in taker.take(connection, name, AT_ONCE)
                 ]
         except Busy:  # nothing was taken; the next time, then
             return []
 
     def _wait(self, taker: Taker, timeout: float) -> None:
         """Until somebody has put something into a queue, or the bell rings."""
+        if (told := taker.woken()) is None or told:
+            return
         bell = self._alarm.fileno()
         readable, _, _ = select.select([taker.fileno(), bell], [], [], timeout)
-        taker.presence.woken()
         if bell in readable:
             self._alarm.recv(4096)
 

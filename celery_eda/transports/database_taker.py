@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from celery_eda.transports.database_broker import Broker
+from celery_eda.transports.database_marks import Marks
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class Taker:
         self.broker = broker
         self.queues = broker.queues
         self.lock = threading.RLock()
+        self.marks = Marks()
+        self._told: set[str] | None = set()
         self._swept = self._planned = -SWEEP
         self.presence = broker.dialect.presence(broker.engine, broker.tables, broker.heartbeat)
         try:
@@ -64,6 +67,7 @@ class Taker:
                 yield self.connection
                 self.connection.commit()
             except BaseException as error:
+                self.marks.forget()
                 with suppress(Exception):
                     self.connection.rollback()
                 if self.broker.dialect.is_transient(error):
@@ -73,10 +77,35 @@ class Taker:
     def fileno(self) -> int:
         return self.presence.fileno()
 
-    def woken(self) -> frozenset[str] | None:
-        """The queues that it was woken for; not while another thread uses the connection."""
-        with self.lock:
-            return self.presence.woken()
+    def woken(self) -> Collection[str] | None:
+        """The queues that it was woken for since it was asked; None if nobody knows which."""
+        with self.lock:  # not while another thread uses the connection
+            self._listen()
+            told, self._told = self._told, set()
+            return told
+
+    def _listen(self) -> None:
+        if (lowest := self.presence.woken()) is None:
+            self._told = None
+            self.marks.forget()
+        else:
+            self.marks.move_back(lowest)
+            if self._told is not None:
+                self._told.update(lowest)
+
+    def lease(self, connection: Connection, queue: str, room: int) -> Sequence[Any]:
+        """Get up to *room* messages, to hold until they are completed or it is gone."""
+        self._listen()
+        return self.marks.claimed(
+            queue, lambda passed: self.queues.lease(connection, queue, self.id, room, passed)
+        )
+
+    def take(self, connection: Connection, queue: str, room: int) -> Sequence[Any]:
+        """Take up to *room* messages for good."""
+        self._listen()
+        return self.marks.claimed(
+            queue, lambda passed: self.queues.take(connection, queue, room, passed)
+        )
 
     def missed(self) -> bool:
         """Whether there may be something that nobody has woken it for."""

@@ -7,6 +7,7 @@ worked off half of what it may hold, or has nothing else to do.
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from contextlib import suppress
 from select import select
 from time import monotonic
@@ -120,6 +121,10 @@ class Transport(virtual.Transport):
                 self._loop.remove(self._taker.fileno())
         self._loop = None
 
+    def listen(self) -> None:
+        """Learn what can be taken, as far as that has been told."""
+        self._wake(self.taker.woken())
+
     def begin_taking(self) -> None:
         """Take what is in the queues of a new consumer, as soon as it is complete."""
         self.taker  # noqa: B018  # begins to be there
@@ -141,7 +146,7 @@ class Transport(virtual.Transport):
         self._soon = False
         if self._loop is None or self._taker is None:
             return
-        self._wake(self._taker.presence.heard())
+        self.listen()
         if any(channel.is_urgent for channel in self.channels):
             self._refill()
         elif any(channel.is_waiting for channel in self.channels):
@@ -156,7 +161,7 @@ class Transport(virtual.Transport):
         self._refill()
 
     def _on_readable(self) -> None:
-        self._wake(self.taker.woken())
+        self.listen()
         with suppress(Busy):
             self._plan()
         self._on_soon()
@@ -182,7 +187,7 @@ class Transport(virtual.Transport):
                 self._wake(self._taker.come_due())
             self._on_soon()
 
-    def _wake(self, queues: frozenset[str] | set[str] | None) -> None:
+    def _wake(self, queues: Collection[str] | None) -> None:
         for channel in self.channels:
             channel.wake(queues)
 
@@ -199,7 +204,7 @@ class Transport(virtual.Transport):
                 busy = True
         if self._taker is None:  # closed by what was delivered
             return number
-        self._wake(self._taker.presence.heard())
+        self.listen()
         if busy:
             self._call_later(REST)
         elif any(channel.is_urgent for channel in self.channels):
@@ -220,7 +225,7 @@ class Transport(virtual.Transport):
             with suppress(Busy):
                 if taker.missed() | taker.sweep():
                     self._wake(None)
-            self._wake(taker.presence.heard())
+            self.listen()
             if self._refill():
                 return
             left = self.broker.dialect.glance if until is None else until - monotonic()
@@ -232,12 +237,12 @@ class Transport(virtual.Transport):
         due = None
         with suppress(Busy):
             due = taker.plan()
-        if heard := taker.presence.heard():
-            self._wake(heard)
+        if (told := taker.woken()) is None or told:
+            self._wake(told)
             return
         readable, _, _ = select([taker.fileno()], [], [], min(seconds, due or seconds))
         if readable:
-            self._wake(taker.woken())
+            self.listen()
         elif due is not None:
             with suppress(Busy):
                 self._wake(taker.come_due())
