@@ -24,6 +24,8 @@ from tests.road.tables import metadata
 
 OURS, PEER = "eda+postgresql", "procrastinate"
 ROUNDS = 3
+#: Of what is measured by turns beside an old transaction and without one.
+OLD_ROUNDS = 9
 #: Messages published, and worked off, in one round; and those whose latency is taken.
 MESSAGES, TAKEN_ONE_BY_ONE, LATE = 1_000, 300, 50
 PAUSE = 0.02
@@ -73,16 +75,18 @@ def s14(stage: Stage, scale: float) -> Result:
     waiting = max(2 * TAKEN_ONE_BY_ONE, round(WAITING * scale))
     with Marks(stage.folder) as marks, stage.cast() as cast:
         queues = _queues(stage, cast, marks)
+        rates = _rates(stage, queues, marks, ROUNDS)
         beside, holding = _queues_beside_old(stage, cast, marks)
+        both = {OURS: queues[OURS], PEER: queues[PEER], **beside}
         with holding:
-            rates = _rates(stage, {**queues, **beside}, marks)
+            aged = _rates(stage, both, marks, OLD_ROUNDS)
         workers = {name: queue.work(cast) for name, queue in queues.items()}
         late = interleaved(
             {name: partial(queue.latencies, marks) for name, queue in queues.items()},
             rounds=ROUNDS,
         )
         idle = _idle(workers)
-    ages = {name: _ages(rates[name], rates.pop(_aged(name))) for name in (OURS, PEER)}
+    ages = {name: _ages(aged[name], aged[_aged(name)]) for name in (OURS, PEER)}
     what = "worked off/s without an old transaction ÷ beside one"
     checks = [Check.of(f"{OURS}: {what}", ages[OURS], at_most=TARGET)]
     medians = {f"{PEER}: {what}": figures.median(ages[PEER])}
@@ -109,7 +113,8 @@ def s14(stage: Stage, scale: float) -> Result:
         compared=(
             f"{MESSAGES} messages published one by one, each with a commit of its own, while no "
             "worker is there, and then worked off by a new worker of two slots, from its first "
-            "task to its last; the same beside an old snapshot; "
+            "task to its last; the same beside an old snapshot and without one, by turns, in "
+            f"{OLD_ROUNDS} rounds; "
             f"{LATE} messages {PAUSE * 1000:g} ms apart; an idle worker for {IDLE:g} s; "
             f"{TAKEN_ONE_BY_ONE} messages published and taken one by one, beside {waiting} that "
             f"wait; a worker killed {TAKEOVERS} times."
@@ -121,10 +126,10 @@ def s14(stage: Stage, scale: float) -> Result:
 
 
 def _rates(
-    stage: Stage, queues: dict[str, Queue], marks: Marks
+    stage: Stage, queues: dict[str, Queue], marks: Marks, rounds: int
 ) -> dict[str, list[tuple[float, float]]]:
     cases = {name: partial(queue.published, stage, marks) for name, queue in queues.items()}
-    return interleaved(cases, rounds=ROUNDS)
+    return interleaved(cases, rounds=rounds)
 
 
 def _of_ours(cast: Cast, marks: Marks, places: dict[str, str]) -> Queue:
