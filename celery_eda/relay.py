@@ -1,5 +1,7 @@
 """From the outbox to the broker: claim, send, wait for the confirms, clear.
 
+A relay that has much to send claims and clears while the broker works on what it was sent.
+
 Any number of relays work side by side, in processes of their own, beside workers, and in the
 committing processes themselves. None of them is needed for the promise, only for progress: a row
 leaves the outbox when the broker has confirmed that very message, whoever sent it.
@@ -12,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from uuid import uuid4
 
 from sqlalchemy import Connection, Engine
@@ -22,6 +25,7 @@ from celery_eda.dead_letters import DeadLetters, Reason
 from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.message import Message
 from celery_eda.outbox import Outbox, Pending
+from celery_eda.relay_batch import Batch, Hands, Meanwhile
 from celery_eda.retry import backoff
 from celery_eda.settings import Settings
 from celery_eda.transports.base import Answer, Transport, Verdict
@@ -133,25 +137,56 @@ class Relay:
             self._transport = None
 
     def send(self, ids: Sequence[int] = ()) -> Round:
-        """Make one round: claim rows that are due (only *ids*, if given), send, settle.
+        """Claim rows that are due (only *ids*, if given), send, settle; as long as there are many.
+
+        While the broker works on a batch, the one before it is settled and the next one claimed.
 
         Raises:
             SQLAlchemyError: the database is away; what was claimed is free again.
         """
-        with self.engine.connect() as connection:
-            pending = self.outbox.claim(connection, self.owner, self.settings.relay_batch, ids)
-            if not pending:
-                connection.commit()
-                return Round()
-            checkpoints.reach("relay.claimed")
-            unprepared = self._unprepared(pending)
-            sendable = [each for each in pending if each.id not in unprepared]
-            answers = self._publish([each.message for each in sendable])
-            checkpoints.reach("relay.confirmed")
-            done = self._settle(connection, list(zip(sendable, answers, strict=True)), unprepared)
-            connection.commit()
-            checkpoints.reach("relay.cleared")
-            return done
+        done = Round()
+        with Hands(self.engine) as hands:
+            batch, before = self._claim(hands, ids), None
+            while batch is not None:
+                more = not ids and len(batch.pending) >= self.settings.relay_batch
+                meanwhile = Meanwhile(partial(self._settle_and_claim, hands, before, more=more))
+                batch.answers = self._publish(batch.messages, meanwhile)
+                checkpoints.reach("relay.confirmed")
+                settled, following = meanwhile.finish()
+                done += settled
+                if following is not None and (batch.is_in_doubt or self._is_late(following)):
+                    self._give_back(hands, following)
+                    following = None
+                before, batch = batch, following
+            return done + self._settle(hands, before)
+
+    def _claim(self, hands: Hands, ids: Sequence[int] = ()) -> Batch | None:
+        """The next rows, in a transaction of their own; None if there are none."""
+        batch = hands.take()
+        limit = self.settings.relay_batch
+        batch.pending = self.outbox.claim(batch.connection, self.owner, limit, ids)
+        if not batch.pending:
+            hands.let_go(batch)
+            return None
+        checkpoints.reach("relay.claimed")
+        batch.unprepared = self._unprepared(batch.pending)
+        return batch
+
+    def _settle_and_claim(
+        self, hands: Hands, before: Batch | None, *, more: bool
+    ) -> tuple[Round, Batch | None]:
+        settled = self._settle(hands, before)
+        return settled, self._claim(hands) if more and not self.stopping.is_set() else None
+
+    def _is_late(self, batch: Batch) -> bool:
+        """Whether its claim might end before the broker has answered."""
+        spare = self.settings.claim_timeout - self.settings.publish_timeout
+        return time.monotonic() > batch.since + spare
+
+    def _give_back(self, hands: Hands, batch: Batch) -> None:
+        """Let others have what was claimed and not sent."""
+        self.outbox.release(batch.connection, self.owner, [each.id for each in batch.pending])
+        hands.let_go(batch)
 
     def _unprepared(self, pending: Sequence[Pending]) -> dict[int, str]:
         """Those that cannot be sent yet, and why: what has to precede them failed.
@@ -174,18 +209,28 @@ class Relay:
                     break
         return unprepared
 
-    def _publish(self, messages: Sequence[Message]) -> list[Answer]:
+    def _publish(
+        self, messages: Sequence[Message], meanwhile: Callable[[], None]
+    ) -> Sequence[Answer]:
         if self._transport is None:
             self._transport = self.make_transport()
-        return self._transport.publish(messages)
+        return self._transport.publish(messages, meanwhile)
 
-    def _settle(
+    def _settle(self, hands: Hands, batch: Batch | None) -> Round:
+        """Clear what was confirmed, let rest what cannot be sent, give back the others; commit."""
+        if batch is None:
+            return Round()
+        done = self._note(batch.connection, batch.answered, batch.unprepared)
+        hands.let_go(batch)
+        checkpoints.reach("relay.cleared")
+        return done
+
+    def _note(
         self,
         connection: Connection,
         answered: Sequence[tuple[Pending, Answer]],
         unprepared: Mapping[int, str],
     ) -> Round:
-        """Clear what was confirmed, let rest what cannot be sent, give back the others."""
         by_verdict = {
             verdict: [pair for pair in answered if pair[1].verdict is verdict]
             for verdict in Verdict

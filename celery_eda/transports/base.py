@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
@@ -45,6 +45,10 @@ class Answer:
 CONFIRMED = Answer(Verdict.confirmed)
 
 
+def nothing() -> None:
+    """There is nothing to do meanwhile."""
+
+
 class Unroutable(LookupError):
     """No queue would get a message."""
 
@@ -69,11 +73,17 @@ class Transport(Protocol):
     A transport connects when it first sends, and again by itself after an outage.
     """
 
-    def publish(self, messages: Sequence[Message]) -> list[Answer]:
-        """Send *messages* in order and wait for the broker's answer to each.
+    def publish(
+        self, messages: Sequence[Message], meanwhile: Callable[[], None] = nothing
+    ) -> list[Answer]:
+        """Send messages and wait for the broker's answer to each.
 
         Takes at most the transport's time-out in all. Never raises for anything the broker or
         the network does: an outage is the answer ``unknown`` to every message it concerns.
+
+        Args:
+            messages: in the order of sending.
+            meanwhile: may be called while the broker works on them all, for as long as it takes.
 
         Returns:
             One answer for each message, in the same order.

@@ -11,7 +11,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
@@ -25,6 +25,7 @@ from celery_eda.transports.base import (
     Answer,
     Verdict,
     declare,
+    nothing,
     refused,
     unknown,
 )
@@ -57,9 +58,11 @@ class RabbitMQ:
         self._declared: set[str] = set()
         self._blocked = False
 
-    def publish(self, messages: Sequence[Message]) -> list[Answer]:
+    def publish(
+        self, messages: Sequence[Message], meanwhile: Callable[[], None] = nothing
+    ) -> list[Answer]:
         until = time.monotonic() + self._timeout
-        batch = _Batch(messages)
+        batch = _Batch(messages, meanwhile)
         lost = Answer(Verdict.unknown)
         try:
             self._wake(until)
@@ -162,11 +165,17 @@ class RabbitMQ:
 class _Batch:
     """Messages to send, and what became of them so far."""
 
-    def __init__(self, messages: Sequence[Message]) -> None:
+    def __init__(self, messages: Sequence[Message], meanwhile: Callable[[], None]) -> None:
         self.messages = messages
+        self.meanwhile: Callable[[], None] | None = meanwhile
         self.unsent = deque(range(len(messages)))
         self.answers: dict[int, Answer] = {}
         self.window = WINDOW
+
+    def take_meanwhile(self) -> Callable[[], None] | None:
+        """What there is to do while the broker works, the first time."""
+        meanwhile, self.meanwhile = self.meanwhile, None
+        return meanwhile
 
     @property
     def queues_unsent(self) -> set[str]:
@@ -224,6 +233,10 @@ class _ConfirmChannel:
             self._connection.sock.settimeout(_left(until))
             if batch.unsent and len(flight) <= window // 2:
                 self._write(batch, flight, window)
+            elif not batch.unsent and (meanwhile := batch.take_meanwhile()):
+                begun = time.monotonic()
+                meanwhile()
+                until += time.monotonic() - begun  # which is not the broker's
             else:
                 self._connection.drain_events()
                 self._proven |= not flight

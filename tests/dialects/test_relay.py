@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
 from celery_eda.dead_letters import DeadLetters
 from celery_eda.message import Message
@@ -23,14 +26,25 @@ MakeRelay = Callable[..., tuple[Relay, list[str]]]
 
 
 class ScriptedBroker:
-    """Answers each message by its queue, and notes what it was sent."""
+    """Answers each message by its queue, and notes what it was sent.
+
+    Attributes:
+        waits: whether it lets the relay do something meanwhile.
+        pause: seconds until it answers.
+    """
+
+    waits = True
+    pause = 0.0
 
     def __init__(self, answers: dict[str, Answer], sent: list[str]) -> None:
         self.answers = answers
         self.sent = sent
 
-    def publish(self, messages: Sequence[Message]) -> list[Answer]:
+    def publish(self, messages: Sequence[Message], meanwhile: Callable[[], None]) -> list[Answer]:
         self.sent += [each.routing_key for each in messages]
+        if self.waits:
+            meanwhile()
+        time.sleep(self.pause)
         return [self.answers.get(each.routing_key, CONFIRMED) for each in messages]
 
     def close(self) -> None:
@@ -65,6 +79,13 @@ def waiting(database: Database) -> list[tuple[str, int]]:
     with database.engine.connect() as connection:
         rows = connection.execute(select(columns.routing_key, columns.attempts))
         return [(row.routing_key, row.attempts) for row in rows]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_only_what_was_confirmed_leaves_the_outbox(
@@ -136,3 +157,89 @@ def test_a_message_refused_too_often_becomes_a_dead_letter_with_the_brokers_word
         row = connection.execute(select(columns.reason, columns.error, columns.attempts)).one()
     assert waiting(database) == []
     assert tuple(row) == ("unsendable", "312 NO_ROUTE", 1)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_as_long_as_batches_are_full_the_next_one_is_claimed_meanwhile(
+    database: Database,
+    outbox: Outbox,
+    make_relay: MakeRelay,
+    monkeypatch: pytest.MonkeyPatch,
+    waits: bool,
+) -> None:
+    monkeypatch.setattr(ScriptedBroker, "waits", waits)
+    relay, sent = make_relay({"bad": REFUSED}, relay_batch=2)
+    store(database, outbox, "a", "b", "c", "bad", "d")
+
+    assert relay.send() == Round(confirmed=4, refused=1)
+    assert sent == ["a", "b", "c", "bad", "d"]
+    assert waiting(database) == [("bad", 1)]
+
+
+def test_in_an_outage_what_was_claimed_meanwhile_is_given_back_unsent(
+    database: Database, outbox: Outbox, make_relay: MakeRelay
+) -> None:
+    relay, sent = make_relay({"mute": UNKNOWN}, relay_batch=2)
+    store(database, outbox, "a", "b", "mute", "mute", "c", "d", "e")
+
+    assert relay.send() == Round(confirmed=2, unknown=2)
+    assert sent == ["a", "b", "mute", "mute"]
+
+    other, sent = make_relay({}, relay_batch=7)
+    assert other.send() == Round(confirmed=5)
+    assert waiting(database) == []
+
+
+def test_what_was_claimed_too_long_ago_to_be_sent_in_time_is_given_back(
+    database: Database, outbox: Outbox, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ScriptedBroker, "pause", 0.6)
+    relay, sent = make_relay({}, relay_batch=1, claim_timeout=1.0, publish_timeout=0.5)
+    store(database, outbox, "a", "b")
+
+    assert relay.send() == Round(confirmed=1)
+    assert sent == ["a"]
+    assert relay.send() == Round(confirmed=1)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_database_that_fails_meanwhile_loses_nothing_and_is_told(
+    database: Database,
+    outbox: Outbox,
+    make_relay: MakeRelay,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: int,
+) -> None:
+    store(database, outbox, *"abcdef")
+    relay, sent = make_relay({}, relay_batch=2)
+    brief = database.again(claim_timeout=1.0)
+    relay.engine, relay.outbox = brief.engine, Outbox(brief.tables.outbox, brief.dialect)
+    clear, cleared = Outbox.clear, []
+
+    def clear_badly(self: Outbox, *arguments: Any) -> int:
+        cleared.append(clear(self, *arguments))
+        if len(cleared) == failing:
+            raise OperationalError("DELETE", {}, ConnectionResetError())
+        return cleared[-1]
+
+    monkeypatch.setattr(Outbox, "clear", clear_badly)
+    with pytest.raises(OperationalError):
+        relay.send()
+    assert sent == list("abcdef")[: 2 + 2 * failing]
+    assert len(waiting(database)) == 8 - 2 * failing
+
+    monkeypatch.undo()
+    until(lambda: relay.send().claimed == 0 and not waiting(database))
+    assert set(sent) == set("abcdef")
+
+
+def test_a_relay_that_is_stopped_claims_no_more(
+    database: Database, outbox: Outbox, make_relay: MakeRelay
+) -> None:
+    relay, sent = make_relay({}, relay_batch=1)
+    store(database, outbox, "a", "b")
+
+    relay.stop()
+
+    assert relay.send() == Round(confirmed=1)
+    assert sent == ["a"]

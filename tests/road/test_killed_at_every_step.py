@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections import Counter
@@ -14,6 +15,9 @@ from tests.road.conftest import SHORT, Process, Road, by_relay, on_servers, on_s
 ORDERS = 21
 PRODUCER = ("publish.captured", "outbox.written", "publish.committed")
 RELAY = tuple(step for step in checkpoints.STEPS if step.startswith("relay."))
+#: One batch is with the broker, or answered, and another one claimed.
+BETWEEN_BATCHES = ("relay.confirmed", "relay.cleared")
+SMALL_BATCHES = json.dumps({"eda_relay_batch": 4})
 WORKER = tuple(step for step in checkpoints.STEPS if step not in PRODUCER + RELAY)
 
 
@@ -72,6 +76,38 @@ def test_a_killed_relay_is_taken_over(road: Road, step: str) -> None:
     road.until(road.struck(step).exists, f"a relay at {step}")
     assert relay.wait() == -signal.SIGKILL, road.logs()
     road.relay()
+
+    expect_each_effect_once(road)
+
+
+@by_relay
+@pytest.mark.parametrize("step", BETWEEN_BATCHES)
+def test_a_relay_killed_with_two_batches_in_its_hands_is_taken_over(road: Road, step: str) -> None:
+    road.worker()
+    road.place(1, ORDERS)
+    relay = road.relay(fault=road.fault(step), ROAD_SETTINGS=SMALL_BATCHES)
+
+    road.until(road.struck(step).exists, f"a relay at {step}")
+    assert relay.wait() == -signal.SIGKILL, road.logs()
+    road.relay(ROAD_SETTINGS=SMALL_BATCHES)
+
+    expect_each_effect_once(road)
+
+
+@on_servers
+@pytest.mark.parametrize("step", BETWEEN_BATCHES)
+def test_a_relay_frozen_with_two_batches_in_its_hands_changes_nothing_when_it_wakes(
+    road: Road, step: str
+) -> None:
+    road.worker()
+    road.place(1, ORDERS)
+    road.relay(fault=road.fault(step, "freeze"), ROAD_SETTINGS=SMALL_BATCHES)
+    road.until(road.struck(step).exists, f"a relay at {step}")
+    road.relay(ROAD_SETTINGS=SMALL_BATCHES)
+    road.until(lambda: len(road.effects()) >= 14, "the other relay taking over")
+
+    road.until(road.struck(step).read_text, "who is frozen")  # it is there before it says so
+    os.kill(int(road.struck(step).read_text()), signal.SIGCONT)
 
     expect_each_effect_once(road)
 

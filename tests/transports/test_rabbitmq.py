@@ -50,6 +50,31 @@ def wired(rabbitmq_url: str, proxy: Proxy, transport_to: Callable[..., Transport
     return transport_to(proxy.through(rabbitmq_url), timeout=PATIENCE)
 
 
+class TestMeanwhile:
+    """What the sender has to do is done while the broker works."""
+
+    def test_it_is_done_once_and_when_all_is_on_its_way(
+        self, rabbitmq_url: str, transport: Transport
+    ) -> None:
+        batch = [letter() for _ in range(1200)]
+        found: list[UUID] = []
+
+        def meanwhile() -> None:
+            deadline = time.monotonic() + SLACK
+            while len(found) < len(batch) and time.monotonic() < deadline:
+                found.extend(ids(empty(rabbitmq_url)))
+
+        answers = transport.publish(batch, meanwhile)
+
+        assert set(found) == confirmed(batch, answers)
+        assert len(found) == len(batch)
+
+    def test_its_time_is_not_the_brokers(self, impatient: Transport) -> None:
+        answers = impatient.publish([letter(), letter()], lambda: time.sleep(PATIENCE + 0.5))
+
+        assert verdicts(answers) == ["confirmed"] * 2
+
+
 class TestRefusals:
     """A refusal concerns the message that it was meant for."""
 

@@ -1,0 +1,101 @@
+"""What a relay has in its hands: a batch with the broker, and work to be done meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from sqlalchemy import Connection, Engine
+
+from celery_eda.message import Message
+from celery_eda.outbox import Pending
+from celery_eda.transports.base import Answer, Verdict
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Outcome = TypeVar("Outcome")
+
+
+@dataclass(eq=False)
+class Batch:
+    """Claimed rows, and the transaction that holds them.
+
+    Attributes:
+        unprepared: why what has to precede some of them cannot be done, by their ids.
+        answers: the broker's, to those that can be sent.
+        since: when it was begun to claim them, by :func:`time.monotonic`.
+    """
+
+    connection: Connection
+    pending: Sequence[Pending] = ()
+    unprepared: Mapping[int, str] = field(default_factory=dict)
+    answers: Sequence[Answer] = ()
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def sendable(self) -> list[Pending]:
+        return [each for each in self.pending if each.id not in self.unprepared]
+
+    @property
+    def messages(self) -> list[Message]:
+        return [each.message for each in self.sendable]
+
+    @property
+    def answered(self) -> list[tuple[Pending, Answer]]:
+        return list(zip(self.sendable, self.answers, strict=True))
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether the broker left some unanswered: it may be away."""
+        return any(answer.verdict is Verdict.unknown for answer in self.answers)
+
+
+class Hands:
+    """The batches that a relay holds; whatever happens, it lets go of them at the end."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._held: list[Batch] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for batch in self._held:
+            batch.connection.close()
+
+    def take(self) -> Batch:
+        """A batch to be filled."""
+        batch = Batch(self._engine.connect())
+        self._held.append(batch)
+        return batch
+
+    def let_go(self, batch: Batch) -> None:
+        """Commit what was done about *batch*."""
+        batch.connection.commit()
+        batch.connection.close()
+        self._held.remove(batch)
+
+
+class Meanwhile(Generic[Outcome]):
+    """Work that is done once, while the broker has its own; the broker is not to see it fail."""
+
+    def __init__(self, work: Callable[[], Outcome]) -> None:
+        self._work = work
+        self._error: Exception | None = None
+        self._outcome: Outcome | None = None
+
+    def __call__(self) -> None:
+        try:
+            self._outcome = self._work()
+        except Exception as error:
+            self._error = error
+
+    def finish(self) -> Outcome:
+        """What came of it, which is never None; it is done now unless it has been."""
+        if self._error is not None:
+            raise self._error
+        return self._work() if self._outcome is None else self._outcome
