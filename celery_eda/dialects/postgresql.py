@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from sqlalchemy import (
@@ -72,6 +73,8 @@ class PostgreSQL(Upserting, PostgreSQLQueueing):
     def prepare_for_relays(self, engine: Engine) -> None:
         # A table that grows faster than its statistics would be read and sorted whole.
         _set(engine, synchronous_commit="off", enable_bitmapscan="off")
+        if engine.dialect.driver == "psycopg":
+            event.listen(engine, "connect", _read_binary)
 
     @contextmanager
     def exclusive(self, connection: Connection, name: str) -> Iterator[None]:
@@ -172,6 +175,23 @@ class PostgreSQL(Upserting, PostgreSQLQueueing):
 
     def code_of(self, error: DBAPIError) -> object:
         return getattr(error.orig, "sqlstate", None)
+
+
+def _read_binary(dbapi_connection: Any, record: Any) -> None:
+    """Have rows come as they are: as text, a body is twice as long and read twice as slowly."""
+    dbapi_connection.cursor_factory = _binary_cursor()
+
+
+@cache
+def _binary_cursor() -> type:
+    import psycopg
+
+    class BinaryCursor(psycopg.Cursor[Any]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.format = psycopg.pq.Format.BINARY
+
+    return BinaryCursor
 
 
 def _scheduled(name: str, value: str) -> str:
