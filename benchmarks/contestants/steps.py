@@ -1,0 +1,176 @@
+"""Single steps of the road, some of them in two ways: each verb does one, so often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+from celery import signals
+from kombu import serialization
+from kombu.utils.uuid import uuid
+from sqlalchemy import Connection, select
+
+from benchmarks.contestants.ours import app, carry, eda, fill
+from benchmarks.contestants.serving import PAYLOAD, serve
+from celery_eda import context
+from celery_eda.message import Message
+from celery_eda.outbox import from_row, to_row
+from celery_eda.prepared import NOTHING_AFTER
+from celery_eda.relay import Relay
+from celery_eda.transports.frames import Frames
+
+#: Rows that a relay claims at once.
+BATCH = 500
+
+
+def capture(count: int) -> list[Message]:
+    """Publish so often, in a transaction that writes nothing; all alike but the first."""
+    collected = context.Collected()
+    with context.scope_of(collected):
+        for _ in range(count):
+            carry.delay(PAYLOAD)
+    return collected.messages
+
+
+def capture_by_celery(count: int) -> None:
+    """The same with each message made by Celery, since somebody wants to be told of it."""
+
+    def told(**_: Any) -> None: ...
+
+    signals.before_task_publish.connect(told)
+    try:
+        capture(count)
+    finally:
+        signals.before_task_publish.disconnect(told)
+
+
+def capture_nothing(count: int) -> None:
+    """What is left of a call without the message: Celery's checks, a body, an id and a result."""
+
+    def send_task(name: str, args: Any, kwargs: Any, **_: Any) -> Any:
+        serialization.dumps((args, kwargs, NOTHING_AFTER), "json")
+        return carry.AsyncResult(uuid())
+
+    ours, app.send_task = app.send_task, send_task
+    try:
+        for _ in range(count):
+            carry.delay(PAYLOAD)
+    finally:
+        app.send_task = ours
+
+
+@contextmanager
+def _undone() -> Iterator[Connection]:
+    """A transaction of the user's engine that leaves nothing behind."""
+    with eda.engine.connect() as connection:
+        yield connection
+        connection.rollback()
+
+
+@cache
+def _row() -> dict[str, Any]:
+    message = capture(2)[1]
+    return {**to_row(message), "envelope": message.envelope}
+
+
+def write_one(count: int) -> None:
+    """INSERT one row of the outbox."""
+    with _undone() as connection:
+        for _ in range(count):
+            eda.dialect.add(connection, eda.tables.outbox, [_row()])
+
+
+def write_as_arrays(count: int) -> None:
+    """The same as many rows are written: by arrays, here of one."""
+    statement = eda.dialect._adding(eda.tables.outbox, tuple(_row()))
+    with _undone() as connection:
+        for _ in range(count):
+            arrays = tuple([value] for value in _row().values())
+            connection.exec_driver_sql(statement, arrays).all()
+
+
+def write_by_driver(count: int) -> None:
+    """The INSERT of one row, given to psycopg by nobody."""
+    statement = eda.dialect._adding_one(eda.tables.outbox, tuple(_row()))
+    with _undone() as connection:
+        cursor = connection.connection.cursor()
+        for _ in range(count):
+            cursor.execute(statement, tuple(_row().values()), prepare=True)
+            cursor.fetchall()
+
+
+def read(count: int) -> list[Any]:
+    """SELECT so many rows, in batches."""
+    rows: list[Any] = []
+    with eda.relay_engine.connect() as connection:
+        for _ in range(count // BATCH):
+            rows = list(connection.execute(select(eda.tables.outbox).limit(BATCH)))
+    assert len(rows) == BATCH, "the outbox has too few"
+    return rows
+
+
+@cache
+def _rows() -> list[Any]:
+    return read(BATCH)
+
+
+def make_messages(count: int) -> list[Message]:
+    """Make messages of so many rows that are read already."""
+    return [from_row(row) for _ in range(count // BATCH) for row in _rows()]
+
+
+@cache
+def _messages() -> list[Message]:
+    return make_messages(BATCH)
+
+
+def make_frames(count: int) -> None:
+    """Make the frames of so many messages."""
+    for _ in range(count // BATCH):
+        frames = Frames(1, 131_072)
+        for message in _messages():
+            frames.add(message)
+        frames.take()
+
+
+@cache
+def _relay() -> Relay:
+    with app.connection_for_write() as connection:
+        app.amqp.queues[app.conf.task_default_queue](connection.default_channel).declare()
+    return eda.relay()
+
+
+def send_one_by_one(ids: list[int]) -> None:
+    """Send the messages with these ids, each by itself."""
+    for row_id in ids:
+        _relay().send([row_id])
+
+
+def published(count: int) -> list[int]:
+    """Publish so many; the ids of their rows."""
+    fill(count)
+    table = eda.tables.outbox
+    with eda.engine.connect() as connection:
+        newest = select(table.c.id).order_by(table.c.id.desc()).limit(count)
+        return sorted(connection.scalars(newest))
+
+
+def _counted(act: Callable[[int], list[Any]], count: int) -> int:
+    return len(act(count))
+
+
+VERBS: dict[str, Callable[..., Any]] = {
+    each.__name__: each
+    for each in (
+        *(capture_by_celery, capture_nothing, write_one, write_as_arrays, write_by_driver),
+        *(make_frames, send_one_by_one, published),
+    )
+}
+# What these return is not for the pipe.
+for each in (capture, read, make_messages):
+    VERBS[each.__name__] = partial(_counted, each)
+
+if __name__ == "__main__":
+    serve(VERBS)
