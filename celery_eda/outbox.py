@@ -66,13 +66,19 @@ class Outbox:
         return Encoded(*_texts(message), self.seal(message))
 
     def claim(
-        self, connection: Connection, owner: str, limit: int, ids: Sequence[int] = ()
+        self,
+        connection: Connection,
+        owner: str,
+        limit: int,
+        ids: Sequence[int] = (),
+        after: int = 0,
     ) -> list[Pending]:
         """Take rows that are due; nobody else gets them until they are settled or we die.
 
+        Rows up to the id *after*, where others are at work, may be left out.
         A row that cannot be read is put aside with the reason, so that it holds up no others.
         """
-        rows = self.dialect.claim(connection, self.table, owner, limit, ids)
+        rows = self.dialect.claim(connection, self.table, owner, limit, ids, after)
         pending = (self._read(connection, owner, row) for row in rows)
         return [each for each in pending if each]
 

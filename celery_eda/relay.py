@@ -34,6 +34,9 @@ log = redaction.logger(__name__)
 
 #: Seconds between two tries while the broker or the database is away.
 OUTAGE_DELAY = (0.1, 5.0)
+#: Batches of which each is claimed behind the one before. What became free or was committed behind
+#: them is found when that is begun anew.
+CHAIN = 20
 #: Seconds within which a server that is there refuses what has to precede a message.
 PROMPT = 0.5
 
@@ -148,8 +151,8 @@ class Relay:
         with Hands(self.engine) as hands:
             batch, before = self._claim(hands, ids), None
             while batch is not None:
-                more = not ids and len(batch.pending) >= self.settings.relay_batch
-                meanwhile = Meanwhile(partial(self._settle_and_claim, hands, before, more=more))
+                last = None if ids else self._end_of(batch, hands)
+                meanwhile = Meanwhile(partial(self._settle_and_claim, hands, before, last))
                 batch.answers = self._publish(batch.messages, meanwhile)
                 checkpoints.reach("relay.confirmed")
                 settled, following = meanwhile.finish()
@@ -160,11 +163,11 @@ class Relay:
                 before, batch = batch, following
             return done + self._settle(hands, before)
 
-    def _claim(self, hands: Hands, ids: Sequence[int] = ()) -> Batch | None:
+    def _claim(self, hands: Hands, ids: Sequence[int] = (), after: int = 0) -> Batch | None:
         """The next rows, in a transaction of their own; None if there are none."""
         batch = hands.take()
         limit = self.settings.relay_batch
-        batch.pending = self.outbox.claim(batch.connection, self.owner, limit, ids)
+        batch.pending = self.outbox.claim(batch.connection, self.owner, limit, ids, after)
         if not batch.pending:
             hands.let_go(batch)
             return None
@@ -172,11 +175,19 @@ class Relay:
         batch.unprepared = self._unprepared(batch.pending)
         return batch
 
+    def _end_of(self, batch: Batch, hands: Hands) -> int | None:
+        """The id behind which the next batch begins; None if there is to be no other one now."""
+        is_full = len(batch.pending) >= self.settings.relay_batch
+        if not is_full or hands.taken >= CHAIN or self.stopping.is_set():
+            return None
+        return batch.pending[-1].id
+
     def _settle_and_claim(
-        self, hands: Hands, before: Batch | None, *, more: bool
+        self, hands: Hands, before: Batch | None, last: int | None
     ) -> tuple[Round, Batch | None]:
+        """Settle the batch *before*, and claim what comes behind the id *last*, if there is one."""
         settled = self._settle(hands, before)
-        return settled, self._claim(hands) if more and not self.stopping.is_set() else None
+        return settled, None if last is None else self._claim(hands, after=last)
 
     def _is_late(self, batch: Batch) -> bool:
         """Whether its claim might end before the broker has answered."""

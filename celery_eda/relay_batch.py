@@ -54,9 +54,14 @@ class Batch:
 
 
 class Hands:
-    """The batches that a relay holds; whatever happens, it lets go of them at the end."""
+    """The batches that a relay holds; whatever happens, it lets go of them at the end.
+
+    Attributes:
+        taken: how many there were so far.
+    """
 
     def __init__(self, engine: Engine) -> None:
+        self.taken = 0
         self._engine = engine
         self._held: list[Batch] = []
 
@@ -71,6 +76,7 @@ class Hands:
         """A batch to be filled."""
         batch = Batch(self._engine.connect())
         self._held.append(batch)
+        self.taken += 1
         return batch
 
     def let_go(self, batch: Batch) -> None:

@@ -25,7 +25,7 @@ from tests.road.tables import metadata
 OURS, PEER = "eda+postgresql", "procrastinate"
 ROUNDS = 3
 #: Of what is measured by turns beside an old transaction and without one.
-OLD_ROUNDS = 9
+OLD_ROUNDS = 11
 #: Messages published, and worked off, in one round; and those whose latency is taken.
 MESSAGES, TAKEN_ONE_BY_ONE, LATE = 1_000, 300, 50
 PAUSE = 0.02
@@ -77,16 +77,14 @@ def s14(stage: Stage, scale: float) -> Result:
         queues = _queues(stage, cast, marks)
         rates = _rates(stage, queues, marks, ROUNDS)
         beside, holding = _queues_beside_old(stage, cast, marks)
-        both = {OURS: queues[OURS], PEER: queues[PEER], **beside}
         with holding:
-            aged = _rates(stage, both, marks, OLD_ROUNDS)
+            ages = {name: _ages(stage, marks, queues[name], beside[name]) for name in (OURS, PEER)}
         workers = {name: queue.work(cast) for name, queue in queues.items()}
         late = interleaved(
             {name: partial(queue.latencies, marks) for name, queue in queues.items()},
             rounds=ROUNDS,
         )
         idle = _idle(workers)
-    ages = {name: _ages(aged[name], aged[_aged(name)]) for name in (OURS, PEER)}
     what = "worked off/s without an old transaction ÷ beside one"
     checks = [Check.of(f"{OURS}: {what}", ages[OURS], at_most=TARGET)]
     medians = {f"{PEER}: {what}": figures.median(ages[PEER])}
@@ -188,18 +186,13 @@ def _idle(workers: dict[str, Worker]) -> dict[str, float]:
     return {name: 1000 * (each.cpu() - before[name]) / took for name, each in workers.items()}
 
 
-def _aged(name: str) -> str:
-    """The same queue, beside an old transaction."""
-    return f"{name}, old transaction beside"
-
-
 def _queues_beside_old(
     stage: Stage, cast: Cast, marks: Marks
 ) -> tuple[dict[str, Queue], ExitStack]:
     """Two queues in databases of their own, in each of which a transaction is open all the time."""
     places = _places(stage, OURS)
     peer = stage.database()
-    queues = {_aged(OURS): _of_ours(cast, marks, places), _aged(PEER): _of_peer(cast, marks, peer)}
+    queues = {OURS: _of_ours(cast, marks, places), PEER: _of_peer(cast, marks, peer)}
     stack = ExitStack()
     for url in (places["BENCH_DATABASE"], peer):
         engine = create_engine(url, isolation_level="REPEATABLE READ")
@@ -209,9 +202,10 @@ def _queues_beside_old(
     return queues, stack
 
 
-def _ages(before: list[tuple[float, float]], after: list[tuple[float, float]]) -> list[float]:
-    """How much an old transaction slows a queue down."""
-    return figures.ratios([one for _, one in before], [one for _, one in after])
+def _ages(stage: Stage, marks: Marks, young: Queue, old: Queue) -> list[float]:
+    """How much an old transaction slows a queue down, by turns with one that has none beside it."""
+    rates = _rates(stage, {"young": young, "old": old}, marks, OLD_ROUNDS)
+    return figures.ratios(*([one for _, one in rates[name]] for name in ("young", "old")))
 
 
 def _growth(stage: Stage, kind: str, waiting: int) -> tuple[Check, dict[str, float]]:

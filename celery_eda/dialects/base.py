@@ -147,18 +147,25 @@ class Dialect:
         return values
 
     def claim(
-        self, connection: Connection, table: Table, owner: str, limit: int, ids: Sequence[int] = ()
+        self,
+        connection: Connection,
+        table: Table,
+        owner: str,
+        limit: int,
+        ids: Sequence[int] = (),
+        after: int = 0,
     ) -> Sequence[Row[Any]]:
         """Take up to *limit* rows that are due, so that no other claim gets them.
 
         The claim lasts until this transaction ends; with *ids*, only those rows are looked at.
-        Rows that waited until a due time go first and take at most half of the room.
+        Rows that waited until a due time go first and take at most half of the room. Of the others
+        those up to the id *after* may be left out, whoever has them.
         """
         named, came_due, ready = self._claims(table)
         if ids:
             return self._rows(connection, named, limit, ids=self._as_parameter(ids))
         waited = self._rows(connection, came_due, max(1, limit // 2))
-        return [*waited, *self._rows(connection, ready, limit - len(waited))]
+        return [*waited, *self._rows(connection, ready, limit - len(waited), after=after)]
 
     @made_once
     def _claims(self, table: Table) -> tuple[Select[Any], ...]:
@@ -182,10 +189,10 @@ class Dialect:
         )
 
     def _ready(self, table: Table) -> Select[Any]:
-        """The rows that need not wait."""
+        """The rows that need not wait, behind the id of the parameter ``after``."""
         return (
             select(table)
-            .where(table.c.available_at.is_(None))
+            .where(table.c.available_at.is_(None), table.c.id > bindparam("after"))
             .order_by(table.c.available_at, table.c.id)
         )
 

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Select,
     Table,
     TextClause,
+    bindparam,
     event,
     func,
     literal_column,
@@ -109,8 +110,9 @@ class MySQL(Dialect):
 
     def _ready(self, table: Table) -> Select[Any]:
         # By id alone: the server sorts if the column that is NULL is named too.
-        query = select(table).where(table.c.available_at.is_(None)).order_by(table.c.id)
-        return _by_index(query, table)
+        columns = table.c
+        behind = columns.available_at.is_(None), columns.id > bindparam("after")
+        return _by_index(select(table).where(*behind).order_by(columns.id), table)
 
     @made_once
     def _clearing(self, table: Table) -> TextClause:

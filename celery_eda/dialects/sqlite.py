@@ -107,7 +107,13 @@ class SQLite(Upserting, SQLiteQueueing):
         return sorted(connection.scalars(statement.returning(row_id), values))
 
     def claim(
-        self, connection: Connection, table: Table, owner: str, limit: int, ids: Sequence[int] = ()
+        self,
+        connection: Connection,
+        table: Table,
+        owner: str,
+        limit: int,
+        ids: Sequence[int] = (),
+        after: int = 0,
     ) -> Sequence[Row[Any]]:
         """As the base, but the claim is a lease: it is committed here and ends by the clock."""
         named, due = self._leases(table)

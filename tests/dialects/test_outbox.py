@@ -295,7 +295,9 @@ def test_a_released_row_is_as_it_was_and_free_at_once(database: Database, outbox
 
 
 @only_locking
-def test_the_rows_of_a_dead_claimer_are_free_without_a_time_out(database: Database, outbox: Outbox) -> None:
+def test_the_rows_of_a_dead_claimer_are_free_without_a_time_out(
+    database: Database, outbox: Outbox
+) -> None:
     ids = written(database, outbox, message(), message())
 
     with database.engine.connect() as connection:

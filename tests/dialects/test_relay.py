@@ -16,7 +16,7 @@ from celery_eda.outbox import Outbox
 from celery_eda.relay import Relay, Round
 from celery_eda.settings import Settings
 from celery_eda.transports.base import CONFIRMED, Answer, Verdict
-from tests.databases import Database
+from tests.databases import LOCKING, Database
 from tests.dialects.messages import message
 
 REFUSED = Answer(Verdict.refused, "312 NO_ROUTE")
@@ -188,6 +188,23 @@ def test_in_an_outage_what_was_claimed_meanwhile_is_given_back_unsent(
     other, sent = make_relay({}, relay_batch=7)
     assert other.send() == Round(confirmed=5)
     assert waiting(database) == []
+
+
+def test_what_is_committed_late_behind_what_is_being_sent_is_sent_soon(
+    database: Database, outbox: Outbox, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("celery_eda.relay.CHAIN", 3)
+    relay, sent = make_relay({}, relay_batch=1)
+    with database.engine.connect() as late:
+        if database.vendor in LOCKING:  # another one has a single writer
+            outbox.add(late, [message(routing_key="late")])
+        store(database, outbox, *"abcde")
+        monkeypatch.setattr(relay, "_unprepared", lambda pending: late.commit() or {})
+        done = [relay.send().confirmed for _ in range(3)]
+
+    expected = ["a", "b", "c", "late", "d", "e"] if database.vendor in LOCKING else [*"abcde"]
+    assert sent == expected
+    assert done == [3, len(expected) - 3, 0]
 
 
 def test_what_was_claimed_too_long_ago_to_be_sent_in_time_is_given_back(
