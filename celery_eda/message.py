@@ -11,10 +11,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid5
 
 from celery_eda.event import Draft, Event
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ID_HEADER = "eda_id"
 REVISION_HEADER = "eda_revision"
@@ -253,7 +256,7 @@ class Message:
         return Message.made({**vars(self), **changes, "encoded": encoded})
 
     @classmethod
-    def made(cls, fields: Mapping[str, Any]) -> Message:
+    def made(cls, fields: Mapping[str, Any]) -> Self:
         """A message with these *fields*, set all at once.
 
         That is a tenth of what it takes a frozen dataclass, which makes a call for each of them.

@@ -7,15 +7,15 @@ has confirmed that very message.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import partial
 from json import loads
 from typing import Any
 
 from kombu.utils import json
-from sqlalchemy import Connection, Row, Table
+from sqlalchemy import Connection, Row, Table, select
 
 from celery_eda import redaction
 from celery_eda.dialects.base import Dialect
@@ -27,6 +27,11 @@ log = logging.getLogger(__name__)
 UNREADABLE_REST = 3600.0
 #: The key under which kombu writes the type of what is no JSON.
 _TYPE = '"__type__"'
+#: What is read of a row where messages are sealed: less than half of its bytes.
+_ENOUGH_TO_SEND = (
+    *("id", "attempts", "message_id", "revision", "task", "queue", "exchange", "routing_key"),
+    *("preparation", "body", "envelope"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,19 @@ class Outbox:
 
     table: Table
     dialect: Dialect
-    seal: Callable[[Message], bytes | None] = lambda _: None
+    seal: Callable[[Message], bytes | None] | None = None
 
     def add(self, connection: Connection, messages: Sequence[Message]) -> list[int]:
         """Write *messages* in one go; returns the ids of the rows, in the same order."""
-        rows = [{**to_row(each), "envelope": each.envelope or self.seal(each)} for each in messages]
+        rows = [{**to_row(each), "envelope": self._envelope(each)} for each in messages]
         return self.dialect.add(connection, self.table, rows)
 
     def encode(self, message: Message) -> Encoded:
         """Headers and properties of *message*, as its row is to have them."""
-        return Encoded(*_texts(message), self.seal(message))
+        return Encoded(*_texts(message), self._envelope(message))
+
+    def _envelope(self, message: Message) -> bytes | None:
+        return message.envelope or (self.seal(message) if self.seal else None)
 
     def claim(
         self,
@@ -78,13 +86,33 @@ class Outbox:
         Rows up to the id *after*, where others are at work, may be left out.
         A row that cannot be read is put aside with the reason, so that it holds up no others.
         """
-        rows = self.dialect.claim(connection, self.table, owner, limit, ids, after)
-        pending = (self._read(connection, owner, row) for row in rows)
+        columns = _ENOUGH_TO_SEND if self.seal else ()
+        rows = self.dialect.claim(connection, self.table, owner, limit, ids, after, columns)
+        whole = self._unsealed(connection, rows) if self.seal else {}
+        pending = (self._read(connection, owner, row, whole.get(row.id)) for row in rows)
         return [each for each in pending if each]
 
-    def _read(self, connection: Connection, owner: str, row: Row[Any]) -> Pending | None:
+    def read(self, connection: Connection, row_id: int) -> Message | None:
+        """All of the message in a row; None if the row is gone."""
+        row = connection.execute(select(self.table).where(self.table.c.id == row_id)).first()
+        return None if row is None else from_row(row)
+
+    def _unsealed(self, connection: Connection, rows: Sequence[Row[Any]]) -> dict[int, Row[Any]]:
+        """All of the rows that have no envelope, by their ids."""
+        if not (ids := [row.id for row in rows if row.envelope is None]):
+            return {}
+        wanted = select(self.table).where(self.table.c.id.in_(ids))
+        return {row.id: row for row in connection.execute(wanted)}
+
+    def _read(
+        self, connection: Connection, owner: str, row: Row[Any], whole: Row[Any] | None
+    ) -> Pending | None:
         try:
-            return Pending(row.id, from_row(row), row.attempts)
+            if whole is None and self.seal:
+                message: Message = Sealed.of(row, partial(self.read, connection, row.id))
+            else:
+                message = from_row(whole or row)
+            return Pending(row.id, message, row.attempts)
         except Exception as error:
             why = f"This row cannot be read: {error!r}"
             log.error("outbox row %s of %s rests: %s", row.id, row.task, why)
@@ -139,50 +167,60 @@ def to_row(message: Message) -> dict[str, Any]:
 
 
 def from_row(row: Row[Any]) -> Message:
-    """The message in *row*, as it was captured.
-
-    Of one that has an envelope, headers and properties are read only if somebody asks for them.
-    """
-    envelope = getattr(row, "envelope", None)
-    encoded = Encoded(row.headers, row.properties, envelope and bytes(envelope))
-    read: Callable[[str], Mapping[str, Any]] = Unread if encoded.envelope else _loads
-    preparation = json.loads(row.preparation) if row.preparation else ()
+    """The message in *row*, as it was captured."""
     return Message.made(
         {
-            "identity": Identity(row.message_id, row.revision),
-            "task": row.task,
-            "body": bytes(row.body),
+            **_to_send(row),
             "content_type": row.content_type,
             "content_encoding": row.content_encoding,
-            "headers": read(row.headers),
-            "properties": read(row.properties),
-            "exchange": row.exchange,
-            "routing_key": row.routing_key,
-            "queue": row.queue,
-            "preparation": tuple((name, arguments) for name, arguments in preparation),
-            "encoded": encoded,
+            "headers": _loads(row.headers),
+            "properties": _loads(row.properties),
+            "encoded": Encoded(row.headers, row.properties, getattr(row, "envelope", None)),
         }
     )
 
 
-class Unread(Mapping[str, Any]):
-    """Headers or properties as they are stored, read when somebody asks for them."""
+def _to_send(row: Row[Any]) -> dict[str, Any]:
+    """Of the message in *row* what is needed to send it, if it has an envelope too."""
+    preparation = json.loads(row.preparation) if row.preparation else ()
+    return {
+        "identity": Identity(row.message_id, row.revision),
+        "task": row.task,
+        "body": bytes(row.body),
+        "exchange": row.exchange,
+        "routing_key": row.routing_key,
+        "queue": row.queue,
+        "preparation": tuple((name, arguments) for name, arguments in preparation),
+    }
 
-    def __init__(self, text: str) -> None:
-        self._text = text
 
-    @cached_property
-    def _read(self) -> dict[str, Any]:
-        return _loads(self._text)
+class Sealed(Message):
+    """A claimed message of which only as much has been read as is needed to send it.
 
-    def __getitem__(self, name: str) -> Any:
-        return self._read[name]
+    Should somebody ask for more, the rest is read then, in the transaction of its claim.
+    """
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._read)
+    @classmethod
+    def of(cls, row: Row[Any], read: Callable[[], Message | None]) -> Sealed:
+        """The message in *row*, which has an envelope; *read* reads all of it."""
+        return cls.made({**_to_send(row), "_envelope": bytes(row.envelope), "_read": read})
 
-    def __len__(self) -> int:
-        return len(self._read)
+    def __repr__(self) -> str:
+        return f"<{self.task} {self.identity}>"
+
+    @property
+    def envelope(self) -> bytes:
+        envelope: bytes = self._envelope
+        return envelope
+
+    def __getattr__(self, name: str) -> Any:
+        # Python asks here for what is not there.
+        if name not in Message.__dataclass_fields__:
+            raise AttributeError(name)
+        if (whole := self._read()) is None:
+            raise LookupError(f"Message {self.identity.id} is no longer in the outbox.")
+        vars(self).update(vars(whole))
+        return vars(self)[name]
 
 
 def _loads(text: str) -> dict[str, Any]:

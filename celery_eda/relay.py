@@ -288,11 +288,12 @@ class Relay:
     def _refuse(self, connection: Connection, pending: Pending, why: str) -> None:
         attempts = pending.attempts + 1
         if attempts >= self.settings.max_attempts:
+            message = self.outbox.read(connection, pending.id)
             # Cleared first: if the row has been taken over, its fate is somebody else's.
-            if self.outbox.clear(connection, self.owner, [pending.id]):
-                log.error("dead letter: %s cannot be sent: %s", pending.message.task, why)
+            if self.outbox.clear(connection, self.owner, [pending.id]) and message is not None:
+                log.error("dead letter: %s cannot be sent: %s", message.task, why)
                 self.dead_letters.add(
-                    connection, pending.message, Reason.unsendable, error=why, attempts=attempts
+                    connection, message, Reason.unsendable, error=why, attempts=attempts
                 )
             return
         delay = backoff(pending.attempts, self.settings.retry_delay, self.settings.retry_delay_max)

@@ -36,7 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, TimeoutError
 
 from celery_eda.dialects import idle
-from celery_eda.dialects.statements import made_once
+from celery_eda.dialects.statements import chosen, made_once
 from celery_eda.errors import ConfigurationError
 from celery_eda.tables import Moment
 
@@ -154,25 +154,32 @@ class Dialect:
         limit: int,
         ids: Sequence[int] = (),
         after: int = 0,
+        columns: tuple[str, ...] = (),
     ) -> Sequence[Row[Any]]:
         """Take up to *limit* rows that are due, so that no other claim gets them.
 
         The claim lasts until this transaction ends; with *ids*, only those rows are looked at.
         Rows that waited until a due time go first and take at most half of the room. Of the others
         those up to the id *after* may be left out, whoever has them.
+
+        Returns:
+            All *columns* of the rows; only those, if some are named.
         """
-        named, came_due, ready = self._claims(table)
+        named, came_due, ready = self._claims(table, columns)
         if ids:
             return self._rows(connection, named, limit, ids=self._as_parameter(ids))
         waited = self._rows(connection, came_due, max(1, limit // 2))
         return [*waited, *self._rows(connection, ready, limit - len(waited), after=after)]
 
     @made_once
-    def _claims(self, table: Table) -> tuple[Select[Any], ...]:
+    def _claims(self, table: Table, columns: tuple[str, ...]) -> tuple[Select[Any], ...]:
         """What takes rows that are named, that waited and are due, and that need not wait."""
         queries = self._named(table), self._came_due(table), self._ready(table)
         return tuple(
-            query.limit(bindparam("room")).with_for_update(skip_locked=True) for query in queries
+            query.with_only_columns(*chosen(table, columns))
+            .limit(bindparam("room"))
+            .with_for_update(skip_locked=True)
+            for query in queries
         )
 
     def _named(self, table: Table) -> Select[Any]:

@@ -35,7 +35,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from celery_eda.dialects.base import Values
 from celery_eda.dialects.sqlite_queueing import SQLiteQueueing
-from celery_eda.dialects.statements import made_once
+from celery_eda.dialects.statements import chosen, made_once
 from celery_eda.dialects.upserting import Upserting
 from celery_eda.tables import Moment
 
@@ -114,9 +114,10 @@ class SQLite(Upserting, SQLiteQueueing):
         limit: int,
         ids: Sequence[int] = (),
         after: int = 0,
+        columns: tuple[str, ...] = (),
     ) -> Sequence[Row[Any]]:
         """As the base, but the claim is a lease: it is committed here and ends by the clock."""
-        named, due = self._leases(table)
+        named, due = self._leases(table, columns)
         owned = {"its_owner": owner, "room": limit}
         if ids:
             taken = connection.execute(named, {**owned, "ids": list(ids)}).all()
@@ -126,7 +127,7 @@ class SQLite(Upserting, SQLiteQueueing):
         return sorted(taken, key=lambda row: row.id)
 
     @made_once
-    def _leases(self, table: Table) -> tuple[ReturningUpdate[Any], ...]:
+    def _leases(self, table: Table, columns: tuple[str, ...]) -> tuple[ReturningUpdate[Any], ...]:
         """What leases rows that are named and due, and rows that are due."""
         until = self.later(self.claim_timeout)
         due = self._due(table)
@@ -138,7 +139,7 @@ class SQLite(Upserting, SQLiteQueueing):
                 )
             )
             .values(claimed_by=bindparam("its_owner"), available_at=until)
-            .returning(*table.c)
+            .returning(*chosen(table, columns))
             for which in (self._is_named(table) & due, due)
         )
 

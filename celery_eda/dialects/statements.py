@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Table
+from sqlalchemy import Column, Table
 from sqlalchemy.dialects import postgresql
 
 Made = TypeVar("Made")
@@ -37,6 +37,11 @@ def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
         return statement
 
     return made
+
+
+def chosen(table: Table, names: tuple[str, ...]) -> Sequence[Column[Any]]:
+    """The columns of *table* with these *names*; all of them, if none is named."""
+    return [table.c[name] for name in names] or list(table.c)
 
 
 def quoted(table: Table) -> str:

@@ -85,10 +85,10 @@ def transport_of(app: Any, *, timeout: float, vendor: str | None = None) -> Tran
     return transport
 
 
-def seal_of(app: Any) -> Callable[[Message], bytes | None]:
-    """What encodes headers and properties as the broker of *app* wants them; None leaves it."""
+def seal_of(app: Any) -> Callable[[Message], bytes | None] | None:
+    """What encodes headers and properties as the broker of *app* wants them, if it wants that."""
     if app.connection_for_write().transport.driver_type != "amqp":
-        return lambda _: None
+        return None
     seal: Callable[[Message], bytes | None] = import_module("celery_eda.transports.frames").seal
     return seal
 

@@ -72,8 +72,8 @@ class Flight:
         alike = [
             tag
             for tag, (_, message) in self._under_way.items()
-            if message.headers.get(ID_HEADER) == headers.get(ID_HEADER)
-            and message.headers.get(REVISION_HEADER) == headers.get(REVISION_HEADER)
+            if str(message.identity.id) == headers.get(ID_HEADER)
+            and message.identity.revision == headers.get(REVISION_HEADER)
             and message.routing_key == routing_key
             and message.exchange == exchange
         ]

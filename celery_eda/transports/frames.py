@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from struct import pack, unpack_from
+from struct import Struct, pack, unpack_from
 from typing import Any
 
 from amqp import Message as AMQPMessage
@@ -25,6 +25,14 @@ from celery_eda.transports.base import publish_with
 METHOD, HEADER, BODY = 1, 2, 3
 FRAME_OVERHEAD = 8  # bytes around the payload of a frame
 FRAME_END = b"\xce"
+HEADER_SIZE = 12  # bytes of a header frame before the properties
+#: Routes to remember.
+MOST_ROUTES = 1000
+
+#: Packs the start of a frame: kind, channel, size of the payload.
+_start = Struct(">BHI").pack
+#: The same, and the start of the payload of a header: class, weight, size of the body.
+_header = Struct(">BHIHHQ").pack
 
 
 class Frames:
@@ -33,8 +41,10 @@ class Frames:
     def __init__(self, channel_id: int, frame_max: int) -> None:
         self.size = 0
         self._channel_id = channel_id
-        self._frame_max = frame_max
+        self._room = frame_max - FRAME_OVERHEAD
         self._frames: list[bytes] = []
+        #: The method frames of the messages so far, by their route.
+        self._methods: dict[tuple[str, str, bool], bytes] = {}
 
     def add(self, message: Message) -> None:
         """Encode *message* as *mandatory*: it comes back if no queue takes it.
@@ -44,26 +54,37 @@ class Frames:
         body, envelope, immediate = message.body, message.envelope, False
         if envelope is None:
             envelope, immediate = _encoded(message)
-        header = pack(">HHQ", Basic.CLASS_ID, 0, len(body)) + envelope
-        room = self._frame_max - FRAME_OVERHEAD
-        if len(header) > room:  # the broker would close the connection
-            raise ContentTooLarge(f"{len(header)} bytes of headers; one frame takes {room}.")
-        route = _route(message.exchange, message.routing_key, immediate)
-        frames = [
-            self._frame(METHOD, route),
-            self._frame(HEADER, header),
-            *(self._frame(BODY, body[at : at + room]) for at in range(0, len(body), room)),
-        ]
+        size, room = len(body), self._room
+        places = range(0, size, room)
+        header = HEADER_SIZE + len(envelope)
+        if header > room:  # the broker would close the connection
+            raise ContentTooLarge(f"{header} bytes of headers; one frame takes {room}.")
+        route = message.exchange, message.routing_key, immediate
+        method = self._methods.get(route) or self._learn(route)
+        start = _header(HEADER, self._channel_id, header, Basic.CLASS_ID, 0, size)
+        frames = [method, start, envelope, FRAME_END]
+        for at in places:
+            part = body[at : at + room]
+            frames += (_start(BODY, self._channel_id, len(part)), part, FRAME_END)
         self._frames += frames
-        self.size += sum(map(len, frames))
+        self.size += len(method) + header + size + FRAME_OVERHEAD * (1 + len(places))
 
     def take(self) -> memoryview:
         """All frames so far; starts anew."""
         taken, self._frames, self.size = b"".join(self._frames), [], 0
         return memoryview(taken)
 
-    def _frame(self, kind: int, payload: bytes) -> bytes:
-        return pack(">BHI", kind, self._channel_id, len(payload)) + payload + FRAME_END
+    def _learn(self, route: tuple[str, str, bool]) -> bytes:
+        """The method frame of messages with this *route*."""
+        if len(self._methods) >= MOST_ROUTES:
+            self._methods.clear()
+        exchange, routing_key, immediate = route
+        mandatory = True
+        arguments: bytes = dumps("Bssbb", (0, exchange, routing_key, mandatory, immediate))
+        payload = pack(">HH", *Basic.Publish) + arguments
+        frame = _start(METHOD, self._channel_id, len(payload)) + payload + FRAME_END
+        self._methods[route] = frame
+        return frame
 
 
 def seal(message: Message) -> bytes | None:
@@ -141,13 +162,6 @@ def _encoded(message: Message) -> tuple[bytes, bool]:
 
 
 _producer = Producer(_Encoder())
-
-
-@lru_cache(maxsize=1024)
-def _route(exchange: str, routing_key: str, immediate: bool) -> bytes:
-    mandatory = True
-    arguments: bytes = dumps("Bssbb", (0, exchange, routing_key, mandatory, immediate))
-    return pack(">HH", *Basic.Publish) + arguments
 
 
 def _properties(properties: Mapping[str, Any]) -> bytes:

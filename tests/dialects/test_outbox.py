@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID
@@ -42,6 +42,10 @@ def rows(database: Database, outbox: Outbox) -> Any:
         return connection.execute(select(outbox.table).order_by(outbox.table.c.id)).all()
 
 
+def fields_of(message: Message) -> dict[str, Any]:
+    return {each.name: getattr(message, each.name) for each in fields(message) if each.compare}
+
+
 def in_seconds(seconds: float) -> datetime:
     return datetime.now(timezone.utc) + timedelta(seconds=seconds)
 
@@ -58,10 +62,47 @@ def test_a_message_with_an_envelope_comes_back_with_it_and_is_otherwise_the_same
 
     with database.engine.connect() as connection:
         claimed = [each.message for each in sealing.claim(connection, "me", 10)]
+        whole = [fields_of(each) for each in claimed]
+        revised = claimed[1].revised(task="other")
 
     assert [each.envelope for each in claimed] == [None, b"task 7"]
-    assert claimed == messages
-    assert claimed[1].revised(task="other").headers == messages[1].revised(task="other").headers
+    assert whole == list(map(fields_of, messages))
+    assert revised.headers == messages[1].revised(task="other").headers
+
+
+def test_of_a_message_with_an_envelope_the_rest_is_read_when_it_is_asked_for_and_once(
+    database: Database, outbox: Outbox
+) -> None:
+    sealing = replace(outbox, seal=lambda _: b"envelope")
+    written(database, sealing, message())
+    statements: list[str] = []
+
+    with database.engine.connect() as connection:
+        ((claimed),) = [each.message for each in sealing.claim(connection, "me", 10)]
+        event.listen(connection, "before_cursor_execute", lambda *a: statements.append(a[2]))
+        sent = (claimed.identity, claimed.exchange, claimed.routing_key, claimed.queue)
+        sent = (*sent, claimed.body, claimed.envelope, claimed.task, repr(claimed))
+        before = len(statements)
+        assert all((claimed.headers, claimed.properties, claimed.content_type))
+
+    assert before == 0, sent
+    assert len(statements) == 1
+
+
+def test_what_is_asked_for_when_the_row_is_gone_is_an_error(
+    database: Database, outbox: Outbox
+) -> None:
+    sealing = replace(outbox, seal=lambda _: b"envelope")
+    written(database, sealing, message())
+
+    with database.engine.connect() as connection:
+        (pending,) = sealing.claim(connection, "me", 10)
+        sealing.clear(connection, "me", [pending.id])
+
+        with pytest.raises(LookupError, match="no longer in the outbox"):
+            pending.message.headers  # noqa: B018
+        with pytest.raises(AttributeError):
+            pending.message.nothing  # type: ignore[attr-defined]  # noqa: B018
 
 
 # ── add ─────────────────────────────────────────────────────────────────────────────────────────

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,6 +97,23 @@ def test_only_what_was_confirmed_leaves_the_outbox(
 
     assert relay.send() == Round(confirmed=2, refused=1, unknown=1)
     assert sorted(waiting(database)) == [("bad", 1), ("mute", 0)]
+
+
+def test_what_is_given_up_is_kept_whole_though_only_as_much_was_read_as_is_needed_to_send_it(
+    database: Database, outbox: Outbox, dead_letters: DeadLetters, make_relay: MakeRelay
+) -> None:
+    relay, _ = make_relay({"bad": REFUSED}, max_attempts=1)
+    relay.outbox = replace(outbox, seal=lambda _: b"envelope")
+    refused = message(routing_key="bad")
+    with database.engine.begin() as connection:
+        relay.outbox.add(connection, [refused])
+
+    relay.send()
+
+    with database.engine.connect() as connection:
+        (letter,) = dead_letters.list(connection)
+    assert letter.message == refused
+    assert waiting(database) == []
 
 
 def test_a_queue_that_never_confirms_does_not_hold_up_the_others(
