@@ -1,6 +1,6 @@
 """From the outbox to the broker: claim, send, wait for the confirms, clear.
 
-A relay that has much to send claims and clears while the broker works on what it was sent.
+A relay that has much to send does all of that while the broker works on what it was sent before.
 
 Any number of relays work side by side, in processes of their own, beside workers, and in the
 committing processes themselves. None of them is needed for the promise, only for progress: a row
@@ -12,9 +12,9 @@ from __future__ import annotations
 import operator
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from functools import partial
 from uuid import uuid4
 
 from sqlalchemy import Connection, Engine
@@ -25,10 +25,10 @@ from celery_eda.dead_letters import DeadLetters, Reason
 from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.message import Message
 from celery_eda.outbox import Outbox, Pending
-from celery_eda.relay_batch import Batch, Hands, Meanwhile
+from celery_eda.relay_batch import Batch, Hands
 from celery_eda.retry import backoff
 from celery_eda.settings import Settings
-from celery_eda.transports.base import Answer, Transport, Verdict
+from celery_eda.transports.base import Answer, Pipelined, Transport, Verdict
 
 log = redaction.logger(__name__)
 
@@ -37,6 +37,8 @@ OUTAGE_DELAY = (0.1, 5.0)
 #: Batches of which each is claimed behind the one before. What became free or was committed behind
 #: them is found when that is begun anew.
 CHAIN = 20
+#: Batches that a broker works on at the same time.
+UNDER_WAY = 2
 #: Seconds within which a server that is there refuses what has to precede a message.
 PROMPT = 0.5
 
@@ -142,28 +144,61 @@ class Relay:
     def send(self, ids: Sequence[int] = ()) -> Round:
         """Claim rows that are due (only *ids*, if given), send, settle; as long as there are many.
 
-        While the broker works on a batch, the one before it is settled and the next one claimed.
+        While the broker works on one batch, the one before it is settled and the next one claimed,
+        if the broker's transport can be given more than one.
 
         Raises:
             SQLAlchemyError: the database is away; what was claimed is free again.
         """
-        done = Round()
+        transport = self._transport = self._transport or self.make_transport()
         with Hands(self.engine) as hands:
-            batch, before = self._claim(hands, ids), None
-            while batch is not None:
-                last = None if ids else self._end_of(batch, hands)
-                meanwhile = Meanwhile(partial(self._settle_and_claim, hands, before, last))
-                batch.answers = self._publish(batch.messages, meanwhile)
-                checkpoints.reach("relay.confirmed")
-                settled, following = meanwhile.finish()
-                done += settled
-                if following is not None and (batch.is_in_doubt or self._is_late(following)):
-                    self._give_back(hands, following)
-                    following = None
-                before, batch = batch, following
-            return done + self._settle(hands, before)
+            batches = self._chain(hands, ids)
+            if isinstance(transport, Pipelined):
+                return self._overlap(transport, batches, hands)
+            done = Round()
+            for batch in batches:
+                hands.hear(batch, transport.publish(batch.messages))
+                done += self._settle(hands, batch)
+            return done
 
-    def _claim(self, hands: Hands, ids: Sequence[int] = (), after: int = 0) -> Batch | None:
+    def _overlap(self, transport: Pipelined, batches: Iterator[Batch], hands: Hands) -> Round:
+        """Send *batches*, so that the broker has the next one while it is heard about the last.
+
+        What it has answered is settled, and one more claimed, when it has got its work.
+        """
+        done, sent = Round(), deque[Batch]()
+        try:
+            ready = next(batches, None)
+            while ready or sent:
+                heard = None
+                if ready is None or len(sent) == UNDER_WAY:
+                    hands.hear(sent[0], transport.finish())
+                    heard = sent.popleft()
+                if ready and (hands.is_in_doubt or self._is_late(ready)):
+                    self._give_back(hands, ready)
+                elif ready:
+                    sent.append(ready)
+                    transport.begin(ready.messages)
+                if heard:
+                    done += self._settle(hands, heard)
+                ready = next(batches, None)
+        finally:
+            if sent:  # somebody else would be told what the broker answers
+                self.close()
+        return done
+
+    def _chain(self, hands: Hands, ids: Sequence[int]) -> Iterator[Batch]:
+        """Batches, each claimed behind the one before when it is asked for."""
+        last = 0
+        while batch := self._claim(hands, ids, last):
+            yield batch
+            is_full = len(batch.pending) >= self.settings.relay_batch
+            is_over = hands.taken >= CHAIN or hands.is_in_doubt or self.stopping.is_set()
+            if ids or not is_full or is_over:
+                return
+            last = batch.pending[-1].id
+
+    def _claim(self, hands: Hands, ids: Sequence[int], after: int) -> Batch | None:
         """The next rows, in a transaction of their own; None if there are none."""
         batch = hands.take()
         limit = self.settings.relay_batch
@@ -175,19 +210,13 @@ class Relay:
         batch.unprepared = self._unprepared(batch.pending)
         return batch
 
-    def _end_of(self, batch: Batch, hands: Hands) -> int | None:
-        """The id behind which the next batch begins; None if there is to be no other one now."""
-        is_full = len(batch.pending) >= self.settings.relay_batch
-        if not is_full or hands.taken >= CHAIN or self.stopping.is_set():
-            return None
-        return batch.pending[-1].id
-
-    def _settle_and_claim(
-        self, hands: Hands, before: Batch | None, last: int | None
-    ) -> tuple[Round, Batch | None]:
-        """Settle the batch *before*, and claim what comes behind the id *last*, if there is one."""
-        settled = self._settle(hands, before)
-        return settled, None if last is None else self._claim(hands, after=last)
+    def _settle(self, hands: Hands, batch: Batch) -> Round:
+        """Note what the broker answered to *batch*, and commit that."""
+        checkpoints.reach("relay.confirmed")
+        done = self._note(batch.connection, batch.answered, batch.unprepared)
+        hands.let_go(batch)
+        checkpoints.reach("relay.cleared")
+        return done
 
     def _is_late(self, batch: Batch) -> bool:
         """Whether its claim might end before the broker has answered."""
@@ -220,28 +249,13 @@ class Relay:
                     break
         return unprepared
 
-    def _publish(
-        self, messages: Sequence[Message], meanwhile: Callable[[], None]
-    ) -> Sequence[Answer]:
-        if self._transport is None:
-            self._transport = self.make_transport()
-        return self._transport.publish(messages, meanwhile)
-
-    def _settle(self, hands: Hands, batch: Batch | None) -> Round:
-        """Clear what was confirmed, let rest what cannot be sent, give back the others; commit."""
-        if batch is None:
-            return Round()
-        done = self._note(batch.connection, batch.answered, batch.unprepared)
-        hands.let_go(batch)
-        checkpoints.reach("relay.cleared")
-        return done
-
     def _note(
         self,
         connection: Connection,
         answered: Sequence[tuple[Pending, Answer]],
         unprepared: Mapping[int, str],
     ) -> Round:
+        """Clear what was confirmed, let rest what cannot be sent, give back the others."""
         by_verdict = {
             verdict: [pair for pair in answered if pair[1].verdict is verdict]
             for verdict in Verdict

@@ -1,11 +1,11 @@
-"""What a relay has in its hands: a batch with the broker, and work to be done meanwhile."""
+"""What a relay has in its hands: batches of rows, each in a transaction of its own."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Engine
 
@@ -15,8 +15,6 @@ from celery_eda.transports.base import Answer, Verdict
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Outcome = TypeVar("Outcome")
 
 
 @dataclass(eq=False)
@@ -47,21 +45,18 @@ class Batch:
     def answered(self) -> list[tuple[Pending, Answer]]:
         return list(zip(self.sendable, self.answers, strict=True))
 
-    @property
-    def is_in_doubt(self) -> bool:
-        """Whether the broker left some unanswered: it may be away."""
-        return any(answer.verdict is Verdict.unknown for answer in self.answers)
-
 
 class Hands:
     """The batches that a relay holds; whatever happens, it lets go of them at the end.
 
     Attributes:
         taken: how many there were so far.
+        is_in_doubt: whether the broker has left some of one unanswered.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.taken = 0
+        self.is_in_doubt = False
         self._engine = engine
         self._held: list[Batch] = []
 
@@ -79,29 +74,13 @@ class Hands:
         self.taken += 1
         return batch
 
+    def hear(self, batch: Batch, answers: Sequence[Answer]) -> None:
+        """Have the broker's *answers* to *batch*; where one is missing it may be away."""
+        batch.answers = answers
+        self.is_in_doubt |= any(each.verdict is Verdict.unknown for each in answers)
+
     def let_go(self, batch: Batch) -> None:
         """Commit what was done about *batch*."""
         batch.connection.commit()
         batch.connection.close()
         self._held.remove(batch)
-
-
-class Meanwhile(Generic[Outcome]):
-    """Work that is done once, while the broker has its own; the broker is not to see it fail."""
-
-    def __init__(self, work: Callable[[], Outcome]) -> None:
-        self._work = work
-        self._error: Exception | None = None
-        self._outcome: Outcome | None = None
-
-    def __call__(self) -> None:
-        try:
-            self._outcome = self._work()
-        except Exception as error:
-            self._error = error
-
-    def finish(self) -> Outcome:
-        """What came of it, which is never None; it is done now unless it has been."""
-        if self._error is not None:
-            raise self._error
-        return self._work() if self._outcome is None else self._outcome

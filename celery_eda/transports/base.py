@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
@@ -45,10 +45,6 @@ class Answer:
 CONFIRMED = Answer(Verdict.confirmed)
 
 
-def nothing() -> None:
-    """There is nothing to do meanwhile."""
-
-
 class Unroutable(LookupError):
     """No queue would get a message."""
 
@@ -73,9 +69,7 @@ class Transport(Protocol):
     A transport connects when it first sends, and again by itself after an outage.
     """
 
-    def publish(
-        self, messages: Sequence[Message], meanwhile: Callable[[], None] = nothing
-    ) -> list[Answer]:
+    def publish(self, messages: Sequence[Message]) -> list[Answer]:
         """Send messages and wait for the broker's answer to each.
 
         Takes at most the transport's time-out in all. Never raises for anything the broker or
@@ -83,7 +77,6 @@ class Transport(Protocol):
 
         Args:
             messages: in the order of sending.
-            meanwhile: may be called while the broker works on them all, for as long as it takes.
 
         Returns:
             One answer for each message, in the same order.
@@ -92,6 +85,23 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Drop the connection. Closing twice is harmless."""
+        ...
+
+
+@runtime_checkable
+class Pipelined(Transport, Protocol):
+    """A transport that sends a batch while those before it are not answered yet."""
+
+    def begin(self, messages: Sequence[Message]) -> None:
+        """Send messages, and wait until they are on their way."""
+        ...
+
+    def finish(self) -> list[Answer]:
+        """Wait for the answers to the batch that was begun first, as :meth:`publish` gives them.
+
+        Its time-out counts from its beginning, but what has been answered counts however late it
+        is asked for. An outage makes unknown what is unanswered in any batch.
+        """
         ...
 
 

@@ -25,7 +25,7 @@ class Flight:
 
     Args:
         tags: the delivery tags that the channel gives out from here on.
-        answers: where the answers go, by the message's position in its batch.
+        answers: where the answers go, by the message's number.
     """
 
     def __init__(self, tags: Iterator[int], answers: MutableMapping[int, Answer]) -> None:
@@ -38,13 +38,13 @@ class Flight:
         return len(self._under_way)
 
     @property
-    def positions(self) -> list[int]:
-        """Where in their batch the messages under way are, in the order of sending."""
-        return [position for position, _ in self._under_way.values()]
+    def under_way(self) -> list[tuple[int, Message]]:
+        """The messages under way with their numbers, in the order of sending."""
+        return list(self._under_way.values())
 
-    def add(self, position: int, message: Message) -> None:
+    def add(self, number: int, message: Message) -> None:
         """Take off with *message*; it is the next that is published on the channel."""
-        self._under_way[next(self._tags)] = position, message
+        self._under_way[next(self._tags)] = number, message
 
     def listen(self, channel: Any) -> None:
         """Be the one that hears the answers on *channel*."""
@@ -90,5 +90,5 @@ class Flight:
         return [tag] if tag in self._under_way else []
 
     def _land(self, tag: int, answer: Answer) -> None:
-        position, _ = self._under_way.pop(tag)
-        self._answers[position] = answer
+        number, _ = self._under_way.pop(tag)
+        self._answers[number] = answer

@@ -6,7 +6,7 @@ transaction that publishes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kombu.exceptions import OperationalError
@@ -22,7 +22,6 @@ from celery_eda.transports.base import (
     CONFIRMED,
     Answer,
     declare,
-    nothing,
     refused,
     subscribers,
     unknown,
@@ -43,9 +42,7 @@ class Database:
         self._channel: Any = None
         self._declared: set[str] = set()
 
-    def publish(
-        self, messages: Sequence[Message], meanwhile: Callable[[], None] = nothing
-    ) -> list[Answer]:
+    def publish(self, messages: Sequence[Message]) -> list[Answer]:
         if not messages:
             return []
         try:

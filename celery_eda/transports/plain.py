@@ -7,7 +7,7 @@ kombu's transport for it, and so are the time-outs of a single publish.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kombu.exceptions import OperationalError
@@ -19,7 +19,6 @@ from celery_eda.transports.base import (
     CONFIRMED,
     Answer,
     declare,
-    nothing,
     publish_with,
     refused,
     unknown,
@@ -38,9 +37,7 @@ class Plain:
         self._producer: Producer | None = None
         self._declared: set[str] = set()
 
-    def publish(
-        self, messages: Sequence[Message], meanwhile: Callable[[], None] = nothing
-    ) -> list[Answer]:
+    def publish(self, messages: Sequence[Message]) -> list[Answer]:
         until = time.monotonic() + self._timeout
         answers: list[Answer] = []
         try:

@@ -1,5 +1,6 @@
 """Messages to RabbitMQ: many under way at once, each waiting for its own confirm.
 
+While the broker works on one batch the next one is sent, so that it is never without work.
 Every message is ``mandatory``: one that no queue takes is refused, not confirmed. A message that
 makes the broker close the channel is found and refused alone. A channel on which a confirm is
 missing is thrown away with its connection: a late confirm would count for another message.
@@ -12,6 +13,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -21,22 +23,30 @@ from kombu.exceptions import OperationalError
 
 from celery_eda import checkpoints
 from celery_eda.message import Message
-from celery_eda.transports.base import (
-    Answer,
-    Verdict,
-    declare,
-    nothing,
-    refused,
-    unknown,
-)
+from celery_eda.transports.base import Answer, Verdict, declare, refused, unknown
 from celery_eda.transports.confirms import Flight
 from celery_eda.transports.frames import Frames
 
-WINDOW = 500  # messages that wait for their confirm at the same time
-CHUNK = 2**20  # bytes written at once, so that answers are read in between
+WINDOW = 1000  # messages that wait for their confirm at the same time
+CHUNK = 2**17  # bytes written at once, so that the broker begins, and its answers are read
 GOODBYE = 1.0  # seconds for closing in good order
+PROMPT = 1.0  # seconds for the rest of an answer that has begun to come
 
 OUTAGES = (AMQPError, OperationalError, OSError)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Messages that were given to be sent.
+
+    Attributes:
+        numbers: theirs, among all that this transport was ever given.
+        until: when the broker has to have answered, by :func:`time.monotonic`.
+    """
+
+    messages: Sequence[Message]
+    numbers: range
+    until: float
 
 
 class RabbitMQ:
@@ -57,29 +67,86 @@ class RabbitMQ:
         self._channel: _ConfirmChannel | None = None
         self._declared: set[str] = set()
         self._blocked = False
+        self._batches: deque[_Batch] = deque()
+        self._unsent: deque[tuple[int, Message]] = deque()
+        self._answers: dict[int, Answer] = {}
+        self._numbered = 0
+        self._window = WINDOW
 
-    def publish(
-        self, messages: Sequence[Message], meanwhile: Callable[[], None] = nothing
-    ) -> list[Answer]:
-        until = time.monotonic() + self._timeout
-        batch = _Batch(messages, meanwhile)
-        lost = Answer(Verdict.unknown)
-        try:
-            self._wake(until)
-            while batch.unsent:
-                self._send(batch, until)
-        except OUTAGES as error:
-            blocked = self._blocked and isinstance(error, TimeoutError)
-            lost = unknown(Blocked("memory or disk alarm") if blocked else error)
-            self._drop()
-        self._declared -= batch.queues_refused
-        return [batch.answers.get(position, lost) for position in range(len(messages))]
+    def publish(self, messages: Sequence[Message]) -> list[Answer]:
+        self.begin(messages)
+        return self.finish()
+
+    def begin(self, messages: Sequence[Message]) -> None:
+        if not self._batches:
+            self._window = WINDOW
+        numbers = range(self._numbered, self._numbered + len(messages))
+        self._numbered = numbers.stop
+        self._batches.append(_Batch(messages, numbers, time.monotonic() + self._timeout))
+        self._unsent.extend(zip(numbers, messages, strict=True))
+        self._work(lambda: not self._unsent)
+
+    def finish(self) -> list[Answer]:
+        numbers = self._batches[0].numbers
+        self._work(lambda: all(each in self._answers for each in numbers))
+        batch = self._batches.popleft()
+        answers = [self._answers.pop(each) for each in numbers]
+        # Their queues may have been deleted, so that they have to be declared again.
+        self._declared -= {
+            name
+            for message, answer in zip(batch.messages, answers, strict=True)
+            if answer.verdict is Verdict.refused and (name := message.queue)
+        }
+        return answers
 
     def close(self) -> None:
         if self._connection is not None and self._connection.connected:
             self._connection.sock.settimeout(GOODBYE)
             self._broker.release()
         self._drop()
+        self._batches.clear()
+        self._unsent.clear()
+        self._answers.clear()
+
+    def _work(self, is_done: Callable[[], bool]) -> None:
+        """Send and listen until *is_done*, or until the oldest batch's time is over.
+
+        An outage is the answer to everything that was not answered before.
+        """
+        until = self._batches[0].until
+        try:
+            while not is_done():
+                self._step(until)
+        except OUTAGES as error:
+            blocked = self._blocked and isinstance(error, TimeoutError)
+            lost = unknown(Blocked("memory or disk alarm") if blocked else error)
+            self._drop()
+            self._unsent.clear()
+            for number in (each for batch in self._batches for each in batch.numbers):
+                self._answers.setdefault(number, lost)
+
+    def _step(self, until: float) -> None:
+        """Write what there is room for, or hear what the broker says.
+
+        The first message on a new channel goes alone: a broker with a memory alarm takes
+        connections and reads what was sent only after the alarm, so every further message
+        would be one more copy.
+        """
+        channel = self._channel
+        if channel is None or not channel.flight:
+            self._wake(until)
+            channel = self._channel
+        window = self._window if channel is not None and channel.is_proven else 1
+        flying = 0 if channel is None else len(channel.flight)
+        try:
+            if self._unsent and flying <= window // 2 and not self._blocked:
+                self._write(window, until)
+            elif channel is not None:
+                channel.hear(until)
+        except AMQPError as error:
+            if not _closed_over_message(error):
+                raise
+            self._blame(error)
 
     def _wake(self, until: float) -> None:
         """Hear what came since the last batch, and wait for the end of an alarm.
@@ -97,24 +164,30 @@ class RabbitMQ:
                 raise
             self._drop()
 
-    def _send(self, batch: _Batch, until: float) -> None:
-        """Send what is unsent, until all is answered or the broker closes over a message."""
+    def _write(self, window: int, until: float) -> None:
+        """Write messages until the window is full."""
         connection = self._connection or self._connect(until)
         connection.sock.settimeout(_left(until))
-        self._declare(connection, batch, until)
-        channel = self._channel = self._channel or _ConfirmChannel(connection)
-        flight = Flight(channel.tags, batch.answers)
-        try:
-            channel.send(batch, flight, until)
-        except AMQPError as error:
-            if not _closed_over_message(error):
-                raise
-            batch.blame(flight, error)
-            self._channel = None
-            if connection.connected:
-                channel.close()
-            else:
-                self._drop()
+        self._declare(connection, until)
+        if self._channel is None:
+            self._channel = _ConfirmChannel(connection, self._answers)
+        self._channel.write(self._unsent, window, until)
+
+    def _blame(self, error: AMQPError) -> None:
+        """Refuse the only message under way; of several, send each again on its own."""
+        channel, self._channel = self._channel, None
+        if channel is None:
+            raise error
+        under_way = channel.flight.under_way
+        if len(under_way) == 1:
+            self._answers[under_way[0][0]] = refused(error)
+        else:
+            self._unsent.extendleft(reversed(under_way))
+        self._window = 1
+        if channel.is_connected:
+            channel.close()
+        else:
+            self._drop()
 
     def _connect(self, until: float) -> Connection:
         """Connect to the first of the broker's hosts that answers, by kombu's own failover."""
@@ -133,12 +206,13 @@ class RabbitMQ:
     def _on_unblocked(self) -> None:
         self._blocked = False
 
-    def _declare(self, connection: Connection, batch: _Batch, until: float) -> None:
-        """Declare the queues that this connection has not declared yet.
+    def _declare(self, connection: Connection, until: float) -> None:
+        """Declare the queues of what is unsent that this connection has not declared yet.
 
         On a channel of its own, which the broker closes if a queue exists with other arguments.
         """
-        if not (names := batch.queues_unsent - self._declared):
+        unsent = {name for _, message in self._unsent if (name := message.queue)}
+        if not (names := unsent - self._declared):
             return
         channel = connection.channel()
         for name in names:
@@ -148,9 +222,18 @@ class RabbitMQ:
             except (AMQPError, KeyError) as error:
                 if isinstance(error, AMQPError) and not _closed_over_message(error):
                     raise
-                batch.refuse_queue(name, error)
+                self._refuse_queue(name, error)
             self._declared.add(name)
         channel.close()
+
+    def _refuse_queue(self, name: str, error: Exception) -> None:
+        """Refuse every unsent message for the queue *name*."""
+        unsent, self._unsent = self._unsent, deque()
+        for number, message in unsent:
+            if message.queue == name:
+                self._answers[number] = refused(error)
+            else:
+                self._unsent.append((number, message))
 
     def _drop(self) -> None:
         """Forget the connection, without a word to the broker: it may not be listening."""
@@ -162,105 +245,58 @@ class RabbitMQ:
         self._blocked = False
 
 
-class _Batch:
-    """Messages to send, and what became of them so far."""
-
-    def __init__(self, messages: Sequence[Message], meanwhile: Callable[[], None]) -> None:
-        self.messages = messages
-        self.meanwhile: Callable[[], None] | None = meanwhile
-        self.unsent = deque(range(len(messages)))
-        self.answers: dict[int, Answer] = {}
-        self.window = WINDOW
-
-    def take_meanwhile(self) -> Callable[[], None] | None:
-        """What there is to do while the broker works, the first time."""
-        meanwhile, self.meanwhile = self.meanwhile, None
-        return meanwhile
-
-    @property
-    def queues_unsent(self) -> set[str]:
-        return {name for position in self.unsent if (name := self.messages[position].queue)}
-
-    @property
-    def queues_refused(self) -> set[str]:
-        """Queues that may have been deleted, so that they have to be declared again."""
-        return {
-            name
-            for position, answer in self.answers.items()
-            if answer.verdict is Verdict.refused and (name := self.messages[position].queue)
-        }
-
-    def refuse_queue(self, name: str, error: Exception) -> None:
-        """Refuse every unsent message for the queue *name*."""
-        for position in list(self.unsent):
-            if self.messages[position].queue == name:
-                self.unsent.remove(position)
-                self.answers[position] = refused(error)
-
-    def blame(self, flight: Flight, error: AMQPError) -> None:
-        """Refuse the only message under way; of several, send each again on its own."""
-        if len(flight) == 1:
-            self.answers[flight.positions[0]] = refused(error)
-        else:
-            self.unsent.extendleft(reversed(flight.positions))
-        self.window = 1
-
-
 class _ConfirmChannel:
-    """A channel in confirm mode. Good as long as no confirm is missing on it."""
+    """A channel in confirm mode. Good as long as no confirm is missing on it.
 
-    def __init__(self, connection: Connection) -> None:
-        self.tags = count(1)
+    Attributes:
+        flight: what is under way on it.
+        is_proven: whether the broker has answered on it.
+    """
+
+    def __init__(self, connection: Connection, answers: dict[int, Answer]) -> None:
+        self.flight = Flight(count(1), answers)
+        self.is_proven = False
+        self._answers = answers
         self._connection = connection
         self._channel = connection.channel()
         self._channel.confirm_select()
         self._frames = Frames(self._channel.channel_id, connection.frame_max)
-        self._proven = False
+        self.flight.listen(self._channel)
+
+    @property
+    def is_connected(self) -> bool:
+        return bool(self._connection.connected)
 
     def close(self) -> None:
         self._channel.close()
 
-    def send(self, batch: _Batch, flight: Flight, until: float) -> None:
-        """Send what is unsent and wait for all answers.
+    def hear(self, until: float) -> None:
+        """Wait for the next that the broker says; what it has said already is heard at any time."""
+        late = time.monotonic() > until and _readable(self._connection.sock)
+        self._connection.sock.settimeout(PROMPT if late else _left(until))
+        self._connection.drain_events()
+        self.is_proven |= not self.flight
 
-        The first message on a new channel goes alone: a broker with a memory alarm takes
-        connections and reads what was sent only after the alarm, so every further message
-        would be one more copy.
-        """
-        flight.listen(self._channel)
-        while batch.unsent or flight:
-            window = batch.window if self._proven else 1
-            self._connection.sock.settimeout(_left(until))
-            if batch.unsent and len(flight) <= window // 2:
-                self._write(batch, flight, window)
-            elif not batch.unsent and (meanwhile := batch.take_meanwhile()):
-                begun = time.monotonic()
-                meanwhile()
-                until += time.monotonic() - begun  # which is not the broker's
-            else:
-                self._connection.drain_events()
-                self._proven |= not flight
-
-    def _write(self, batch: _Batch, flight: Flight, window: int) -> None:
+    def write(self, unsent: deque[tuple[int, Message]], window: int, until: float) -> None:
         """Write messages until the window is full; between two chunks hear what has come."""
-        while batch.unsent and len(flight) < window:
-            self._fill(batch, flight, window)
+        while unsent and len(self.flight) < window:
+            self._fill(unsent, window)
+            self._connection.sock.settimeout(_left(until))
             self._connection.transport.write(self._frames.take())
             checkpoints.reach("relay.published")
-            while flight and _readable(self._connection.sock):
+            while self.flight and _readable(self._connection.sock):
                 self._connection.drain_events()
 
-    def _fill(self, batch: _Batch, flight: Flight, window: int) -> None:
+    def _fill(self, unsent: deque[tuple[int, Message]], window: int) -> None:
         """Encode messages until the window, or a chunk of bytes, is full."""
-        while batch.unsent and len(flight) < window and self._frames.size < CHUNK:
-            position = batch.unsent.popleft()
-            message = batch.messages[position]
+        while unsent and len(self.flight) < window and self._frames.size < CHUNK:
+            number, message = unsent.popleft()
             try:
                 self._frames.add(message)
             except Exception as error:  # whatever is wrong with it, it is wrong with it alone
-                batch.answers[position] = refused(error)
+                self._answers[number] = refused(error)
             else:
-                flight.add(position, message)
+                self.flight.add(number, message)
 
 
 def _closed_over_message(error: AMQPError) -> bool:

@@ -7,7 +7,7 @@ Confirmed is what the server has answered; whether that survives a loss of power
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,6 @@ from celery_eda.transports.base import (
     Answer,
     Verdict,
     declare,
-    nothing,
     publish_with,
     refused,
     subscribers,
@@ -68,9 +67,7 @@ class Redis:
         self._payloads: Payloads | None = None
         self._declared: set[str] = set()
 
-    def publish(
-        self, messages: Sequence[Message], meanwhile: Callable[[], None] = nothing
-    ) -> list[Answer]:
+    def publish(self, messages: Sequence[Message]) -> list[Answer]:
         try:
             answers = self._send(messages)
         except OUTAGES as error:

@@ -47,7 +47,7 @@ def test_a_confirm_counts_for_its_tag_alone() -> None:
     air.flight.ack(3, False)
 
     assert air.verdicts == {2: "confirmed"}
-    assert air.flight.positions == [0, 1, 3]
+    assert [number for number, _ in air.flight.under_way] == [0, 1, 3]
 
 
 def test_a_multiple_confirm_counts_for_all_tags_up_to_it() -> None:
@@ -57,7 +57,7 @@ def test_a_multiple_confirm_counts_for_all_tags_up_to_it() -> None:
     air.flight.ack(4, True)
 
     assert air.verdicts == dict.fromkeys([0, 1, 2, 3], "confirmed")
-    assert air.flight.positions == [4]
+    assert [number for number, _ in air.flight.under_way] == [4]
 
 
 def test_confirms_may_come_in_any_order() -> None:
@@ -119,7 +119,7 @@ def test_a_return_does_not_settle_anything_by_itself() -> None:
     air.flight.come_back(*returned(sent))
 
     assert air.verdicts == {}
-    assert air.flight.positions == [0]
+    assert air.flight.under_way == [(0, sent)]
 
 
 def test_several_returns_may_precede_one_confirm() -> None:

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from celery_eda.transports.base import Transport
+from celery_eda.transports.base import Pipelined, Transport
 from tests.servers.proxy import Proxy
 from tests.servers.rabbitmq import RabbitMQ
 from tests.transports.letters import (
@@ -33,7 +33,13 @@ def transport(rabbitmq_url: str, transport_to: Callable[..., Transport]) -> Tran
 
 
 @pytest.fixture
-def impatient(rabbitmq_url: str, transport_to: Callable[..., Transport]) -> Transport:
+def pipelined(transport: Transport) -> Pipelined:
+    assert isinstance(transport, Pipelined)
+    return transport
+
+
+@pytest.fixture
+def impatient(rabbitmq_url: str, transport_to: Callable[..., Pipelined]) -> Pipelined:
     """A transport that gives up soon."""
     return transport_to(rabbitmq_url, timeout=PATIENCE)
 
@@ -50,29 +56,95 @@ def wired(rabbitmq_url: str, proxy: Proxy, transport_to: Callable[..., Transport
     return transport_to(proxy.through(rabbitmq_url), timeout=PATIENCE)
 
 
-class TestMeanwhile:
-    """What the sender has to do is done while the broker works."""
+class TestTwoBatches:
+    """One batch is sent while the other is not answered yet; each gets its own answers."""
 
-    def test_it_is_done_once_and_when_all_is_on_its_way(
-        self, rabbitmq_url: str, transport: Transport
+    def test_each_is_answered_in_its_turn(self, rabbitmq_url: str, pipelined: Pipelined) -> None:
+        batches = [letters(700), [letter(None, routing_key="nowhere"), *letters(600)], letters(3)]
+        pipelined.begin(batches[0])
+        answers = []
+        for following in batches[1:]:
+            pipelined.begin(following)
+            answers.append(pipelined.finish())
+        answers.append(pipelined.finish())
+
+        assert [verdicts(each) for each in answers] == [
+            ["confirmed"] * 700,
+            ["refused"] + ["confirmed"] * 600,
+            ["confirmed"] * 3,
+        ]
+        sent = {each.identity.id for batch in batches for each in batch}
+        assert sent - set(ids(empty(rabbitmq_url))) == {batches[1][0].identity.id}
+
+    def test_beginning_returns_when_all_is_on_its_way(
+        self, rabbitmq_url: str, pipelined: Pipelined
     ) -> None:
-        batch = [letter() for _ in range(1200)]
+        batch = letters(300)
+        pipelined.begin(batch)
         found: list[UUID] = []
 
-        def meanwhile() -> None:
-            deadline = time.monotonic() + SLACK
-            while len(found) < len(batch) and time.monotonic() < deadline:
-                found.extend(ids(empty(rabbitmq_url)))
+        deadline = time.monotonic() + SLACK
+        while len(found) < len(batch) and time.monotonic() < deadline:
+            found.extend(ids(empty(rabbitmq_url)))
 
-        answers = transport.publish(batch, meanwhile)
+        assert set(found) == confirmed(batch, pipelined.finish())
 
-        assert set(found) == confirmed(batch, answers)
-        assert len(found) == len(batch)
+    def test_what_was_answered_in_time_counts_though_it_is_asked_for_late(
+        self, impatient: Pipelined
+    ) -> None:
+        impatient.begin(letters(600))
+        time.sleep(PATIENCE + 0.5)
 
-    def test_its_time_is_not_the_brokers(self, impatient: Transport) -> None:
-        answers = impatient.publish([letter(), letter()], lambda: time.sleep(PATIENCE + 0.5))
+        assert verdicts(impatient.finish()) == ["confirmed"] * 600
 
-        assert verdicts(answers) == ["confirmed"] * 2
+    def test_a_message_that_makes_the_broker_close_is_refused_alone_whichever_it_is_in(
+        self, rabbitmq_url: str, pipelined: Pipelined
+    ) -> None:
+        for bad in (letter(immediate=True), letter(None, exchange="missing", routing_key="x")):
+            for place in (0, 1):
+                batches = [letters(40), letters(40)]
+                batches[place][20] = bad
+                pipelined.begin(batches[0])
+                pipelined.begin(batches[1])
+                answers = [pipelined.finish(), pipelined.finish()]
+
+                expected = [["confirmed"] * 40, ["confirmed"] * 40]
+                expected[place][20] = "refused"
+                assert [verdicts(each) for each in answers] == expected
+                taken = set(ids(empty(rabbitmq_url)))
+                assert taken == {
+                    each
+                    for batch, answered in zip(batches, answers, strict=True)
+                    for each in confirmed(batch, answered)
+                }
+
+    def test_an_outage_makes_both_unknown_and_the_next_one_is_sent_anew(
+        self, rabbitmq: RabbitMQ, rabbitmq_url: str, impatient: Pipelined
+    ) -> None:
+        impatient.publish([letter()])
+        rabbitmq.freeze()
+        impatient.begin(letters(20))
+        impatient.begin(letters(20))
+        start = time.monotonic()
+        answers = [impatient.finish(), impatient.finish()]
+        took = time.monotonic() - start
+        rabbitmq.thaw()
+
+        assert [verdicts(each) for each in answers] == [["unknown"] * 20] * 2
+        assert took < PATIENCE + SLACK
+        batch = letters(20)
+        publish_until_confirmed(impatient, batch)
+        assert {each.identity.id for each in batch} <= set(ids(empty(rabbitmq_url)))
+
+    def test_what_is_closed_forgets_what_was_under_way(
+        self, rabbitmq_url: str, pipelined: Pipelined
+    ) -> None:
+        pipelined.begin(letters(300))
+        pipelined.begin([letter(None, routing_key="nowhere")])
+        pipelined.close()
+
+        batch = [letter(), letter(None, routing_key="nowhere"), letter()]
+        assert verdicts(pipelined.publish(batch)) == ["confirmed", "refused", "confirmed"]
 
 
 class TestRefusals:
