@@ -174,9 +174,10 @@ class Relay:
                 if ready is None or len(sent) == UNDER_WAY:
                     hands.hear(sent[0], transport.finish())
                     heard = sent.popleft()
-                if ready and (hands.is_in_doubt or self._is_late(ready)):
-                    self._give_back(hands, ready)
-                elif ready:
+                    if ready and (hands.is_in_doubt or self._is_late(ready)):
+                        self._give_back(hands, ready)
+                        ready = None
+                if ready:
                     sent.append(ready)
                     transport.begin(ready.messages)
                 if heard:
@@ -224,8 +225,9 @@ class Relay:
         return time.monotonic() > batch.since + spare
 
     def _give_back(self, hands: Hands, batch: Batch) -> None:
-        """Let others have what was claimed and not sent."""
-        self.outbox.release(batch.connection, self.owner, [each.id for each in batch.pending])
+        """Let others have what was claimed and not sent; what could not be sent rests."""
+        self._note(batch.connection, (), batch.unprepared)
+        self.outbox.release(batch.connection, self.owner, [each.id for each in batch.sendable])
         hands.let_go(batch)
 
     def _unprepared(self, pending: Sequence[Pending]) -> dict[int, str]:

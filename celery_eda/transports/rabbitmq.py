@@ -82,14 +82,17 @@ class RabbitMQ:
             self._window = WINDOW
         numbers = range(self._numbered, self._numbered + len(messages))
         self._numbered = numbers.stop
-        self._batches.append(_Batch(messages, numbers, time.monotonic() + self._timeout))
+        batch = _Batch(messages, numbers, time.monotonic() + self._timeout)
+        self._batches.append(batch)
         self._unsent.extend(zip(numbers, messages, strict=True))
-        self._work(lambda: not self._unsent)
+        self._work(lambda: not self._unsent, batch.until)
 
     def finish(self) -> list[Answer]:
-        numbers = self._batches[0].numbers
-        self._work(lambda: all(each in self._answers for each in numbers))
-        batch = self._batches.popleft()
+        batch = self._batches[0]
+        numbers = batch.numbers
+        # The last one first: as long as that is not answered, the others need not be looked for.
+        self._work(lambda: all(each in self._answers for each in reversed(numbers)), batch.until)
+        self._batches.popleft()
         answers = [self._answers.pop(each) for each in numbers]
         # Their queues may have been deleted, so that they have to be declared again.
         self._declared -= {
@@ -108,12 +111,11 @@ class RabbitMQ:
         self._unsent.clear()
         self._answers.clear()
 
-    def _work(self, is_done: Callable[[], bool]) -> None:
-        """Send and listen until *is_done*, or until the oldest batch's time is over.
+    def _work(self, is_done: Callable[[], bool], until: float) -> None:
+        """Send and listen until *is_done*, but not longer than *until*.
 
         An outage is the answer to everything that was not answered before.
         """
-        until = self._batches[0].until
         try:
             while not is_done():
                 self._step(until)

@@ -283,6 +283,26 @@ def test_what_was_claimed_too_long_ago_to_be_sent_in_time_is_given_back(
     assert [each for each in sent if each != "answer"] == ["a", "b", "c"]
 
 
+def test_what_has_to_precede_a_message_may_take_longer_than_there_is_to_spare(
+    database: Database, outbox: Outbox, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relay, sent = make_relay(
+        {}, PatientBroker, relay_batch=2, claim_timeout=1.0, publish_timeout=0.9
+    )
+    prepared = message(preparation=(("declare", {}),), routing_key="prepared")
+    with database.engine.begin() as connection:
+        outbox.add(connection, [prepared, message(routing_key="good")] * 3)
+
+    def fail(_: Message) -> None:
+        time.sleep(0.2)
+        raise ConnectionError
+
+    relay.prepare = fail
+    until(lambda: relay.send().claimed == 0)
+    assert sent.count("good") == 3
+    assert waiting(database) == [("prepared", 0)] * 3
+
+
 @pytest.mark.parametrize("failing", [1, 2, 3])
 def test_a_database_that_fails_meanwhile_loses_nothing_and_is_told(
     database: Database,

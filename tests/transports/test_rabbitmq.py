@@ -97,6 +97,19 @@ class TestTwoBatches:
 
         assert verdicts(impatient.finish()) == ["confirmed"] * 600
 
+    def test_a_batch_has_all_of_its_time_however_late_it_is_begun(
+        self, rabbitmq_url: str, impatient: Pipelined
+    ) -> None:
+        impatient.begin(letters(3))
+        time.sleep(PATIENCE + 0.5)
+        impatient.begin(letters(600))
+        time.sleep(PATIENCE + 0.5)
+        impatient.begin(letters(3))
+        answers = [impatient.finish() for _ in range(3)]
+
+        assert [set(verdicts(each)) for each in answers] == [{"confirmed"}] * 3
+        assert len(empty(rabbitmq_url)) == 606
+
     def test_a_message_that_makes_the_broker_close_is_refused_alone_whichever_it_is_in(
         self, rabbitmq_url: str, pipelined: Pipelined
     ) -> None:
