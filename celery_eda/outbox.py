@@ -32,6 +32,8 @@ _ENOUGH_TO_SEND = (
     *("id", "attempts", "message_id", "revision", "task", "queue", "exchange", "routing_key"),
     *("preparation", "body", "envelope"),
 )
+#: What is read of one elsewhere.
+_WHOLE = (*_ENOUGH_TO_SEND, "content_type", "content_encoding", "headers", "properties")
 
 
 class Pending(NamedTuple):
@@ -85,7 +87,7 @@ class Outbox:
         Rows up to the id *after*, where others are at work, may be left out.
         A row that cannot be read is put aside with the reason, so that it holds up no others.
         """
-        columns = _ENOUGH_TO_SEND if self.seal else ()
+        columns = _ENOUGH_TO_SEND if self.seal else _WHOLE
         rows = self.dialect.claim(connection, self.table, owner, limit, ids, after, columns)
         message_in = self._reader(connection, rows)
         pending = []

@@ -108,7 +108,6 @@ class RabbitMQ:
             self._broker.release()
         self._drop()
         self._batches.clear()
-        self._unsent.clear()
         self._answers.clear()
 
     def _work(self, is_done: Callable[[], bool], until: float) -> None:
@@ -128,27 +127,38 @@ class RabbitMQ:
                 self._answers.setdefault(number, lost)
 
     def _step(self, until: float) -> None:
-        """Write what there is room for, or hear what the broker says.
+        """Hear what the broker says, or write what there is room for.
 
         The first message on a new channel goes alone: a broker with a memory alarm takes
         connections and reads what was sent only after the alarm, so every further message
         would be one more copy.
         """
-        channel = self._channel
-        if channel is None or not channel.flight:
+        if self._channel is None or not self._channel.flight:
             self._wake(until)
-            channel = self._channel
-        window = self._window if channel is not None and channel.is_proven else 1
-        flying = 0 if channel is None else len(channel.flight)
         try:
-            if self._unsent and flying <= window // 2 and not self._blocked:
-                self._write(window, until)
-            elif channel is not None:
-                channel.hear(until)
+            if self._is_to_write():
+                self._write(until)
+            elif self._channel is not None:
+                self._channel.hear(until)
         except AMQPError as error:
             if not _closed_over_message(error):
                 raise
             self._blame(error)
+
+    def _is_to_write(self) -> bool:
+        """Whether there is room for all that is unsent, or much, and nothing to be heard first."""
+        if self._blocked or not self._unsent:
+            return False
+        channel = self._channel
+        if channel is None:
+            return True
+        room = self._room_on(channel)
+        is_worth_it = room >= max(1, min(len(self._unsent), self._window // 2))
+        return is_worth_it and not channel.is_readable
+
+    def _room_on(self, channel: _ConfirmChannel) -> int:
+        """Messages that may be sent on *channel* before the next confirm."""
+        return (self._window if channel.is_proven else 1) - len(channel.flight)
 
     def _wake(self, until: float) -> None:
         """Hear what came since the last batch, and wait for the end of an alarm.
@@ -166,14 +176,13 @@ class RabbitMQ:
                 raise
             self._drop()
 
-    def _write(self, window: int, until: float) -> None:
-        """Write messages until the window is full."""
+    def _write(self, until: float) -> None:
+        """Write a chunk of what is unsent."""
         connection = self._connection or self._connect(until)
         connection.sock.settimeout(_left(until))
         self._declare(connection, until)
-        if self._channel is None:
-            self._channel = _ConfirmChannel(connection, self._answers)
-        self._channel.write(self._unsent, window, until)
+        channel = self._channel = self._channel or _ConfirmChannel(connection, self._answers)
+        channel.write(self._unsent, self._room_on(channel), until)
 
     def _blame(self, error: AMQPError) -> None:
         """Refuse the only message under way; of several, send each again on its own."""
@@ -269,29 +278,23 @@ class _ConfirmChannel:
     def is_connected(self) -> bool:
         return bool(self._connection.connected)
 
+    @property
+    def is_readable(self) -> bool:
+        return _readable(self._connection.sock)
+
     def close(self) -> None:
         self._channel.close()
 
     def hear(self, until: float) -> None:
         """Wait for the next that the broker says; what it has said already is heard at any time."""
-        late = time.monotonic() > until and _readable(self._connection.sock)
+        late = time.monotonic() > until and self.is_readable
         self._connection.sock.settimeout(PROMPT if late else _left(until))
         self._connection.drain_events()
         self.is_proven |= not self.flight
 
-    def write(self, unsent: deque[tuple[int, Message]], window: int, until: float) -> None:
-        """Write messages until the window is full; between two chunks hear what has come."""
-        while unsent and len(self.flight) < window:
-            self._fill(unsent, window)
-            self._connection.sock.settimeout(_left(until))
-            self._connection.transport.write(self._frames.take())
-            checkpoints.reach("relay.published")
-            while self.flight and _readable(self._connection.sock):
-                self._connection.drain_events()
-
-    def _fill(self, unsent: deque[tuple[int, Message]], window: int) -> None:
-        """Encode messages until the window, or a chunk of bytes, is full."""
-        while unsent and len(self.flight) < window and self._frames.size < CHUNK:
+    def write(self, unsent: deque[tuple[int, Message]], room: int, until: float) -> None:
+        """Write *room* messages, or a chunk of bytes."""
+        while unsent and room and self._frames.size < CHUNK:
             number, message = unsent.popleft()
             try:
                 self._frames.add(message)
@@ -299,6 +302,10 @@ class _ConfirmChannel:
                 self._answers[number] = refused(error)
             else:
                 self.flight.add(number, message)
+                room -= 1
+        self._connection.sock.settimeout(_left(until))
+        self._connection.transport.write(self._frames.take())
+        checkpoints.reach("relay.published")
 
 
 def _closed_over_message(error: AMQPError) -> bool:

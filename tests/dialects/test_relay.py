@@ -283,6 +283,27 @@ def test_what_was_claimed_too_long_ago_to_be_sent_in_time_is_given_back(
     assert [each for each in sent if each != "answer"] == ["a", "b", "c"]
 
 
+def test_what_is_given_back_and_could_not_be_sent_anyway_rests(
+    database: Database, outbox: Outbox, make_relay: MakeRelay
+) -> None:
+    def fail(_: Message) -> None:
+        raise ConnectionError("it is away")
+
+    relay, _ = make_relay({"mute": UNKNOWN}, PatientBroker, relay_batch=1)
+    relay.prepare = fail
+    store(database, outbox, "mute", "good")
+    with database.engine.begin() as connection:
+        outbox.add(connection, [message(preparation=(("declare", {}),))])
+
+    relay.send()
+
+    columns = database.tables.outbox.c
+    with database.engine.connect() as connection:
+        rests = select(columns.last_error).where(columns.available_at.is_not(None))
+        (why,) = connection.scalars(rests)
+    assert "it is away" in why
+
+
 def test_what_has_to_precede_a_message_may_take_longer_than_there_is_to_spare(
     database: Database, outbox: Outbox, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
 ) -> None:

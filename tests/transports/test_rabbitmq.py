@@ -124,12 +124,13 @@ class TestTwoBatches:
                 expected = [["confirmed"] * 40, ["confirmed"] * 40]
                 expected[place][20] = "refused"
                 assert [verdicts(each) for each in answers] == expected
-                taken = set(ids(empty(rabbitmq_url)))
-                assert taken == {
+                taken = ids(empty(rabbitmq_url))
+                assert set(taken) == {
                     each
                     for batch, answered in zip(batches, answers, strict=True)
                     for each in confirmed(batch, answered)
                 }
+                assert len(taken) <= 2 * 80, "each is sent again once at the most"
 
     def test_an_outage_makes_both_unknown_and_the_next_one_is_sent_anew(
         self, rabbitmq: RabbitMQ, rabbitmq_url: str, impatient: Pipelined
@@ -148,6 +149,24 @@ class TestTwoBatches:
         batch = letters(20)
         publish_until_confirmed(impatient, batch)
         assert {each.identity.id for each in batch} <= set(ids(empty(rabbitmq_url)))
+
+    def test_when_the_broker_has_said_that_it_is_out_of_memory_no_more_is_sent(
+        self, rabbitmq: RabbitMQ, rabbitmq_url: str, impatient: Pipelined
+    ) -> None:
+        impatient.publish([letter()])
+        rabbitmq.ctl("set_vm_memory_high_watermark", "0")
+        try:
+            first, second = [letter()], letters(300)
+            impatient.begin(first)
+            time.sleep(0.5)  # for the broker to say so
+            impatient.begin(second)
+            answers = [impatient.finish(), impatient.finish()]
+        finally:
+            rabbitmq.ctl("set_vm_memory_high_watermark", "0.4")
+
+        assert {each for batch in answers for each in verdicts(batch)} == {"unknown"}
+        publish_until_confirmed(impatient, [letter()])
+        assert not {each.identity.id for each in second} & set(ids(empty(rabbitmq_url)))
 
     def test_what_is_closed_forgets_what_was_under_way(
         self, rabbitmq_url: str, pipelined: Pipelined
