@@ -71,8 +71,14 @@ class PostgreSQL(Upserting, PostgreSQLQueueing):
         )
 
     def prepare_for_relays(self, engine: Engine) -> None:
-        # A table that grows faster than its statistics would be read and sorted whole.
-        _set(engine, synchronous_commit="off", enable_bitmapscan="off")
+        # A table that grows faster than its statistics would be read and sorted whole; a plan for
+        # any ids, kept since it was empty, would read a whole index for each batch.
+        _set(
+            engine,
+            synchronous_commit="off",
+            enable_bitmapscan="off",
+            plan_cache_mode="force_custom_plan",
+        )
         if engine.dialect.driver == "psycopg":
             event.listen(engine, "connect", _read_binary)
 

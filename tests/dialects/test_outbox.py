@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import event, select, text
+from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError
 
 from celery_eda import outbox as outbox_module
@@ -440,6 +440,34 @@ def test_a_claim_reads_the_index_and_only_what_it_takes(
     for plan in plans:
         assert "ix_eda_outbox_available" in plan
         assert "sort" not in plan.lower()
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+def test_the_plans_of_a_relay_are_made_for_the_rows_that_are_meant(
+    database: Database, outbox: Outbox
+) -> None:
+    """One that is kept may be of a time when the table was empty, and any index as good."""
+    engine = create_engine(database.engine.url)
+    database.dialect.prepare_for_relays(engine)
+    gone = written(database, outbox, *[message()] * 5000)
+    with engine.begin() as connection:
+        outbox.clear(connection, "me", gone)
+    with engine.begin() as connection:
+        connection.execute(text(ANALYZE["postgresql"]))
+    ids = written(database, outbox, *[message()] * 5000)
+
+    with engine.connect() as connection:
+        for start in range(0, len(ids), 500):
+            some = ids[start : start + 500]
+            assert len(outbox.claim(connection, "me", 500, some)) == 500
+            assert outbox.clear(connection, "me", some) == 500
+        plans = text("SELECT generic_plans, custom_plans FROM pg_prepared_statements")
+        kept, made = zip(*connection.execute(plans), strict=True)
+        connection.rollback()
+    engine.dispose()
+
+    assert sum(made) > 0
+    assert sum(kept) == 0
 
 
 def test_the_database_s_clock_goes_on_within_a_transaction(database: Database) -> None:

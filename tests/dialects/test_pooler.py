@@ -10,7 +10,10 @@ from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from celery_eda.dialects import dialect_of
 from tests.servers.pgbouncer import CONNECTIONS
 
-SETTINGS = ("synchronous_commit", "enable_bitmapscan", "idle_in_transaction_session_timeout")
+SETTINGS = (
+    *("synchronous_commit", "enable_bitmapscan", "plan_cache_mode"),
+    "idle_in_transaction_session_timeout",
+)
 
 
 def engine_at(url: str, *, relay: bool) -> Engine:
@@ -45,11 +48,11 @@ def test_what_a_relay_sets_holds_for_it_alone(engines: tuple[Engine, Engine, Eng
     relay, service, stranger = engines
     for _ in range(3 * CONNECTIONS):
         with relay.begin() as connection:
-            assert said(connection) == ["off", "off", "1min"]
+            assert said(connection) == ["off", "off", "force_custom_plan", "1min"]
         with service.begin() as connection:
-            assert said(connection) == ["on", "on", "1min"]
+            assert said(connection) == ["on", "on", "auto", "1min"]
         with stranger.begin() as connection:
-            assert said(connection) == ["on", "on", "0"]
+            assert said(connection) == ["on", "on", "auto", "0"]
 
 
 def test_a_statement_may_be_repeated_on_any_connection(
@@ -69,7 +72,7 @@ def test_a_statement_may_be_repeated_on_any_connection(
 def test_without_a_pooler_it_is_set_once_for_the_session(postgresql_url: str) -> None:
     engine = engine_at(postgresql_url, relay=True)
     with engine.connect() as connection:
-        assert said(connection) == ["off", "off", "1min"]
+        assert said(connection) == ["off", "off", "force_custom_plan", "1min"]
         driver = connection.connection.driver_connection
         connection.rollback()
         assert driver is not None
