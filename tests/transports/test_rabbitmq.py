@@ -158,7 +158,7 @@ class TestTwoBatches:
         try:
             first, second = [letter()], letters(300)
             impatient.begin(first)
-            time.sleep(0.5)  # for the broker to say so
+            time.sleep(1.5)  # for the broker to say so
             impatient.begin(second)
             answers = [impatient.finish(), impatient.finish()]
         finally:
