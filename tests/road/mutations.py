@@ -65,13 +65,14 @@ def deleted_before_it_is_sent() -> None:
 
 
 def not_mandatory() -> None:
-    route = frames._route
+    learn = frames.Frames._learn
 
-    def optional(*arguments: Any) -> bytes:
+    def optional(self: frames.Frames, route: tuple[str, str, bool]) -> bytes:
         # The last octet of Basic.Publish holds the bits mandatory and immediate.
-        return route(*arguments)[:-1] + b"\0"
+        frame = self._methods[route] = learn(self, route)[:-2] + b"\0" + frames.FRAME_END
+        return frame
 
-    frames._route = optional
+    frames.Frames._learn = optional  # type: ignore[method-assign]
 
 
 def kombu_takes_from_redis() -> None:

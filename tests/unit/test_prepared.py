@@ -119,8 +119,8 @@ def filled(publishing: Publishing, routed: list[str], act: Callable[[], Any]) ->
 
 def rows(publishing: Publishing, messages: list[Message]) -> list[dict[str, Any]]:
     """What the outbox would keep of *messages*."""
-    seal = publishing.eda.outbox.seal
-    return [{**to_row(each), "envelope": each.envelope or seal(each)} for each in messages]
+    envelope_of = publishing.eda.outbox._envelope
+    return [{**to_row(each), "envelope": envelope_of(each)} for each in messages]
 
 
 json = some.recursive(
