@@ -95,10 +95,13 @@ class Outbox:
             try:
                 pending.append(Pending(row.id, message_in(row), row.attempts))
             except Exception as error:
-                why = f"This row cannot be read: {error!r}"
-                log.error("outbox row %s of %s rests: %s", row.id, row.task, why)
-                self.postpone(connection, owner, row.id, UNREADABLE_REST, why)
+                self._put_aside(connection, owner, row.id, error)
         return pending
+
+    def _put_aside(self, connection: Connection, owner: str, row_id: int, error: Exception) -> None:
+        why = f"This row cannot be read: {error!r}"
+        log.error("outbox row %s rests: %s", row_id, why)
+        self.postpone(connection, owner, row_id, UNREADABLE_REST, why)
 
     def _reader(
         self, connection: Connection, rows: Sequence[Row[Any]]
@@ -107,7 +110,7 @@ class Outbox:
         if self.seal is None:
             return from_row
         whole = self._unsealed(connection, rows)
-        rest = partial(self.read, connection)
+        rest = partial(self._whole, connection)
 
         def message_in(row: Row[Any]) -> Message:
             return from_row(whole[row.id]) if row.id in whole else Sealed.of(row, rest)
@@ -121,7 +124,19 @@ class Outbox:
         wanted = select(self.table).where(self.table.c.id.in_(ids))
         return {row.id: row for row in connection.execute(wanted)}
 
-    def read(self, connection: Connection, row_id: int) -> Message | None:
+    def withdraw(self, connection: Connection, owner: str, row_id: int) -> Message | None:
+        """Clear a claimed row and return all of its message, which becomes something else.
+
+        None if the row stays: somebody else has taken it over, or it cannot be read.
+        """
+        try:
+            message = self._whole(connection, row_id)
+        except (ValueError, TypeError) as error:
+            self._put_aside(connection, owner, row_id, error)
+            return None
+        return message if self.clear(connection, owner, [row_id]) else None
+
+    def _whole(self, connection: Connection, row_id: int) -> Message | None:
         """All of the message in a row; None if the row is gone."""
         row = connection.execute(select(self.table).where(self.table.c.id == row_id)).first()
         return None if row is None else from_row(row)

@@ -304,9 +304,7 @@ class Relay:
     def _refuse(self, connection: Connection, pending: Pending, why: str) -> None:
         attempts = pending.attempts + 1
         if attempts >= self.settings.max_attempts:
-            message = self.outbox.read(connection, pending.id)
-            # Cleared first: if the row has been taken over, its fate is somebody else's.
-            if self.outbox.clear(connection, self.owner, [pending.id]) and message is not None:
+            if message := self.outbox.withdraw(connection, self.owner, pending.id):
                 log.error("dead letter: %s cannot be sent: %s", message.task, why)
                 self.dead_letters.add(
                     connection, message, Reason.unsendable, error=why, attempts=attempts

@@ -8,29 +8,22 @@ missing is thrown away with its connection: a late confirm would count for anoth
 
 from __future__ import annotations
 
-import select
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 from amqp import Connection
 from amqp.exceptions import AMQPError, Blocked, ConnectionForced
 from kombu.exceptions import OperationalError
 
-from celery_eda import checkpoints
 from celery_eda.message import Message
 from celery_eda.transports.base import Answer, Verdict, declare, refused, unknown
-from celery_eda.transports.confirms import Flight
-from celery_eda.transports.frames import Frames
+from celery_eda.transports.confirm_channel import ConfirmChannel, left, readable
 
 WINDOW = 1000  # messages that wait for their confirm at the same time
-CHUNK = 2**17  # bytes written at once, so that the broker begins, and its answers are read
 GOODBYE = 1.0  # seconds for closing in good order
-PROMPT = 1.0  # seconds for the rest of an answer that has begun to come
 
 OUTAGES = (AMQPError, OperationalError, OSError)
 
@@ -64,7 +57,7 @@ class RabbitMQ:
             transport_options={"confirm_publish": False},
         )
         self._connection: Connection | None = None
-        self._channel: _ConfirmChannel | None = None
+        self._channel: ConfirmChannel | None = None
         self._declared: set[str] = set()
         self._blocked = False
         self._batches: deque[_Batch] = deque()
@@ -156,7 +149,7 @@ class RabbitMQ:
         is_worth_it = room >= max(1, min(len(self._unsent), self._window // 2))
         return is_worth_it and not channel.is_readable
 
-    def _room_on(self, channel: _ConfirmChannel) -> int:
+    def _room_on(self, channel: ConfirmChannel) -> int:
         """Messages that may be sent on *channel* before the next confirm."""
         return (self._window if channel.is_proven else 1) - len(channel.flight)
 
@@ -168,8 +161,8 @@ class RabbitMQ:
         if self._connection is None:
             return
         try:
-            while self._blocked or _readable(self._connection.sock):
-                self._connection.sock.settimeout(_left(until))
+            while self._blocked or readable(self._connection.sock):
+                self._connection.sock.settimeout(left(until))
                 self._connection.drain_events()
         except OUTAGES:
             if self._blocked:
@@ -179,9 +172,9 @@ class RabbitMQ:
     def _write(self, until: float) -> None:
         """Write a chunk of what is unsent."""
         connection = self._connection or self._connect(until)
-        connection.sock.settimeout(_left(until))
+        connection.sock.settimeout(left(until))
         self._declare(connection, until)
-        channel = self._channel = self._channel or _ConfirmChannel(connection, self._answers)
+        channel = self._channel = self._channel or ConfirmChannel(connection, self._answers)
         channel.write(self._unsent, self._room_on(channel), until)
 
     def _blame(self, error: AMQPError) -> None:
@@ -204,7 +197,7 @@ class RabbitMQ:
         """Connect to the first of the broker's hosts that answers, by kombu's own failover."""
         self._broker.ensure_connection(
             max_retries=max(len(self._broker.alt) - 1, 0),
-            timeout=max(_left(until) - self._connect_timeout, 0.001),
+            timeout=max(left(until) - self._connect_timeout, 0.001),
         )
         connection = self._connection = self._broker.connection
         connection.on_blocked = self._on_blocked
@@ -227,7 +220,7 @@ class RabbitMQ:
             return
         channel = connection.channel()
         for name in names:
-            connection.sock.settimeout(_left(until))
+            connection.sock.settimeout(left(until))
             try:
                 declare(self._app, channel, name)
             except (AMQPError, KeyError) as error:
@@ -256,72 +249,6 @@ class RabbitMQ:
         self._blocked = False
 
 
-class _ConfirmChannel:
-    """A channel in confirm mode. Good as long as no confirm is missing on it.
-
-    Attributes:
-        flight: what is under way on it.
-        is_proven: whether the broker has answered on it.
-    """
-
-    def __init__(self, connection: Connection, answers: dict[int, Answer]) -> None:
-        self.flight = Flight(count(1), answers)
-        self.is_proven = False
-        self._answers = answers
-        self._connection = connection
-        self._channel = connection.channel()
-        self._channel.confirm_select()
-        self._frames = Frames(self._channel.channel_id, connection.frame_max)
-        self.flight.listen(self._channel)
-
-    @property
-    def is_connected(self) -> bool:
-        return bool(self._connection.connected)
-
-    @property
-    def is_readable(self) -> bool:
-        return _readable(self._connection.sock)
-
-    def close(self) -> None:
-        self._channel.close()
-
-    def hear(self, until: float) -> None:
-        """Wait for the next that the broker says; what it has said already is heard at any time."""
-        late = time.monotonic() > until and self.is_readable
-        self._connection.sock.settimeout(PROMPT if late else _left(until))
-        self._connection.drain_events()
-        self.is_proven |= not self.flight
-
-    def write(self, unsent: deque[tuple[int, Message]], room: int, until: float) -> None:
-        """Write *room* messages, or a chunk of bytes."""
-        while unsent and room and self._frames.size < CHUNK:
-            number, message = unsent.popleft()
-            try:
-                self._frames.add(message)
-            except Exception as error:  # whatever is wrong with it, it is wrong with it alone
-                self._answers[number] = refused(error)
-            else:
-                self.flight.add(number, message)
-                room -= 1
-        self._connection.sock.settimeout(_left(until))
-        self._connection.transport.write(self._frames.take())
-        checkpoints.reach("relay.published")
-
-
 def _closed_over_message(error: AMQPError) -> bool:
     """Whether the broker closed the channel or connection over something that we sent."""
     return error.method_sig is not None and error.reply_code != ConnectionForced.code
-
-
-def _readable(sock: socket.socket) -> bool:
-    """Whether the broker said something, or hung up."""
-    watch = select.poll()
-    watch.register(sock, select.POLLIN)
-    return bool(watch.poll(0))
-
-
-def _left(until: float) -> float:
-    """Seconds until then, for a socket; raises ``TimeoutError`` if there are none."""
-    if (left := until - time.monotonic()) <= 0:
-        raise TimeoutError("The broker did not answer in time.")
-    return left

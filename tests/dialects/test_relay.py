@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 
 from celery_eda.dead_letters import DeadLetters, Filter
@@ -121,6 +121,27 @@ def test_what_is_given_up_is_kept_whole_though_only_as_much_was_read_as_is_neede
         (letter,) = dead_letters.select(connection, Filter())
     assert letter.message == refused
     assert waiting(database) == []
+
+
+def test_what_is_given_up_and_cannot_be_read_whole_rests_and_does_not_hold_up_the_others(
+    database: Database, outbox: Outbox, make_relay: MakeRelay
+) -> None:
+    relay, sent = make_relay({"bad": REFUSED}, max_attempts=1)
+    relay.outbox = replace(outbox, seal=lambda _: b"envelope")
+    store(database, relay.outbox, "bad", "good")
+    columns = database.tables.outbox.c
+    with database.engine.begin() as connection:
+        is_bad = columns.routing_key == "bad"
+        connection.execute(update(database.tables.outbox).where(is_bad).values(headers="{"))
+
+    relay.send()
+    relay.send()
+
+    with database.engine.connect() as connection:
+        why = connection.scalar(select(columns.last_error))
+    assert sent == ["bad", "good"]
+    assert waiting(database) == [("bad", 1)]
+    assert "cannot be read" in (why or "")
 
 
 def test_a_queue_that_never_confirms_does_not_hold_up_the_others(

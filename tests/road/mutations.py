@@ -20,7 +20,7 @@ from celery_eda.message import Identity, Position
 from celery_eda.outbox import Outbox
 from celery_eda.replying import REPLY_TASK, Replies
 from celery_eda.task import ReliableRequest, ReliableTask
-from celery_eda.transports import frames, rabbitmq
+from celery_eda.transports import confirm_channel, frames
 from celery_eda.transports.base import CONFIRMED
 
 
@@ -40,14 +40,14 @@ def inbox_in_another_transaction() -> None:
 
 
 def no_confirm() -> None:
-    write = rabbitmq._ConfirmChannel.write
+    write = confirm_channel.ConfirmChannel.write
 
     def write_and_hope(self: Any, unsent: Any, room: int, until: float) -> None:
         write(self, unsent, 1, until)
         self._answers |= {number: CONFIRMED for number, _ in self.flight.under_way}
         self.flight._under_way.clear()
 
-    rabbitmq._ConfirmChannel.write = write_and_hope  # type: ignore[method-assign]
+    confirm_channel.ConfirmChannel.write = write_and_hope  # type: ignore[method-assign]
 
 
 def deleted_before_it_is_sent() -> None:
