@@ -89,7 +89,8 @@ class Outbox:
         """
         columns = _ENOUGH_TO_SEND if self.seal else _WHOLE
         rows = self.dialect.claim(connection, self.table, owner, limit, ids, after, columns)
-        message_in = self._reader(connection, rows)
+        rest = partial(self._whole, connection)
+        message_in = partial(Sealed.of, rest=rest) if self.seal else from_row
         pending = []
         for row in rows:
             try:
@@ -102,27 +103,6 @@ class Outbox:
         why = f"This row cannot be read: {error!r}"
         log.error("outbox row %s rests: %s", row_id, why)
         self.postpone(connection, owner, row_id, UNREADABLE_REST, why)
-
-    def _reader(
-        self, connection: Connection, rows: Sequence[Row[Any]]
-    ) -> Callable[[Row[Any]], Message]:
-        """What makes the messages of *rows*."""
-        if self.seal is None:
-            return from_row
-        whole = self._unsealed(connection, rows)
-        rest = partial(self._whole, connection)
-
-        def message_in(row: Row[Any]) -> Message:
-            return from_row(whole[row.id]) if row.id in whole else Sealed.of(row, rest)
-
-        return message_in
-
-    def _unsealed(self, connection: Connection, rows: Sequence[Row[Any]]) -> dict[int, Row[Any]]:
-        """All of the rows that have no envelope, by their ids."""
-        if not (ids := [row.id for row in rows if row.envelope is None]):
-            return {}
-        wanted = select(self.table).where(self.table.c.id.in_(ids))
-        return {row.id: row for row in connection.execute(wanted)}
 
     def withdraw(self, connection: Connection, owner: str, row_id: int) -> Message | None:
         """Clear a claimed row and return all of its message, which becomes something else.
@@ -216,7 +196,7 @@ class Sealed(Message):
 
     @classmethod
     def of(cls, row: Row[Any], rest: Callable[[int], Message | None]) -> Sealed:
-        """The message in *row*, which has an envelope; *rest* reads all of the row with an id."""
+        """The message in *row*; *rest* reads all of the row with an id."""
         # Taken apart at once: asking for one column after the other takes five times as long.
         (
             row_id, _, message_id, revision, task, queue, exchange, routing_key,
@@ -241,8 +221,8 @@ class Sealed(Message):
         return f"<{self.task} {self.identity}>"
 
     @property
-    def envelope(self) -> bytes:
-        envelope: bytes = self._envelope
+    def envelope(self) -> bytes | None:
+        envelope: bytes | None = self._envelope
         return envelope
 
     def __getattr__(self, name: str) -> Any:
