@@ -199,7 +199,7 @@ def test_what_comes_due_is_found_behind_what_was_taken(
     no_whole_look: None, connect: Callable[[], Connection]
 ) -> None:
     connection = connect()
-    soon = datetime.now(timezone.utc) + timedelta(seconds=1.5)
+    soon = datetime.now(timezone.utc) + timedelta(seconds=4)
     put(connection, "due", headers={"eta": soon.isoformat()})
     put(connection, "now")
     assert drain(connection) == ["now"]
