@@ -145,13 +145,14 @@ class RabbitMQ:
         channel = self._channel
         if channel is None:
             return True
-        room = self._room_on(channel)
-        is_worth_it = room >= max(1, min(len(self._unsent), self._window // 2))
+        window = self._window_on(channel)
+        room = window - len(channel.flight)
+        is_worth_it = room >= max(1, min(len(self._unsent), window // 2))
         return is_worth_it and not channel.is_readable
 
-    def _room_on(self, channel: ConfirmChannel) -> int:
-        """Messages that may be sent on *channel* before the next confirm."""
-        return (self._window if channel.is_proven else 1) - len(channel.flight)
+    def _window_on(self, channel: ConfirmChannel) -> int:
+        """Messages that may be under way on *channel*."""
+        return self._window if channel.is_proven else 1
 
     def _wake(self, until: float) -> None:
         """Hear what came since the last batch, and wait for the end of an alarm.
@@ -175,7 +176,7 @@ class RabbitMQ:
         connection.sock.settimeout(left(until))
         self._declare(connection, until)
         channel = self._channel = self._channel or ConfirmChannel(connection, self._answers)
-        channel.write(self._unsent, self._room_on(channel), until)
+        channel.write(self._unsent, self._window_on(channel) - len(channel.flight), until)
 
     def _blame(self, error: AMQPError) -> None:
         """Refuse the only message under way; of several, send each again on its own."""

@@ -18,6 +18,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PATIENCE = 8.0
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_parent = os.getpid()
 
 
 class Failed(Exception):
@@ -114,3 +115,5 @@ def _die_with_parent() -> None:
     """
     if _libc:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != _parent:  # gone already, in the moment since the fork
+            os.kill(os.getpid(), signal.SIGKILL)

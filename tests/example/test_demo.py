@@ -113,3 +113,30 @@ def test_no_process_outlives_a_demo_that_is_ended(demo: Demo, number: signal.Sig
 
     assert running > 15
     assert demo.processes() == []
+
+
+ORPHAN = """
+import os, time
+from example_project.demo import processes
+
+parent = os.getpid()
+if os.fork() == 0:
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    processes._die_with_parent()
+    print("outlived the demo")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of this end")
+def test_a_process_does_not_outlive_a_demo_that_ends_right_after_the_fork() -> None:
+    output = subprocess.run(
+        [sys.executable, "-c", ORPHAN],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    ).stdout
+
+    assert output == ""

@@ -257,6 +257,16 @@ class TestRefusals:
         assert verdicts(answers) == ["confirmed", "refused", "confirmed"]
         assert "one frame" in answers[1].why
 
+    def test_what_is_refused_before_it_is_sent_does_not_hold_up_what_follows(
+        self, transport: Transport
+    ) -> None:
+        answers = [
+            verdicts(transport.publish([letter(headers={"long": "x" * 200_000})])),
+            verdicts(transport.publish(letters(3))),
+        ]
+
+        assert answers == [["refused"], ["confirmed"] * 3]
+
     def test_a_message_whose_user_is_somebody_else_is_refused_alone(
         self, transport: Transport
     ) -> None:
