@@ -256,13 +256,13 @@ class Message:
         return Message.made({**vars(self), **changes, "encoded": encoded})
 
     @classmethod
-    def made(cls, fields: Mapping[str, Any]) -> Self:
-        """A message with these *fields*, set all at once.
+    def made(cls, fields: dict[str, Any]) -> Self:
+        """A message with these *fields*, set all at once; it keeps the dictionary.
 
         That is a tenth of what it takes a frozen dataclass, which makes a call for each of them.
         """
         message = object.__new__(cls)
-        vars(message).update(fields)
+        object.__setattr__(message, "__dict__", fields)
         return message
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from json import loads
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from kombu.utils import json
@@ -34,6 +35,8 @@ _ENOUGH_TO_SEND = (
 )
 #: What is read of one elsewhere.
 _WHOLE = (*_ENOUGH_TO_SEND, "content_type", "content_encoding", "headers", "properties")
+
+_first_two, _last = itemgetter(0, 1), itemgetter(-1)
 
 
 class Pending(NamedTuple):
@@ -89,15 +92,33 @@ class Outbox:
         """
         columns = _ENOUGH_TO_SEND if self.seal else _WHOLE
         rows = self.dialect.claim(connection, self.table, owner, limit, ids, after, columns)
-        rest = partial(self._whole, connection)
-        message_in = partial(Sealed.of, rest=rest) if self.seal else from_row
+        message_in = self._reader(connection, rows)
         pending = []
         for row in rows:
+            row_id, attempts = _first_two(row)
             try:
-                pending.append(Pending(row.id, message_in(row), row.attempts))
+                pending.append(Pending(row_id, message_in(row), attempts))
             except Exception as error:
-                self._put_aside(connection, owner, row.id, error)
+                self._put_aside(connection, owner, row_id, error)
         return pending
+
+    def _reader(
+        self, connection: Connection, rows: Sequence[Row[Any]]
+    ) -> Callable[[Row[Any]], Message]:
+        """What makes a message of one of the claimed *rows*.
+
+        Where messages are sealed, the rest is read at once of all that could not be.
+        """
+        if self.seal is None:
+            return from_row
+        rest = partial(self._whole, connection)
+        if not (unsealed := [row[0] for row in rows if _last(row) is None]):
+            return partial(Sealed.of, rest=rest)
+        statement = select(self.table).where(self.table.c.id.in_(unsealed))
+        whole = {row.id: row for row in connection.execute(statement)}
+        return lambda row: (
+            Sealed.of(row, rest) if _last(row) is not None else from_row(whole[row[0]])
+        )
 
     def _put_aside(self, connection: Connection, owner: str, row_id: int, error: Exception) -> None:
         why = f"This row cannot be read: {error!r}"

@@ -29,7 +29,7 @@ from celery_eda.message import ID_HEADER, Encoded, Identity, Lane, Message
 from celery_eda.template import Template
 
 if TYPE_CHECKING:
-    from celery_eda.transports.frames import EnvelopeTemplate
+    from celery_eda.transports.base import EnvelopeTemplate
 
 #: Options of a call of which all the messages that have the same ones are alike.
 ALIKE = frozenset(

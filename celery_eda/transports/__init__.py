@@ -18,13 +18,12 @@ from sqlalchemy import URL
 from celery_eda.errors import ConfigurationError
 from celery_eda.message import Message
 from celery_eda.tables import Tables
-from celery_eda.transports.base import ReplyQueues, Transport
+from celery_eda.transports.base import EnvelopeTemplate, ReplyQueues, Transport
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from celery_eda.transports.database import Shortcut
-    from celery_eda.transports.frames import EnvelopeTemplate
 
 #: By the ``driver_type`` of kombu's transport, so that ``rediss`` and ``sentinel`` are ``redis``.
 #: A broker from elsewhere is added as ``ALIASES["driver_type"] = "module:Class"``.
@@ -34,6 +33,11 @@ ALIASES = {
     "eda": "celery_eda.transports.database:Database",
 }
 OTHERS = "celery_eda.transports.plain:Plain"
+#: What encodes headers and properties beforehand, by the same name.
+ENVELOPES = {
+    "amqp": "celery_eda.transports.frames",
+    "redis": "celery_eda.transports.redis_envelopes",
+}
 #: What workers take their messages with, instead of kombu's transport of that name.
 TAKING = {
     "kombu.transport.redis:Transport": "celery_eda.transports.redis_taking:Transport",
@@ -87,9 +91,8 @@ def transport_of(app: Any, *, timeout: float, vendor: str | None = None) -> Tran
 
 def seal_of(app: Any) -> Callable[[Message], bytes | None] | None:
     """What encodes headers and properties as the broker of *app* wants them, if it wants that."""
-    if app.connection_for_write().transport.driver_type != "amqp":
-        return None
-    seal: Callable[[Message], bytes | None] = import_module("celery_eda.transports.frames").seal
+    envelopes = _envelopes_of(app)
+    seal: Callable[[Message], bytes | None] | None = envelopes and envelopes.seal
     return seal
 
 
@@ -103,11 +106,15 @@ def template_of(
     Raises:
         ValueError: it cannot be made of this one.
     """
-    if app.connection_for_write().transport.driver_type != "amqp":
+    if (envelopes := _envelopes_of(app)) is None:
         return None
-    frames = import_module("celery_eda.transports.frames")
-    template: EnvelopeTemplate = frames.EnvelopeTemplate(message, headers, properties)
+    template: EnvelopeTemplate = envelopes.EnvelopeTemplate(message, headers, properties)
     return template
+
+
+def _envelopes_of(app: Any) -> Any:
+    module = ENVELOPES.get(app.connection_for_write().transport.driver_type)
+    return import_module(module) if module else None
 
 
 def is_database(url: str | None) -> bool:

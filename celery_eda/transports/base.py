@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
@@ -109,6 +109,14 @@ class TransportFactory(Protocol):
     """Makes the transport of an app; *timeout* is in seconds and covers one batch."""
 
     def __call__(self, app: Any, *, timeout: float) -> Transport: ...
+
+
+class EnvelopeTemplate(Protocol):
+    """Makes the envelopes of messages that differ in some texts only."""
+
+    def filled(self, values: Mapping[str, str]) -> bytes:
+        """The envelope with these *values*; there may be more than are needed."""
+        ...
 
 
 class ReplyQueues(Protocol):

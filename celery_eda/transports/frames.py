@@ -26,6 +26,9 @@ METHOD, HEADER, BODY = 1, 2, 3
 FRAME_OVERHEAD = 8  # bytes around the payload of a frame
 FRAME_END = b"\xce"
 HEADER_SIZE = 12  # bytes of a header frame before the properties
+TYPED = (
+    1 << 7
+)  # in the first octet of the properties: there is a content type, as in all of kombu's
 #: Routes to remember.
 MOST_ROUTES = 1000
 
@@ -52,7 +55,7 @@ class Frames:
         Raises whatever kombu and py-amqp raise if that is impossible.
         """
         body, envelope, immediate = message.body, message.envelope, False
-        if envelope is None:
+        if not envelope or envelope[0] < TYPED:  # it has none, or one for another broker
             envelope, immediate = _encoded(message)
         size, room = len(body), self._room
         places = range(0, size, room)

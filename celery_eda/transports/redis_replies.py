@@ -35,15 +35,13 @@ return 1
 """
 
 
-def push(
-    channel: Any, name: str, payload: str, *, needed: bool = True
-) -> tuple[str, str, tuple[Any, ...]]:
+def push(channel: Any, name: str, payload: str | bytes, *, needed: bool = True) -> list[Any]:
     """The command that puts *payload* into the list *name* if that is open.
 
     It returns 0 if it is not, and somebody *needed* it to be.
     """
     key = channel.global_keyprefix + name
-    return "eval", PUSH, (2, key, key + MARK, payload, int(not needed))
+    return ["EVAL", PUSH, 2, key, key + MARK, payload, int(not needed)]
 
 
 def declare(app: Any, name: str, expires: float) -> None:
@@ -114,8 +112,8 @@ class Replies:
             self._bell.clear()
             with suppress(Exception):  # who is not connected does not wait
                 # Not a plain push: that would leave a list behind which nobody takes away.
-                _, script, arguments = push(self._channel, self._names[0], NOTHING.decode())
-                self._channel.client.eval(script, *arguments)
+                command = push(self._channel, self._names[0], NOTHING)
+                self._channel.client.execute_command(*command)
 
     def _renew(self) -> None:
         if time.monotonic() - self._renewed < self._expires / RENEWALS:

@@ -89,6 +89,22 @@ def test_of_a_message_with_an_envelope_the_rest_is_read_when_it_is_asked_for_and
     assert len(statements) == 1
 
 
+def test_what_has_no_envelope_is_read_at_once_for_all(database: Database, outbox: Outbox) -> None:
+    sealing = replace(outbox, seal=lambda _: None)
+    messages = [message(task=f"task {n}") for n in range(9)]
+    written(database, sealing, *messages)
+    statements: list[str] = []
+
+    with database.engine.connect() as connection:
+        event.listen(connection, "before_cursor_execute", lambda *a: statements.append(a[2]))
+        claimed = [each.message for each in sealing.claim(connection, "me", 10)]
+        read = len(statements)
+        assert [fields_of(each) for each in claimed] == list(map(fields_of, messages))
+
+    assert len(statements) == read
+    assert read < len(messages)
+
+
 def test_what_is_asked_for_when_the_row_is_gone_is_an_error(
     database: Database, outbox: Outbox
 ) -> None:

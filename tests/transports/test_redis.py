@@ -15,7 +15,7 @@ from kombu import Exchange, Queue
 from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.subscriptions import Subscription, Subscriptions
 from celery_eda.transports import SafeConnection
-from celery_eda.transports.base import CONFIRMED, Transport, publish_with
+from celery_eda.transports.base import CONFIRMED, Pipelined, Transport, publish_with
 from tests.servers.proxy import Proxy
 from tests.servers.redis import Redis
 from tests.transports.conftest import app_of
@@ -45,7 +45,13 @@ def transport(redis_url: str, transport_to: Callable[..., Transport]) -> Transpo
 
 
 @pytest.fixture
-def impatient(redis_url: str, transport_to: Callable[..., Transport]) -> Transport:
+def pipelined(transport: Transport) -> Pipelined:
+    assert isinstance(transport, Pipelined)
+    return transport
+
+
+@pytest.fixture
+def impatient(redis_url: str, transport_to: Callable[..., Pipelined]) -> Pipelined:
     """A transport that gives up soon."""
     return transport_to(redis_url, timeout=PATIENCE)
 
@@ -139,6 +145,89 @@ def contents(client: redis.Redis) -> dict[str, list[object]]:
         for message in messages:
             del message["properties"]["delivery_tag"]
     return found
+
+
+class TestTwoBatches:
+    """One batch is sent while the other is not answered yet; each gets its own answers."""
+
+    def test_each_is_answered_in_its_turn(
+        self, redis_url: str, client: redis.Redis, pipelined: Pipelined
+    ) -> None:
+        client.set("others", "not a list")
+        batches = [letters(700), [letter("others"), *letters(600)], letters(3)]
+        pipelined.begin(batches[0])
+        answers = []
+        for following in batches[1:]:
+            pipelined.begin(following)
+            answers.append(pipelined.finish())
+        answers.append(pipelined.finish())
+
+        assert [verdicts(each) for each in answers] == [
+            ["confirmed"] * 700,
+            ["refused"] + ["confirmed"] * 600,
+            ["confirmed"] * 3,
+        ]
+        sent = [each.identity.id for batch in batches for each in batch]
+        assert set(sent) - set(ids(empty(redis_url))) == {batches[1][0].identity.id}
+
+    def test_what_was_answered_in_time_counts_though_it_is_asked_for_late(
+        self, impatient: Pipelined
+    ) -> None:
+        impatient.begin(letters(600))
+        time.sleep(PATIENCE + 0.5)
+
+        assert verdicts(impatient.finish()) == ["confirmed"] * 600
+
+    def test_an_outage_makes_both_unknown_and_the_next_one_is_sent_anew(
+        self, redis_server: Redis, redis_url: str, impatient: Pipelined
+    ) -> None:
+        impatient.publish([letter()])
+        redis_server.freeze()
+        impatient.begin(letters(20))
+        impatient.begin(letters(20))
+        start = time.monotonic()
+        answers = [impatient.finish(), impatient.finish()]
+        took = time.monotonic() - start
+        redis_server.thaw()
+
+        assert [verdicts(each) for each in answers] == [["unknown"] * 20] * 2
+        assert took < PATIENCE + SLACK
+        batch = letters(20)
+        publish_until_confirmed(impatient, batch)
+        assert {each.identity.id for each in batch} <= set(ids(empty(redis_url)))
+
+    def test_a_server_that_takes_nothing_makes_both_unknown(
+        self, client: redis.Redis, pipelined: Pipelined
+    ) -> None:
+        client.config_set("maxmemory", 1)
+        pipelined.begin(letters(3))
+        pipelined.begin(letters(5))
+        answers = [pipelined.finish(), pipelined.finish()]
+        client.config_set("maxmemory", 0)
+
+        assert [verdicts(each) for each in answers] == [["unknown"] * 3, ["unknown"] * 5]
+        assert verdicts(pipelined.publish(letters(3))) == ["confirmed"] * 3
+
+    def test_what_is_closed_forgets_what_was_under_way(
+        self, redis_url: str, client: redis.Redis, pipelined: Pipelined
+    ) -> None:
+        client.set("others", "not a list")
+        pipelined.begin(letters(300))
+        pipelined.begin([letter("others")])
+        pipelined.close()
+
+        batch = [letter(), letter("others"), letter()]
+        assert verdicts(pipelined.publish(batch)) == ["confirmed", "refused", "confirmed"]
+
+    def test_a_queue_is_declared_while_a_batch_is_under_way_on_the_only_connection_of_the_pool(
+        self, redis_url: str, transport_to: Callable[..., Pipelined]
+    ) -> None:
+        transport = transport_to(redis_url, broker_transport_options={"max_connections": 1})
+        transport.begin(letters(3))
+        transport.begin([letter("orders", exchange="events", routing_key="order.placed")])
+
+        assert verdicts(transport.finish()) == ["confirmed"] * 3
+        assert verdicts(transport.finish()) == ["confirmed"]
 
 
 class TestRefusals:

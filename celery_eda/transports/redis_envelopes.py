@@ -1,0 +1,132 @@
+"""What kombu puts into a list of Redis, made when a message is captured.
+
+Kombu encodes a message as one JSON text, with the body and a tag of this delivery in it. The
+envelope is that text without those two, and the message's priority; whoever sends the message
+puts them in.
+"""
+
+from __future__ import annotations
+
+from binascii import b2a_base64
+from collections.abc import Iterable, Mapping
+from itertools import count
+from json.encoder import encode_basestring_ascii
+from typing import Any
+from uuid import uuid4
+
+from kombu.messaging import Producer
+from kombu.transport.redis import Channel
+from kombu.utils.json import dumps
+
+from celery_eda.message import Message
+from celery_eda.template import Template
+from celery_eda.transports.base import publish_with
+
+#: How kombu encodes the body of a message, unless a transport option says otherwise.
+BODY_ENCODING = "base64"
+#: Between the parts of an envelope. JSON writes this octet in another way.
+GAP = b"\0"
+#: The first octet of each.
+START = ord("{")
+#: Lists to remember.
+MOST_LISTS = 1000
+
+# In the place of the body and the tag while kombu makes the text; no message can have it in it.
+_MARK = uuid4().hex
+
+
+class Payloads:
+    """Fills envelopes, for the lists of one of kombu's channels."""
+
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+        self._is_usual = channel.body_encoding == BODY_ENCODING
+        # No two deliveries have the same tag: it is one of kombu's, with a number behind it.
+        self._tag = channel._next_delivery_tag().encode()
+        self._numbers = count(1)
+        #: The lists, by the queue's name and the priority.
+        self._lists: dict[tuple[str, bytes], str] = {}
+
+    def of(self, message: Message) -> tuple[str, bytes] | None:
+        """The list that *message* goes into, and its payload; None if kombu has to make it."""
+        envelope, queue = message.envelope, message.routing_key
+        if not envelope or envelope[0] != START:  # it has none, or one for another broker
+            return None
+        # A queue that expires is given more time with each message.
+        if not self._is_usual or queue in self._channel._expires:
+            return None
+        before, between, after, priority = envelope.split(GAP)
+        body = b2a_base64(message.body, newline=False)
+        tag = b"%s.%d" % (self._tag, next(self._numbers))
+        payload = b"".join((before, body, between, tag, after))
+        route = queue, priority
+        return self._lists.get(route) or self._learn(route), payload
+
+    def _learn(self, route: tuple[str, bytes]) -> str:
+        """The list of messages with this *route*."""
+        if len(self._lists) >= MOST_LISTS:
+            self._lists.clear()
+        queue, priority = route
+        key: str = self._channel._q_for_pri(queue, int(priority))
+        self._lists[route] = key
+        return key
+
+
+class EnvelopeTemplate:
+    """Makes the envelopes of messages that differ in some texts only.
+
+    Args:
+        message: one of them, with something of its own at each place that differs.
+        headers: the names of its headers that differ.
+        properties: the names of its properties that do.
+
+    Raises:
+        ValueError: it has no envelope, or its places cannot be told apart.
+    """
+
+    def __init__(self, message: Message, headers: Iterable[str], properties: Iterable[str]) -> None:
+        if (envelope := seal(message)) is None:
+            raise ValueError("it has no envelope")
+        values = {name: message.headers[name] for name in headers}
+        values |= {name: message.properties[name] for name in properties}
+        self._template = Template(envelope, {name: _text(each) for name, each in values.items()})
+
+    def filled(self, values: Mapping[str, str]) -> bytes:
+        """The envelope with these *values*; there may be more than are needed."""
+        return self._template.filled({name: _text(values[name]) for name in self._template.names})
+
+
+def seal(message: Message) -> bytes | None:
+    """The envelope of *message*; None if it cannot be encoded, or its list is to be looked up."""
+    if message.exchange:
+        return None
+    try:
+        envelope: bytes | None = publish_with(_producer, message)
+    except Exception:  # whoever sends it finds out, and says so
+        return None
+    return envelope
+
+
+class _Encoder(Channel):
+    """Kombu's channel, without a server: it makes an envelope of what it would push."""
+
+    connection = None
+
+    def __init__(self) -> None: ...
+
+    def __del__(self) -> None: ...
+
+    def _next_delivery_tag(self) -> str:
+        return _MARK
+
+    def _put(self, queue: str, message: dict[str, Any], **_: Any) -> bytes | None:
+        priority = self._get_message_priority(message)
+        parts = dumps({**message, "body": _MARK}).encode().split(_MARK.encode())
+        return GAP.join((*parts, b"%d" % priority)) if len(parts) == 3 else None
+
+
+_producer = Producer(_Encoder())
+
+
+def _text(value: str) -> bytes:
+    return encode_basestring_ascii(value).encode()
