@@ -35,6 +35,8 @@ LARGEST = 2**31 - 1
 YEARS = range(1970, 9999)
 _TEXTS = (str, bytes, memoryview)
 _LISTS = (list, tuple)
+#: Types of values that have no size worth mentioning.
+_SMALL = frozenset((type(None), bool, int, float))
 #: What a body carries beside the arguments; anything else there would be forged.
 EMBEDDED = ("callbacks", "errbacks", "chain", "chord")
 #: A header of such a name would hide what Celery, or a task, calls on its request.
@@ -140,7 +142,12 @@ def _measure(value: Any) -> tuple[int, int]:
         within: list[Any] = []
         nests = False
         for each in level:
-            if isinstance(each, _TEXTS):
+            kind = type(each)
+            if kind is str:
+                size += len(each)
+            elif kind in _SMALL:
+                continue
+            elif isinstance(each, _TEXTS):
                 size += len(each)
             elif isinstance(each, dict):
                 nests = True
@@ -162,13 +169,12 @@ def _check_headers(headers: Any) -> None:
         raise Malformed(f"headers: no mapping, but {type(headers).__name__}")
     if UNREADABLE in headers:
         raise Malformed("headers and properties: the client library cannot read them")
-    for name in headers:
+    for name, value in headers.items():
         if not isinstance(name, str):
             raise Malformed("headers: a name is not text")
         if name in _RESERVED:
             raise Malformed(f"header {name!r}: its name is reserved")
-    for name, check in _HEADERS.items():
-        if (value := headers.get(name)) is not None and not check(value):
+        if value is not None and (check := _HEADERS.get(name)) and not check(value):
             raise Malformed(f"header {name!r}: {_described(value)}")
     for name in ("task", "id"):
         if not headers.get(name):
@@ -304,7 +310,7 @@ def _check_call(payload: Any) -> None:
         raise Malformed(f"body: keyword arguments: {_described(kwargs)}")
     if embedded is None:
         return
-    if not isinstance(embedded, Mapping) or not set(embedded) <= set(EMBEDDED):
+    if not isinstance(embedded, Mapping) or not embedded.keys() <= _EMBEDDED.keys():
         raise Malformed("body: embedded: more or other than " + ", ".join(EMBEDDED))
     for name, value in embedded.items():
         if value is not None and not _EMBEDDED[name](value):

@@ -12,6 +12,7 @@ import pytest
 import redis
 from kombu import Exchange, Queue
 
+from celery_eda import addresses
 from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.subscriptions import Subscription, Subscriptions
 from celery_eda.transports import SafeConnection
@@ -244,6 +245,18 @@ class TestRefusals:
 
         assert verdicts(answers) == ["confirmed", "refused"] * 2 + ["confirmed"]
         assert "WRONGTYPE" in answers[1].why
+        assert set(ids(empty(redis_url))) == confirmed(batch, answers)
+
+    def test_a_reply_that_nobody_waits_for_is_refused_between_messages_for_one_list(
+        self, redis_url: str, transport: Transport
+    ) -> None:
+        reply = letter(None, routing_key=addresses.of_process())
+        batch = [letter(), reply, letter(), letter(None, routing_key="letters"), reply]
+
+        answers = transport.publish(batch)
+
+        assert verdicts(answers) == ["confirmed", "refused"] + ["confirmed"] * 2 + ["refused"]
+        assert answers[1].unroutable
         assert set(ids(empty(redis_url))) == confirmed(batch, answers)
 
     def test_a_binding_deleted_behind_our_back_is_declared_again_after_the_refusal(
