@@ -191,6 +191,26 @@ def test_the_tables_may_live_in_a_schema_of_their_own(postgresql_url: str) -> No
     engine.dispose()
 
 
+def test_postgresql_compresses_messages_by_its_faster_method(postgresql_url: str) -> None:
+    engine, tables = create_engine(postgresql_url), Tables.on(prefix="it's_", schema="our shop")
+    compressed = text(
+        "SELECT relname, attname FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid "
+        "WHERE attcompression = 'l'"
+    )
+    with engine.begin() as connection:
+        connection.execute(text('CREATE SCHEMA "our shop"'))
+
+    upgrading.upgrade(engine, tables)
+
+    with engine.connect() as connection:
+        found = {tuple(each) for each in connection.execute(compressed)}
+    whole = {"headers", "properties", "body"}
+    columns = {"outbox": whole | {"envelope"}, "parked": whole, "dead_letters": whole}
+    columns |= {"events": {"data"}, "queue": {"message", "body"}}
+    assert found == {(f"it's_{table}", each) for table in columns for each in columns[table]}
+    engine.dispose()
+
+
 def test_the_printed_ddl_makes_tables_that_pass_the_check(empty_database: Database) -> None:
     ddl = upgrading.sql(empty_database.engine, empty_database.tables)
 
