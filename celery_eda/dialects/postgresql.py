@@ -16,6 +16,7 @@ from sqlalchemy import (
     Engine,
     Executable,
     Table,
+    Text,
     bindparam,
     cast,
     event,
@@ -95,8 +96,13 @@ class PostgreSQL(Upserting, PostgreSQLQueueing):
         return func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)
 
     def _is_named(self, table: Table) -> ColumnElement[bool]:
-        # One parameter for any number of ids, so that the statement stays the same to the server.
-        return table.c.id == func.any(bindparam("ids", type_=ARRAY(BigInteger)))
+        # One parameter for any number of ids, so that the statement stays the same to the server;
+        # a text, since drivers take their time to make an array of a list.
+        ids = cast(bindparam("ids", type_=Text), ARRAY(BigInteger))
+        return table.c.id == func.any(ids)
+
+    def _as_parameter(self, ids: Sequence[int]) -> str:
+        return f"{{{','.join(map(str, ids))}}}"
 
     def execute(
         self, connection: Connection, statement: Executable, parameters: Values
