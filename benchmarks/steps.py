@@ -25,10 +25,10 @@ STEPS = {
     "one row of the outbox written": "write_one",
     "one row written as arrays of one": "write_as_arrays",
     "one row written by psycopg alone": "write_by_driver",
-    "a row read, of 500": "read",
-    "a row made into a message": "make_messages",
+    "a row claimed and made into a message, of 500": "read",
     "the frames of a message": "make_frames",
 }
+METHODS = ("lz4", "pglz")
 
 
 @click.command()
@@ -45,11 +45,14 @@ def main() -> None:
         cases: dict[str, Callable[[], Measured]] = {
             what: partial(steps.do, verb, COUNT) for what, verb in STEPS.items()
         }
+        for method in METHODS:
+            what = f"a row with 1 KB of text written, of 500, compressed by {method}"
+            cases[what] = partial(steps.do, "write_compressed", method, COUNT)
         cases["a message claimed by its id, sent, confirmed and cleared"] = partial(_sent, steps)
         took = interleaved(cases, rounds=ROUNDS)
     click.echo("| for one message | CPU, µs | time, µs |\n|---|---|---|")
     for what, rounds in took.items():
-        count = COUNT if what in STEPS else SENT
+        count = SENT if "by its id" in what else COUNT
         cpu = 1e6 * figures.median([each.cpu for each in rounds]) / count
         time = 1e6 * figures.median([each.seconds for each in rounds]) / count
         click.echo(f"| {what} | {cpu:.4g} | {time:.4g} |")

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
+from random import Random
 from typing import Any
 
 from celery import signals
 from kombu import serialization
 from kombu.utils.uuid import uuid
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, text
 
 from benchmarks.contestants.ours import app, carry, eda, fill
 from benchmarks.contestants.serving import PAYLOAD, serve
 from celery_eda import context
 from celery_eda.message import Message
-from celery_eda.outbox import from_row, to_row
+from celery_eda.outbox import to_row
 from celery_eda.prepared import NOTHING_AFTER
 from celery_eda.relay import Relay
 from celery_eda.transports.frames import Frames
 
 #: Rows that a relay claims at once.
 BATCH = 500
+#: Of which text is made that is neither all the same nor all different.
+WORDS = ("cocoa", "milk", "dark", "large", "small", "mint", "cream", "order", "table", "paid")
 
 
 def capture(count: int) -> list[Message]:
@@ -101,29 +104,44 @@ def write_by_driver(count: int) -> None:
             cursor.fetchall()
 
 
-def read(count: int) -> list[Any]:
-    """SELECT so many rows, in batches."""
-    rows: list[Any] = []
-    with eda.relay_engine.connect() as connection:
-        for _ in range(count // BATCH):
-            rows = list(connection.execute(select(eda.tables.outbox).limit(BATCH)))
-    assert len(rows) == BATCH, "the outbox has too few"
-    return rows
-
-
 @cache
-def _rows() -> list[Any]:
-    return read(BATCH)
+def _rows_of_text() -> list[dict[str, Any]]:
+    """A batch of rows with a kilobyte of words in each."""
+    random, collected = Random(1), context.Collected()
+    with context.scope_of(collected):
+        for _ in range(BATCH):
+            words = (f"{random.choice(WORDS)} {random.randrange(1000)}" for _ in range(110))
+            carry.delay(" ".join(words)[:1000])
+    return [{**to_row(each), "envelope": each.envelope} for each in collected.messages]
 
 
-def make_messages(count: int) -> list[Message]:
-    """Make messages of so many rows that are read already."""
-    return [from_row(row) for _ in range(count // BATCH) for row in _rows()]
+def write_compressed(method: str, count: int) -> None:
+    """INSERT rows with text in batches, compressed by this *method* of PostgreSQL."""
+    table = eda.tables.outbox
+    columns = ("headers", "properties", "body", "envelope")
+    changes = (f"ALTER COLUMN {name} SET COMPRESSION {method}" for name in columns)
+    with _undone() as connection:
+        connection.execute(text(f"ALTER TABLE {table.name} {', '.join(changes)}"))
+        for _ in range(count // BATCH):
+            eda.dialect.add(connection, table, _rows_of_text())
+
+
+def read(count: int) -> None:
+    """Claim so many rows, in batches, and make messages of them."""
+    for _ in range(count // BATCH):
+        assert len(_claimed()) == BATCH, "the outbox has too few"
+
+
+def _claimed() -> list[Message]:
+    with eda.relay_engine.connect() as connection:
+        pending = eda.outbox.claim(connection, "0" * 32, BATCH)
+        connection.rollback()
+    return [each.message for each in pending]
 
 
 @cache
 def _messages() -> list[Message]:
-    return make_messages(BATCH)
+    return _claimed()
 
 
 def make_frames(count: int) -> None:
@@ -157,20 +175,15 @@ def published(count: int) -> list[int]:
         return sorted(connection.scalars(newest))
 
 
-def _counted(act: Callable[[int], list[Any]], count: int) -> int:
-    return len(act(count))
-
-
 VERBS: dict[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
         *(capture_by_celery, capture_nothing, write_one, write_as_arrays, write_by_driver),
-        *(make_frames, send_one_by_one, published),
+        *(write_compressed, read, make_frames, send_one_by_one, published),
     )
 }
-# What these return is not for the pipe.
-for each in (capture, read, make_messages):
-    VERBS[each.__name__] = partial(_counted, each)
+# What it returns is not for the pipe.
+VERBS["capture"] = lambda count: len(capture(count))
 
 if __name__ == "__main__":
     serve(VERBS)

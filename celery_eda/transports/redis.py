@@ -1,4 +1,4 @@
-"""Messages to Redis or Valkey: one write for a batch, one answer for each message.
+"""Messages to Redis or Valkey: a batch is written without waiting, and each message is answered.
 
 Kombu's own channel chooses the keys and makes the format, priorities and bindings included; of most
 messages it has made it when they were captured. While the server works on one batch the next one is
@@ -24,6 +24,7 @@ from celery_eda.transports.redis_envelopes import Payloads
 
 # Not kombu's own list: it holds KeyError, which here means a queue that the app does not know.
 OUTAGES = (exceptions.ConnectionError, exceptions.TimeoutError, OperationalError, OSError)
+CHUNK = 2**17  # bytes written at once: a time-out is that of one of them
 
 
 @dataclass
@@ -32,13 +33,13 @@ class _Batch:
 
     Attributes:
         places: of each, those of its commands, or why it has none.
-        commands: with their arguments, as the server has them.
+        commands: their names.
         lost: the answer to each, if the connection is gone that they were sent over.
     """
 
     messages: Sequence[Message]
     places: list[list[int] | Answer] = field(default_factory=list)
-    commands: list[list[Any]] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
     lost: Answer | None = None
 
 
@@ -97,11 +98,12 @@ class Redis:
         payloads = self._payloads = self._payloads or Payloads(channel)
         commands = Commands(channel, payloads)
         batch.places = [self._put(message, commands) for message in batch.messages]
-        batch.commands = commands.all
+        batch.commands = [command[0] for command in commands.all]
         if self._batches[0] is batch:
             self._wake()
-        packed = self._connection.pack_commands(commands.all)
-        self._connection.send_packed_command([b"".join(packed)])
+        packed = memoryview(b"".join(self._connection.pack_commands(commands.all)))
+        chunks = [packed[at : at + CHUNK] for at in range(0, len(packed), CHUNK)]
+        self._connection.send_packed_command(chunks)
         checkpoints.reach("relay.published")
 
     def _wake(self) -> None:

@@ -105,9 +105,9 @@ class Commands:
         return [name.upper(), self._channel.global_keyprefix + key, *rest]
 
 
-def answers(commands: Iterable[Sequence[Any]], replies: Iterable[Any]) -> list[Answer]:
-    """What the server's *replies* to *commands* mean."""
-    return [_answer(name, reply) for (name, *_), reply in zip(commands, replies, strict=True)]
+def answers(commands: Iterable[str], replies: Iterable[Any]) -> list[Answer]:
+    """What the server's *replies* to *commands* of these names mean."""
+    return [_answer(name, reply) for name, reply in zip(commands, replies, strict=True)]
 
 
 def of_error(error: Exception) -> Answer:

@@ -444,6 +444,17 @@ class TestWires:
         publish_until_confirmed(wired, batch)
         assert {message.identity.id for message in batch} <= set(ids(empty(redis_url)))
 
+    def test_what_takes_its_time_on_a_slow_wire_arrives_since_no_part_of_it_hangs(
+        self, redis_url: str, proxy: Proxy, transport_to: Callable[..., Transport]
+    ) -> None:
+        transport = transport_to(proxy.through(redis_url), timeout=6)
+        transport.publish([letter()])
+        proxy.delay(0.016)  # for each 64 KB: 40 MB take 10 s, and one hang may take 3
+
+        answers = transport.publish(letters(300, body=b"x" * 100_000))
+
+        assert verdicts(answers) == ["confirmed"] * 300
+
     def test_time_outs_of_the_user_are_kept_if_they_are_shorter(
         self, redis_url: str, proxy: Proxy, transport_to: Callable[..., Transport]
     ) -> None:
