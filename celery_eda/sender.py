@@ -23,8 +23,10 @@ log = redaction.logger(__name__)
 
 #: Ids handed over and not sent yet, after which the committing process leaves them to the relay.
 LONGEST_HANDOFF = 100_000
-#: Seconds that the sender rests after a sending, at the most.
-LONGEST_REST = 0.05
+#: Seconds that a sending takes where nobody else wants the cores, or less.
+UNDISTURBED = 0.004
+#: How many times as long as a sending took the sender rests, at the most, and how many seconds.
+MOST_RESTS, LONGEST_REST = 3.0, 0.05
 #: Seconds that a process which ends waits for its last messages to leave.
 EXIT_PATIENCE = 2.0
 #: Seconds that a fork waits for the sending that is under way.
@@ -37,9 +39,10 @@ class Sender:
     It is handed ids and claims the rows like any relay, so it never sends what was not committed.
     What it cannot send at once it leaves to the relay.
 
-    After each sending it rests for as long as that took, so that it is at work for half of the time
-    at the most. A single message leaves at once; those of a busy process leave in batches, which
-    costs each of them less, the more so the busier the machine is.
+    After each sending it rests for as long as that took, or longer if others want the cores, so
+    that it is at work for half of the time at the most, and for a quarter on a busy machine. A
+    single message leaves at once; those of a busy process leave in batches, which costs each of
+    them less.
     """
 
     def __init__(self, make_relay: Callable[[], Relay]) -> None:
@@ -96,7 +99,7 @@ class Sender:
         while True:
             ids = self._waiting.get()
             self._sending = True
-            time.sleep(max(0.0, min(rested - time.monotonic(), LONGEST_REST)))
+            time.sleep(max(0.0, rested - time.monotonic()))
             began = time.monotonic()
             while len(ids) < relay.settings.relay_batch and not self._waiting.empty():
                 ids += self._waiting.get()
@@ -107,7 +110,7 @@ class Sender:
             else:
                 time.sleep(backoff(failures, *OUTAGE_DELAY))
                 failures += 1
-            rested = 2 * time.monotonic() - began
+            rested = time.monotonic() + rest_after(time.monotonic() - began)
             self._sending = False
 
     def _sent(self, relay: Relay, ids: list[int]) -> bool:
@@ -123,3 +126,8 @@ class Sender:
             relay.close()
             return False
         return True
+
+
+def rest_after(took: float) -> float:
+    """Seconds of rest after a sending that *took* so many."""
+    return min(took * min(max(1.0, took / UNDISTURBED), MOST_RESTS), LONGEST_REST)

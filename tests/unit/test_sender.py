@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from celery_eda import sender
 from celery_eda.relay import Round
 from celery_eda.sender import Sender
 from celery_eda.settings import Settings
@@ -82,3 +83,12 @@ def test_what_is_committed_while_the_sender_rests_leaves_together(
     sender.finish()
 
     assert relay.asked == [[1], [2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("took", "rest"), [(0.001, 0.001), (0.004, 0.004), (0.008, 0.016), (0.012, 0.036), (0.5, 0.05)]
+)
+def test_the_rest_is_as_long_as_the_sending_and_longer_where_others_want_the_cores(
+    took: float, rest: float
+) -> None:
+    assert sender.rest_after(took) == pytest.approx(rest)
