@@ -256,7 +256,8 @@ def test_what_was_published_while_all_was_away_arrives_and_its_results_can_be_fe
 
 def in_outbox(database: Database) -> list[str]:
     with database.engine.connect() as connection:
-        return list(connection.scalars(select(database.tables.outbox.c.task)))
+        columns = database.tables.outbox.c
+        return list(connection.scalars(select(columns.task).order_by(columns.id)))
 
 
 def in_memory(app: Celery) -> int:

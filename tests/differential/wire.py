@@ -101,13 +101,17 @@ def amqp_without_identity(envelope: bytes) -> bytes:
 
 
 def json_without_identity(envelope: bytes) -> bytes:
-    """The same JSON without the two headers that celery_eda adds, and that time to live."""
+    """The same JSON without the two headers that celery_eda adds, and that time to live.
+
+    And without the tag that each delivery has of its own.
+    """
     message = json.loads(envelope)
     assert json.dumps(message).encode() == envelope, "json reads what it would write"
     for name in (ID_HEADER, REVISION_HEADER):
         message["headers"].pop(name, None)
     if message["headers"].get("expires"):
         message["properties"].pop("expiration", None)
+    assert message["properties"].pop("delivery_tag"), "acknowledged by this"
     return json.dumps(message).encode()
 
 
