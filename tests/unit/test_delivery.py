@@ -68,7 +68,8 @@ class Slot:
     def waiting(self) -> list[str]:
         """The tasks of what waits in the outbox."""
         with self.engine.connect() as connection:
-            return list(connection.scalars(select(self.database.tables.outbox.c.task)))
+            columns = self.database.tables.outbox.c
+            return list(connection.scalars(select(columns.task).order_by(columns.id)))
 
     def deliver(self, message: Message, **delivery_info: Any) -> BaseException | None:
         """Bring *message* to its task.
