@@ -112,7 +112,20 @@ class TransportFactory(Protocol):
 
 
 class EnvelopeTemplate(Protocol):
-    """Makes the envelopes of messages that differ in some texts only."""
+    """Makes the envelopes of messages that differ in some texts only.
+
+    Args:
+        message: one of them, with something of its own at each place that differs.
+        headers: the names of its headers that differ.
+        properties: the names of its properties that do.
+
+    Raises:
+        ValueError: it has no envelope, or its places cannot be told apart.
+    """
+
+    def __init__(
+        self, message: Message, headers: Iterable[str], properties: Iterable[str]
+    ) -> None: ...
 
     def filled(self, values: Mapping[str, str]) -> bytes:
         """The envelope with these *values*; there may be more than are needed."""

@@ -100,16 +100,7 @@ def seal(message: Message) -> bytes | None:
 
 
 class EnvelopeTemplate:
-    """Makes the envelopes of messages that differ in some texts only.
-
-    Args:
-        message: one of them, with something of its own at each place that differs.
-        headers: the names of its headers that differ.
-        properties: the names of its properties that do.
-
-    Raises:
-        ValueError: it has no envelope, or its places cannot be told apart.
-    """
+    """Octets in which the length of the table of headers differs too. See ``transports.base``."""
 
     def __init__(self, message: Message, headers: Iterable[str], properties: Iterable[str]) -> None:
         if (envelope := seal(message)) is None:
@@ -125,7 +116,6 @@ class EnvelopeTemplate:
         self._rest = Template(rest, {**texts, **shorts})
 
     def filled(self, values: Mapping[str, str]) -> bytes:
-        """The envelope with these *values*; there may be more than are needed."""
         texts = {name: _value(values[name]) for name in self._texts}
         length = self._fixed + sum(map(len, texts.values()))
         shorts = {name: _short(values[name]) for name in self._shorts}

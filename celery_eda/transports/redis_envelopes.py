@@ -73,16 +73,7 @@ class Payloads:
 
 
 class EnvelopeTemplate:
-    """Makes the envelopes of messages that differ in some texts only.
-
-    Args:
-        message: one of them, with something of its own at each place that differs.
-        headers: the names of its headers that differ.
-        properties: the names of its properties that do.
-
-    Raises:
-        ValueError: it has no envelope, or its places cannot be told apart.
-    """
+    """A text in which everything but those places stays as it is. See ``transports.base``."""
 
     def __init__(self, message: Message, headers: Iterable[str], properties: Iterable[str]) -> None:
         if (envelope := seal(message)) is None:
@@ -92,7 +83,6 @@ class EnvelopeTemplate:
         self._template = Template(envelope, {name: _text(each) for name, each in values.items()})
 
     def filled(self, values: Mapping[str, str]) -> bytes:
-        """The envelope with these *values*; there may be more than are needed."""
         return self._template.filled({name: _text(values[name]) for name in self._template.names})
 
 

@@ -11,7 +11,7 @@ import amqp
 from kombu import Connection, Queue
 
 from celery_eda.message import Identity, Message
-from celery_eda.transports.base import Answer, Transport, Verdict
+from celery_eda.transports.base import Answer, Pipelined, Transport, Verdict
 
 BODY = b'[[1, 2], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
 
@@ -124,3 +124,15 @@ def publish_until_confirmed(transport: Transport, batch: list[Message]) -> None:
         taken = confirmed(batch, answers)
         batch = [message for message in batch if message.identity.id not in taken]
         assert time.monotonic() < deadline, answers
+
+
+def begin_two_at(server: Any, transport: Pipelined) -> list[list[str]]:
+    """The verdicts on two batches of 20 that were begun while *server* was frozen; it goes on."""
+    transport.publish([letter()])
+    server.freeze()
+    try:
+        transport.begin(letters(20))
+        transport.begin(letters(20))
+        return [verdicts(transport.finish()), verdicts(transport.finish())]
+    finally:
+        server.thaw()

@@ -13,6 +13,7 @@ from celery_eda.transports.base import Pipelined, Transport
 from tests.servers.proxy import Proxy
 from tests.servers.rabbitmq import RabbitMQ
 from tests.transports.letters import (
+    begin_two_at,
     confirmed,
     connection_to,
     empty,
@@ -135,16 +136,11 @@ class TestTwoBatches:
     def test_an_outage_makes_both_unknown_and_the_next_one_is_sent_anew(
         self, rabbitmq: RabbitMQ, rabbitmq_url: str, impatient: Pipelined
     ) -> None:
-        impatient.publish([letter()])
-        rabbitmq.freeze()
-        impatient.begin(letters(20))
-        impatient.begin(letters(20))
         start = time.monotonic()
-        answers = [impatient.finish(), impatient.finish()]
+        answers = begin_two_at(rabbitmq, impatient)
         took = time.monotonic() - start
-        rabbitmq.thaw()
 
-        assert [verdicts(each) for each in answers] == [["unknown"] * 20] * 2
+        assert answers == [["unknown"] * 20] * 2
         assert took < PATIENCE + SLACK
         batch = letters(20)
         publish_until_confirmed(impatient, batch)

@@ -21,6 +21,7 @@ from tests.servers.proxy import Proxy
 from tests.servers.redis import Redis
 from tests.transports.conftest import app_of
 from tests.transports.letters import (
+    begin_two_at,
     confirmed,
     empty,
     ids,
@@ -182,16 +183,11 @@ class TestTwoBatches:
     def test_an_outage_makes_both_unknown_and_the_next_one_is_sent_anew(
         self, redis_server: Redis, redis_url: str, impatient: Pipelined
     ) -> None:
-        impatient.publish([letter()])
-        redis_server.freeze()
-        impatient.begin(letters(20))
-        impatient.begin(letters(20))
         start = time.monotonic()
-        answers = [impatient.finish(), impatient.finish()]
+        answers = begin_two_at(redis_server, impatient)
         took = time.monotonic() - start
-        redis_server.thaw()
 
-        assert [verdicts(each) for each in answers] == [["unknown"] * 20] * 2
+        assert answers == [["unknown"] * 20] * 2
         assert took < PATIENCE + SLACK
         batch = letters(20)
         publish_until_confirmed(impatient, batch)
