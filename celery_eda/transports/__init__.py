@@ -101,14 +101,15 @@ def template_of(
 ) -> EnvelopeTemplate | None:
     """What makes the envelopes of messages that differ from *message* in these places only.
 
-    None if the broker of *app* needs none.
+    None if they have none.
 
     Raises:
         ValueError: it cannot be made of this one.
     """
-    if (envelopes := _envelopes_of(app)) is None:
+    envelopes = _envelopes_of(app)
+    if envelopes is None or (envelope := envelopes.seal(message)) is None:
         return None
-    template: EnvelopeTemplate = envelopes.EnvelopeTemplate(message, headers, properties)
+    template: EnvelopeTemplate = envelopes.EnvelopeTemplate(message, envelope, headers, properties)
     return template
 
 

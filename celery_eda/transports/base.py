@@ -116,15 +116,16 @@ class EnvelopeTemplate(Protocol):
 
     Args:
         message: one of them, with something of its own at each place that differs.
+        envelope: its own.
         headers: the names of its headers that differ.
         properties: the names of its properties that do.
 
     Raises:
-        ValueError: it has no envelope, or its places cannot be told apart.
+        ValueError: its places cannot be told apart.
     """
 
     def __init__(
-        self, message: Message, headers: Iterable[str], properties: Iterable[str]
+        self, message: Message, envelope: bytes, headers: Iterable[str], properties: Iterable[str]
     ) -> None: ...
 
     def filled(self, values: Mapping[str, str]) -> bytes:

@@ -26,9 +26,8 @@ METHOD, HEADER, BODY = 1, 2, 3
 FRAME_OVERHEAD = 8  # bytes around the payload of a frame
 FRAME_END = b"\xce"
 HEADER_SIZE = 12  # bytes of a header frame before the properties
-TYPED = (
-    1 << 7
-)  # in the first octet of the properties: there is a content type, as in all of kombu's
+#: In the first octet of properties: there is a content type, as in all of kombu's.
+TYPED = 1 << 7
 #: Routes to remember.
 MOST_ROUTES = 1000
 
@@ -102,9 +101,9 @@ def seal(message: Message) -> bytes | None:
 class EnvelopeTemplate:
     """Octets in which the length of the table of headers differs too. See ``transports.base``."""
 
-    def __init__(self, message: Message, headers: Iterable[str], properties: Iterable[str]) -> None:
-        if (envelope := seal(message)) is None:
-            raise ValueError("it has no envelope")
+    def __init__(
+        self, message: Message, envelope: bytes, headers: Iterable[str], properties: Iterable[str]
+    ) -> None:
         texts = {name: _value(message.headers[name]) for name in headers}
         shorts = {name: _short(message.properties[name]) for name in properties}
         # Before the table of headers: the flags, two short texts, and its length in four bytes.

@@ -75,9 +75,9 @@ class Payloads:
 class EnvelopeTemplate:
     """A text in which everything but those places stays as it is. See ``transports.base``."""
 
-    def __init__(self, message: Message, headers: Iterable[str], properties: Iterable[str]) -> None:
-        if (envelope := seal(message)) is None:
-            raise ValueError("it has no envelope")
+    def __init__(
+        self, message: Message, envelope: bytes, headers: Iterable[str], properties: Iterable[str]
+    ) -> None:
         values = {name: message.headers[name] for name in headers}
         values |= {name: message.properties[name] for name in properties}
         self._template = Template(envelope, {name: _text(each) for name, each in values.items()})

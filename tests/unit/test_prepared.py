@@ -23,7 +23,7 @@ from celery.app.routes import Router
 from celery.utils.saferepr import saferepr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
-from kombu import Queue
+from kombu import Exchange, Queue
 from kombu.utils import uuid as make_id
 from sqlalchemy import select
 
@@ -47,6 +47,7 @@ class Publishing:
             eda_database_url=f"sqlite:///{folder}/shop.db",
             task_routes={"pay": {"queue": "payments"}},
             task_create_missing_queues=True,
+            task_queues=[Queue("orders", Exchange("events", "topic"), "order.placed")],
         )
         self.eda = EDA(self.app)
 
@@ -180,6 +181,7 @@ CALLS: dict[str, Callable[[Publishing], Any]] = {
     "by name": lambda it: it.app.send_task("pay", ("x" * 3000,)),
     "of a task that is not here": lambda it: it.app.send_task("elsewhere", (1,), {"a": 2}),
     "a signature": lambda it: it.order.s(7).apply_async(),
+    "to a queue of an exchange": lambda it: it.pay.apply_async((1,), queue="orders"),
 }
 
 
