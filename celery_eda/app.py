@@ -258,7 +258,7 @@ class EDA(Parts):
         address: Literal["correlation", "temporary", "durable"] | None = None,
         **options: Any,
     ) -> Reply[Any]:
-        """Ask a task of any service for a reply; ``quote.request(sku)`` is short for it.
+        """Ask a task of any service for a reply; ``quote.ask(sku)`` is short for it.
 
         The request leaves when the transaction commits in which it is made, outside of any at
         once. The reply leaves when the responder's work commits. A responder that fails for good

@@ -12,7 +12,6 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, over
 
 from billiard.process import current_process
 from celery import Celery, Task, signals
-from celery.app.task import Context
 from celery.exceptions import Reject
 from celery.utils.log import get_logger
 from celery.worker import state
@@ -132,24 +131,16 @@ class ReliableTask(Task):
                 raise
             raise Reject(exit_, requeue=True) from exit_
 
-    @property
-    def request(self) -> Context:
-        """Celery's: the call in progress. Called, it asks for a reply: ``quote.request(sku)``."""
-        request = self._get_request()
-        request.__class__ = self._request_class
-        return request
+    def ask(self, *args: Any, **kwargs: Any) -> Reply[Any]:
+        """Ask for a reply to a call with these arguments: ``quote.ask(sku).get(timeout=2)``.
 
-    @functools.cached_property
-    def _request_class(self) -> type[Context]:
-        def ask(_: Context, *args: Any, **kwargs: Any) -> Reply[Any]:
-            reply: Reply[Any] = self.app.eda.request(self, args, kwargs)
-            return reply
+        :meth:`celery_eda.EDA.request` takes options too.
 
-        def reduce(context: Context) -> tuple[Any, ...]:
-            return Context, (dict(vars(context)),)
-
-        own = {"__call__": ask, "__reduce__": reduce, "__doc__": Context.__doc__}
-        return type(Context.__name__, (Context,), own)
+        Raises:
+            OutsideTransaction: ``eda_outside`` forbids publishing here.
+        """
+        reply: Reply[Any] = self.app.eda.request(self, args, kwargs)
+        return reply
 
     def before_start(self, *_: Any) -> None:
         """Nothing yet: a failure here would end a message without a trace of it."""
@@ -167,7 +158,7 @@ class TypedTask(Protocol[P, R_co]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
     def delay(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
-    def request(self, *args: P.args, **kwargs: P.kwargs) -> Reply[R_co]: ...
+    def ask(self, *args: P.args, **kwargs: P.kwargs) -> Reply[R_co]: ...
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any: ...
     def s(self, *args: Any, **kwargs: Any) -> Any: ...
     def si(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...

@@ -71,10 +71,10 @@ plain.delay(7, nota="x")  # type: ignore[call-arg]
 plain(7).upper()
 plain(7).bit_length()  # type: ignore[attr-defined]
 
-plain.request(7).get(timeout=2).upper()
-plain.request(7).get().bit_length()  # type: ignore[attr-defined]
-plain.request("x")  # type: ignore[arg-type]
-with_session.request(7).get().bit_length()
+plain.ask(7).get(timeout=2).upper()
+plain.ask(7).get().bit_length()  # type: ignore[attr-defined]
+plain.ask("x")  # type: ignore[arg-type]
+with_session.ask(7).get().bit_length()
 
 with_session.delay(7)
 with_session.delay(number=7)
@@ -97,7 +97,7 @@ asynchronous.delay("x")  # type: ignore[arg-type]
 
 
 async def caller() -> int:
-    return await asynchronous(7) + await with_session.request(7)
+    return await asynchronous(7) + await with_session.ask(7)
 
 
 untyped.delay(7)

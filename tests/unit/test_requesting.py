@@ -157,7 +157,7 @@ def test_a_request_that_is_rolled_back_is_never_sent(shop: Shop, address: Any) -
 
 
 def test_the_task_itself_can_be_asked_and_still_knows_its_call(shop: Shop) -> None:
-    reply = shop.quote.request(7)
+    reply = shop.quote.ask(7)
 
     (message,) = shop.sent()
     assert message.headers["id"] == reply.correlation_id
@@ -207,9 +207,9 @@ def test_where_publishing_outside_is_forbidden_asking_is_too(
     shop = make_shop(eda_outside="raise")
 
     with pytest.raises(OutsideTransaction, match=r"shop\.quote"):
-        shop.quote.request(7)
+        shop.quote.ask(7)
     with shop.eda.transaction():
-        shop.quote.request(7)
+        shop.quote.ask(7)
 
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────
@@ -337,7 +337,7 @@ def test_waiting_ends_in_time(make_shop: Callable[..., Shop], address: Any) -> N
 
 
 def test_an_outcome_finds_whoever_waits_for_it(shop: Shop) -> None:
-    replies = [shop.quote.request(number) for number in range(3)]
+    replies = [shop.quote.ask(number) for number in range(3)]
     for number, reply in reversed([*enumerate(replies)]):
         assert shop.eda.mailbox.settle(reply.correlation_id, number)
 
@@ -350,7 +350,7 @@ def test_an_outcome_finds_whoever_waits_for_it(shop: Shop) -> None:
 @pytest.mark.parametrize("ask", ["request", "scatter"])
 def test_the_time_out_of_a_responder_is_no_lack_of_a_reply(shop: Shop, ask: str) -> None:
     if ask == "request":
-        waiting: Any = shop.quote.request(7)
+        waiting: Any = shop.quote.ask(7)
         correlation_id = waiting.correlation_id
     else:
         waiting = shop.eda.scatter([shop.quote.s(7), shop.quote.s(8)])
@@ -386,15 +386,15 @@ def test_where_every_task_is_eager_the_reply_is_there_at_once(
     def fail() -> None:
         raise LookupError("no")
 
-    assert shop.quote.request(7).get(timeout=1) == 7
+    assert shop.quote.ask(7).get(timeout=1) == 7
     assert shop.eda.scatter([shop.quote.s(1), shop.quote.s(2)]).get(timeout=1) == [1, 2]
     with pytest.raises(LookupError, match="no"):
-        fail.request().get(timeout=1)
+        fail.ask().get(timeout=1)
     assert shop.sent() == []
 
 
 def test_an_error_is_raised_where_it_is_waited_for(shop: Shop) -> None:
-    reply = shop.quote.request(7)
+    reply = shop.quote.ask(7)
     shop.eda.mailbox.settle(reply.correlation_id, Failed(LookupError("no")))
 
     with pytest.raises(LookupError, match="no"):
@@ -448,7 +448,7 @@ def test_whatever_fails_replies_are_tried_again(shop: Shop) -> None:
         raise OSError("too many open files")
 
     shop.eda.mailbox._make_queues = make_queues
-    shop.quote.request(7)
+    shop.quote.ask(7)
 
     assert tried.acquire(timeout=10.0)
     assert tried.acquire(timeout=10.0)
@@ -470,7 +470,7 @@ async def test_cancellation_leaves_nothing_behind(shop: Shop, address: Any) -> N
 
 @in_a_loop
 async def test_a_wait_that_times_out_leaves_nothing_behind(shop: Shop) -> None:
-    reply = shop.quote.request(7)
+    reply = shop.quote.ask(7)
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(_await(reply), 0.05)
 
@@ -482,7 +482,7 @@ async def test_what_cannot_be_stored_is_told_to_who_awaits_it(shop: Shop) -> Non
     shop.eda.tables.outbox.drop(shop.eda.engine)
 
     with pytest.raises(Exception, match="no such table"):
-        await shop.quote.request(7)
+        await shop.quote.ask(7)
 
 
 # ── several ─────────────────────────────────────────────────────────────────────────────────
