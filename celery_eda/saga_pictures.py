@@ -1,12 +1,7 @@
-"""Pictures of sagas: of a definition, and of what has become of one instance."""
+"""The flow chart of a saga's definition."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timedelta
-from html import escape
-
-from celery_eda import redaction
 from celery_eda.drawing import Edge, Graph, Node
 from celery_eda.saga_definition import (
     Block,
@@ -26,25 +21,13 @@ from celery_eda.saga_definition import (
     always,
     name_of,
 )
-from celery_eda.saga_log import Entry, Saga
-from celery_eda.saga_run import Kind, Status
 
-#: Boxes that something leaves, and what is written at its arrow.
+#: Nodes from which the next arrows start, each with the label of its arrow.
 Ends = list[tuple[Node, str]]
-#: Of the picture of an instance, in pixels.
-NAMES, BARS, NOTES, LINE, MARGIN, THINNEST = 200, 520, 380, 22, 16, 3
-FILLS = {
-    Status.open: "#b9d4f1",
-    Status.done: "#a8d5a2",
-    Status.failed: "#ee9b94",
-    Status.skipped: "#d3c1e5",
-    Status.again: "#ee9b94",
-    Status.dropped: "#dddddd",
-}
 
 
 def graph(definition: Definition) -> Graph:
-    """What may follow what in *definition*, and by each step what undoes it."""
+    """The graph of *definition*: each step with its undo task, and all parts that may follow."""
     picture = _Picture()
     begin = Node(f"{definition.name} v{definition.version}", kind="end")
     last = picture.block(definition.body, [(begin, "")])
@@ -119,73 +102,8 @@ def _within(timeout: float | None) -> str:
 
 
 def _words(part: Choice | Loop, condition: Condition, number: int) -> str:
-    """What is written at the arrow for when *condition* holds."""
+    """The label of the arrow that is followed when *condition* is true."""
     if condition is always:
         return "otherwise"
     name = name_of(condition) or f"case {number}"
     return "yes" if part.name.startswith(name) else name
-
-
-def timeline(saga: Saga, history: Sequence[Entry]) -> str:
-    """What has become of *saga* as an SVG: a bar for each attempt, and who decided.
-
-    A thin line shows when the time of an attempt is over, or was.
-    """
-    moments = [moment for each in history for moment in (each.begun_at, each.ended_at) if moment]
-    first = min(moments, default=saga.begun_at or datetime.min)
-    length = max(moments, default=first) - first
-    scale = BARS / max(length / timedelta(seconds=1), 1e-6)
-
-    def x(moment: datetime) -> float:
-        return MARGIN + NAMES + (moment - first).total_seconds() * scale
-
-    lines = list(_lines(history, x))
-    error = f": {saga.error}" if saga.error else ""
-    title = redaction.redact(f"{saga.id}, {saga.name} v{saga.version}: {saga.state.value}{error}")
-    width = 2 * MARGIN + NAMES + BARS + NOTES
-    height = 2 * MARGIN + (len(history) + 2) * LINE
-    span = f"{first} and {length.total_seconds():.3f} s"
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-            'font-family="sans-serif" font-size="12">',
-            '<rect width="100%" height="100%" fill="white"/>',
-            _text(MARGIN, MARGIN + 12, title, "font-weight='bold'"),
-            _text(MARGIN + NAMES, MARGIN + LINE + 12, span, "fill='#666'"),
-            *lines,
-            "</svg>",
-        ]
-    )
-
-
-def _lines(history: Sequence[Entry], x: Callable[[datetime], float]) -> Iterator[str]:
-    for number, each in enumerate(history, 2):
-        record, y = each.record, MARGIN + number * LINE
-        begin, end = x(each.begun_at), x(each.ended_at) if each.ended_at else MARGIN + NAMES + BARS
-        attempt = f" #{record.attempt}" if record.attempt > 1 else ""
-        kind = "" if record.kind is Kind.step else f"{record.kind.value} "
-        yield _text(MARGIN, y + 14, f"{kind}{record.place}{attempt}")
-        yield (
-            f'<rect x="{begin:.1f}" y="{y + 3}" width="{max(end - begin, THINNEST):.1f}" '
-            f'height="{LINE - 6}" rx="2" fill="{FILLS[record.status]}" stroke="#555" '
-            f'stroke-width="0.5"/>'
-        )
-        if each.due and x(each.due) <= MARGIN + NAMES + BARS:
-            yield (
-                f'<path d="M{x(each.due):.1f} {y}v{LINE}" stroke="#c0392b" stroke-dasharray="3 2"/>'
-            )
-        yield _text(MARGIN + NAMES + BARS + 10, y + 14, _note(each))
-
-
-def _note(entry: Entry) -> str:
-    record = entry.record
-    words = ["timed out" if record.timed_out else record.status.value]
-    if isinstance(record.value, Exception):
-        words.append(redaction.redact(f"{type(record.value).__name__}: {record.value}"))
-    if entry.who:
-        words.append(f"by {entry.who}")
-    return ", ".join(words)
-
-
-def _text(x: float, y: float, text: str, style: str = "") -> str:
-    return f'<text x="{x}" y="{y}" {style}>{escape(text)}</text>'

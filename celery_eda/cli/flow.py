@@ -20,7 +20,6 @@ from celery_eda.flow import Flow
 
 FORMATS: dict[str, Callable[[list[Flow]], str]] = {
     "mermaid": lambda given: flows.graph(given).to_mermaid(),
-    "svg": lambda given: flows.graph(given).to_svg(),
     "json": lambda given: json.dumps(asdict(given[0]), indent=2),
 }
 

@@ -53,9 +53,8 @@ def list_(
 @sagas.command(cls=CeleryCommand)
 @click.argument("id")
 @as_json
-@click.option("--svg", is_flag=True, help="As a picture: a bar for each attempt.")
 @click.pass_context
-def show(context: click.Context, id: str, as_json: bool, svg: bool) -> None:
+def show(context: click.Context, id: str, as_json: bool) -> None:
     """Show one saga, and its history: steps, attempts, waits, what was undone, who decided."""
     service = service_of(context)
     try:
@@ -66,9 +65,6 @@ def show(context: click.Context, id: str, as_json: bool, svg: bool) -> None:
     except SagaError as error:
         raise click.ClickException(printable(error)) from error
     lines = [_line(each) for each in history]
-    if svg:
-        click.echo(pictures.timeline(saga, history))
-        return
     if as_json:
         sub_sagas = [_plain(each) for each in parts]
         found = {**_plain(saga), "history": lines, "sub_sagas": sub_sagas}
@@ -88,18 +84,17 @@ def show(context: click.Context, id: str, as_json: bool, svg: bool) -> None:
 @sagas.command(cls=CeleryCommand)
 @click.argument("name")
 @click.option("--version", type=int, help="Of the definition; the newest by default.")
-@click.option("--format", "format_", type=click.Choice(["mermaid", "svg"]), default="mermaid")
 @click.pass_context
-def draw(context: click.Context, name: str, version: int | None, format_: str) -> None:
-    """Draw the definition NAME: what may follow what. Needs no database."""
+def draw(context: click.Context, name: str, version: int | None) -> None:
+    """Print the flow chart of the definition NAME as Mermaid text. Needs no database."""
     versions = service_of(context).saga_definitions.known.get(name, {})
     if not versions or version not in (None, *versions):
         known = ", ".join(map(str, sorted(versions))) or "none"
         raise click.ClickException(
             printable(f"There is no such saga {name} here; its versions: {known}.")
         )
-    picture = pictures.graph(versions[max(versions) if version is None else version])
-    click.echo(picture.to_svg() if format_ == "svg" else picture.to_mermaid())
+    definition = versions[max(versions) if version is None else version]
+    click.echo(pictures.graph(definition).to_mermaid())
 
 
 @sagas.command(cls=CeleryCommand)
