@@ -270,6 +270,10 @@ class Message:
         """Headers and properties as the broker's protocol has them, if they are encoded so."""
         return self.encoded.envelope if self.encoded else None
 
+    def whole(self) -> Message:
+        """This message itself; of a claimed one, the relay has read a part only."""
+        return self
+
     def at(self, position: Position | None) -> Message:
         """This message at its place in its lane; None if it is to have none."""
         order = position.headers if position else {}

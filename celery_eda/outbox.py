@@ -10,10 +10,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
 from json import loads
 from operator import itemgetter
 from typing import Any, NamedTuple
+from uuid import UUID
 
 from kombu.utils import json
 from sqlalchemy import Connection, Row, Table, select
@@ -48,7 +48,7 @@ class Pending(NamedTuple):
     """
 
     id: int
-    message: Message
+    message: Message | ClaimedMessage
     attempts: int
 
 
@@ -104,20 +104,20 @@ class Outbox:
 
     def _reader(
         self, connection: Connection, rows: Sequence[Row[Any]]
-    ) -> Callable[[Row[Any]], Message]:
-        """What makes a message of one of the claimed *rows*.
+    ) -> Callable[[Row[Any]], Message | ClaimedMessage]:
+        """A function that makes a message of one of the claimed *rows*.
 
-        Where messages are sealed, the rest is read at once of all that could not be.
+        Where messages are sealed, the rows without an envelope are read again, all in one
+        statement: their headers and properties are needed to send them.
         """
         if self.seal is None:
             return from_row
-        rest = partial(self._whole, connection)
-        if not (unsealed := [row[0] for row in rows if _last(row) is None]):
-            return partial(Sealed.of, rest=rest)
-        statement = select(self.table).where(self.table.c.id.in_(unsealed))
-        whole = {row.id: row for row in connection.execute(statement)}
+        claimed = ClaimedRows(connection, self.table)
+        unsealed = claimed.complete([row[0] for row in rows if _last(row) is None])
         return lambda row: (
-            Sealed.of(row, rest) if _last(row) is not None else from_row(whole[row[0]])
+            ClaimedMessage.of(row, claimed)
+            if _last(row) is not None
+            else from_row(unsealed[row[0]])
         )
 
     def _put_aside(self, connection: Connection, owner: str, row_id: int, error: Exception) -> None:
@@ -131,16 +131,11 @@ class Outbox:
         None if the row stays: somebody else has taken it over, or it cannot be read.
         """
         try:
-            message = self._whole(connection, row_id)
+            message = ClaimedRows(connection, self.table).message(row_id)
         except (ValueError, TypeError) as error:
             self._put_aside(connection, owner, row_id, error)
             return None
         return message if self.clear(connection, owner, [row_id]) else None
-
-    def _whole(self, connection: Connection, row_id: int) -> Message | None:
-        """All of the message in a row; None if the row is gone."""
-        row = connection.execute(select(self.table).where(self.table.c.id == row_id)).first()
-        return None if row is None else from_row(row)
 
     def clear(self, connection: Connection, owner: str, ids: Sequence[int]) -> int:
         """Delete what the broker confirmed; returns how many rows were still the owner's.
@@ -209,51 +204,78 @@ def from_row(row: Row[Any]) -> Message:
     )
 
 
-class Sealed(Message):
-    """A claimed message of which only as much has been read as is needed to send it.
+@dataclass(frozen=True)
+class ClaimedRows:
+    """Rows of the outbox, read by the transaction that has claimed them."""
 
-    Should somebody ask for more, the rest is read then, in the transaction of its claim.
+    connection: Connection
+    table: Table
+
+    def message(self, row_id: int) -> Message | None:
+        """All of the message in a row; None if the row is gone."""
+        chosen = select(self.table).where(self.table.c.id == row_id)
+        row = self.connection.execute(chosen).first()
+        return None if row is None else from_row(row)
+
+    def complete(self, row_ids: Sequence[int]) -> dict[int, Row[Any]]:
+        """The complete rows with these ids, by id, read in one statement."""
+        if not row_ids:
+            return {}
+        chosen = select(self.table).where(self.table.c.id.in_(row_ids))
+        return {row.id: row for row in self.connection.execute(chosen)}
+
+
+class ClaimedMessage(NamedTuple):
+    """What the broker needs of a claimed message: its route, its body and its envelope.
+
+    That is less than half of the row. :meth:`whole` reads the rest. A named tuple, because a relay
+    makes one for every message it sends: a frozen dataclass takes five times as long.
+
+    Attributes:
+        rows: the rows that were claimed together with this one.
     """
 
+    row_id: int
+    message_id: UUID
+    revision: int
+    task: str
+    queue: str | None
+    exchange: str
+    routing_key: str
+    preparation: tuple[tuple[str, Any], ...]
+    body: bytes
+    envelope: bytes
+    rows: ClaimedRows
+
     @classmethod
-    def of(cls, row: Row[Any], rest: Callable[[int], Message | None]) -> Sealed:
-        """The message in *row*; *rest* reads all of the row with an id."""
+    def of(cls, row: Row[Any], rows: ClaimedRows) -> ClaimedMessage:
         # Taken apart at once: asking for one column after the other takes five times as long.
         (
             row_id, _, message_id, revision, task, queue, exchange, routing_key,
             preparation, body, envelope,
         ) = tuple(row)  # fmt: skip
-        return cls.made(
-            {
-                "identity": Identity(message_id, revision),
-                "task": task,
-                "body": body,
-                "exchange": exchange,
-                "routing_key": routing_key,
-                "queue": queue,
-                "preparation": _prepared(preparation),
-                "_envelope": envelope,
-                "_row_id": row_id,
-                "_rest": rest,
-            }
-        )
+        prepared = _prepared(preparation)
+        return cls(
+            row_id, message_id, revision, task, queue, exchange, routing_key,
+            prepared, body, envelope, rows,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"<{self.task} {self.identity}>"
 
     @property
-    def envelope(self) -> bytes | None:
-        envelope: bytes | None = self._envelope
-        return envelope
+    def identity(self) -> Identity:
+        return Identity(self.message_id, self.revision)
 
-    def __getattr__(self, name: str) -> Any:
-        # Python asks here for what is not there.
-        if name not in Message.__dataclass_fields__:
-            raise AttributeError(name)
-        if (whole := self._rest(self._row_id)) is None:
-            raise LookupError(f"Message {self.identity.id} is no longer in the outbox.")
-        vars(self).update(vars(whole))
-        return vars(self)[name]
+    def whole(self) -> Message:
+        """All of the message, read in the transaction of the claim.
+
+        Raises:
+            LookupError: the row has left the outbox.
+        """
+        if (message := self.rows.message(self.row_id)) is None:
+            raise LookupError(f"Message {self.message_id} is no longer in the outbox.")
+        return message
 
 
 def _prepared(text: str | None) -> tuple[tuple[str, Any], ...]:

@@ -23,9 +23,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_eda import addresses, checkpoints, redaction
 from celery_eda.dead_letters import DeadLetters, Reason
 from celery_eda.event import EVENT_EXCHANGE
-from celery_eda.message import Message
 from celery_eda.outbox import Outbox, Pending
 from celery_eda.relay_batch import Batch, Hands
+from celery_eda.results import Preparation
 from celery_eda.retry import backoff
 from celery_eda.settings import Settings
 from celery_eda.transports.base import Answer, Pipelined, Transport, Verdict
@@ -82,7 +82,7 @@ class Relay:
         outbox: Outbox,
         dead_letters: DeadLetters,
         make_transport: Callable[[], Transport],
-        prepare: Callable[[Message], None],
+        prepare: Callable[[Preparation], None],
         settings: Settings,
         housekeep: Callable[[], Iterator[object]] = lambda: iter(()),
     ) -> None:
@@ -240,7 +240,7 @@ class Relay:
         for position, each in enumerate(demanding):
             started = time.monotonic()
             try:
-                self.prepare(each.message)
+                self.prepare(each.message.preparation)
             except Exception as error:
                 log.warning("what has to precede a message cannot be done: %r", error)
                 why = f"What has to precede it cannot be done: {error!r}"[:500]

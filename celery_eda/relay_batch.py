@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, Engine
 
 from celery_eda.message import Message
-from celery_eda.outbox import Pending
+from celery_eda.outbox import ClaimedMessage, Pending
 from celery_eda.transports.base import Answer, Verdict
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Batch:
         return [each for each in self.pending if each.id not in self.unprepared]
 
     @property
-    def messages(self) -> list[Message]:
+    def messages(self) -> list[Message | ClaimedMessage]:
         return [each.message for each in self.sendable]
 
     @property

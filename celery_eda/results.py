@@ -23,7 +23,7 @@ from celery.result import AsyncResult, GroupResult, result_from_tuple
 from kombu import Exchange, Queue
 
 from celery_eda import context, transports
-from celery_eda.message import Identity, Message
+from celery_eda.message import Identity
 
 #: What has to precede a message: names and arguments, as :func:`prepare` knows them.
 Preparation = tuple[tuple[str, Any], ...]
@@ -56,13 +56,13 @@ def declaration_of(queue: Queue) -> tuple[str, Any]:
     return "declare", queue.as_dict(recurse=True)
 
 
-def prepare(app: Celery, message: Message) -> None:
-    """Do what has to precede *message*. Repeating it is harmless.
+def prepare(app: Celery, preparation: Preparation) -> None:
+    """Do what has to precede a message. Repeating it is harmless.
 
     Raises:
         Exception: whatever the backend or the broker raises when it is away.
     """
-    for name, argument in message.preparation:
+    for name, argument in preparation:
         if name == "set_chord_size":
             app.backend.set_chord_size(*argument)
         elif name == "apply_chord":

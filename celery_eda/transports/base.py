@@ -12,7 +12,7 @@ from kombu.messaging import Producer
 
 from celery_eda import topics
 from celery_eda.event import EVENT_EXCHANGE
-from celery_eda.message import Message
+from celery_eda.message import Identity, Message
 
 #: In place of its headers, those of a message whose own could not be read: why, and its octets.
 UNREADABLE = "eda_unreadable"
@@ -63,13 +63,48 @@ def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:500]  # it may quote what could not be encoded
 
 
+class Sendable(Protocol):
+    """A message that can be sent: its route, its body, and its envelope if it has one.
+
+    Attributes:
+        identity: id and revision, as they are in its headers.
+        exchange: name of the exchange; empty for the default one.
+        routing_key: the queue's name on the default exchange.
+        queue: name of the queue to declare before sending, or None.
+        body: the serialized body.
+        envelope: headers and properties in the format of the broker; None if they have to be
+            encoded from those of :meth:`whole`.
+    """
+
+    @property
+    def identity(self) -> Identity: ...
+    @property
+    def exchange(self) -> str: ...
+    @property
+    def routing_key(self) -> str: ...
+    @property
+    def queue(self) -> str | None: ...
+    @property
+    def body(self) -> bytes: ...
+    @property
+    def envelope(self) -> bytes | None: ...
+
+    def whole(self) -> Message:
+        """All of the message, headers and properties included; may read it from a database.
+
+        Raises:
+            LookupError: the message is no longer there.
+        """
+        ...
+
+
 class Transport(Protocol):
     """One connection to one broker, used by one thread.
 
     A transport connects when it first sends, and again by itself after an outage.
     """
 
-    def publish(self, messages: Sequence[Message]) -> list[Answer]:
+    def publish(self, messages: Sequence[Sendable]) -> list[Answer]:
         """Send messages and wait for the broker's answer to each.
 
         Takes at most the transport's time-out in all. Never raises for anything the broker or
@@ -92,7 +127,7 @@ class Transport(Protocol):
 class Pipelined(Transport, Protocol):
     """A transport that sends a batch while those before it are not answered yet."""
 
-    def begin(self, messages: Sequence[Message]) -> None:
+    def begin(self, messages: Sequence[Sendable]) -> None:
         """Send messages, and wait until they are on their way."""
         ...
 
@@ -177,20 +212,21 @@ class KeepsMalformed(Protocol):
         ...
 
 
-def publish_with(producer: Producer, message: Message) -> Any:
+def publish_with(producer: Producer, message: Sendable) -> Any:
     """Let kombu's *producer* publish *message*, byte for byte as Celery would have.
 
     Returns:
         What its channel says to that.
     """
+    whole = message.whole()
     return producer.publish(
-        message.body,
-        content_type=message.content_type,
-        content_encoding=message.content_encoding,
-        headers=dict(message.headers),
-        exchange=message.exchange,
-        routing_key=message.routing_key,
-        **message.properties,
+        whole.body,
+        content_type=whole.content_type,
+        content_encoding=whole.content_encoding,
+        headers=dict(whole.headers),
+        exchange=whole.exchange,
+        routing_key=whole.routing_key,
+        **whole.properties,
     )
 
 
@@ -220,7 +256,7 @@ def subscribers(bindings: Iterable[tuple[str, Any, str]], name: str) -> list[str
     return list(dict.fromkeys(chosen))
 
 
-def unroutable(message: Message) -> Unroutable:
+def unroutable(message: Sendable) -> Unroutable:
     """The error for a message that no queue would get, where the broker itself says nothing."""
     return Unroutable(
         f"No queue is bound to exchange {message.exchange!r} "

@@ -11,8 +11,7 @@ from itertools import count
 from amqp import Connection
 
 from celery_eda import checkpoints
-from celery_eda.message import Message
-from celery_eda.transports.base import Answer, refused
+from celery_eda.transports.base import Answer, Sendable, refused
 from celery_eda.transports.confirms import Flight
 from celery_eda.transports.frames import Frames
 
@@ -56,7 +55,7 @@ class ConfirmChannel:
         self._connection.drain_events()
         self.is_proven |= not self.flight
 
-    def write(self, unsent: deque[tuple[int, Message]], room: int, until: float) -> None:
+    def write(self, unsent: deque[tuple[int, Sendable]], room: int, until: float) -> None:
         """Write *room* messages, or a chunk of bytes."""
         while unsent and room and self._frames.size < CHUNK:
             number, message = unsent.popleft()

@@ -12,8 +12,8 @@ from typing import Any
 
 from amqp.exceptions import ChannelError, UnexpectedFrame
 
-from celery_eda.message import ID_HEADER, REVISION_HEADER, Message
-from celery_eda.transports.base import CONFIRMED, Answer, Verdict
+from celery_eda.message import ID_HEADER, REVISION_HEADER
+from celery_eda.transports.base import CONFIRMED, Answer, Sendable, Verdict
 
 #: The broker's code for a message that no queue would get.
 NO_ROUTE = 312
@@ -31,18 +31,18 @@ class Flight:
     def __init__(self, tags: Iterator[int], answers: MutableMapping[int, Answer]) -> None:
         self._tags = tags
         self._answers = answers
-        self._under_way: dict[int, tuple[int, Message]] = {}
+        self._under_way: dict[int, tuple[int, Sendable]] = {}
         self._returned: dict[int, Answer] = {}
 
     def __len__(self) -> int:
         return len(self._under_way)
 
     @property
-    def under_way(self) -> list[tuple[int, Message]]:
+    def under_way(self) -> list[tuple[int, Sendable]]:
         """The messages under way with their numbers, in the order of sending."""
         return list(self._under_way.values())
 
-    def add(self, number: int, message: Message) -> None:
+    def add(self, number: int, message: Sendable) -> None:
         """Take off with *message*; it is the next that is published on the channel."""
         self._under_way[next(self._tags)] = number, message
 

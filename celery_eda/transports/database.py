@@ -21,6 +21,7 @@ from celery_eda.tables import Tables
 from celery_eda.transports.base import (
     CONFIRMED,
     Answer,
+    Sendable,
     declare,
     refused,
     subscribers,
@@ -42,7 +43,7 @@ class Database:
         self._channel: Any = None
         self._declared: set[str] = set()
 
-    def publish(self, messages: Sequence[Message]) -> list[Answer]:
+    def publish(self, messages: Sequence[Sendable]) -> list[Answer]:
         if not messages:
             return []
         try:
@@ -61,7 +62,7 @@ class Database:
         self._broker.ensure_connection(max_retries=0, timeout=self._timeout)
         return self._broker.channel()
 
-    def _send(self, messages: Sequence[Message]) -> list[Answer]:
+    def _send(self, messages: Sequence[Sendable]) -> list[Answer]:
         channel = self._channel = self._channel or self._connect()
         broker: Broker = channel.broker
         routed = [self._routed(channel, each) for each in messages]
@@ -70,7 +71,7 @@ class Database:
         checkpoints.reach("relay.published")
         return [each if isinstance(each, Answer) else CONFIRMED for each in routed]
 
-    def _routed(self, channel: Any, message: Message) -> list[Waiting] | Answer:
+    def _routed(self, channel: Any, message: Sendable) -> list[Waiting] | Answer:
         """*message* as it will wait in each queue that it goes to."""
         try:
             if message.queue and message.queue not in self._declared:
@@ -90,7 +91,7 @@ class Database:
             return refused(error)
 
 
-def _queues_of(channel: Any, message: Message) -> list[str]:
+def _queues_of(channel: Any, message: Sendable) -> list[str]:
     if not message.exchange:
         name = message.routing_key
         gone = addresses.is_volatile(name) and not channel._has_queue(name)
@@ -101,7 +102,7 @@ def _queues_of(channel: Any, message: Message) -> list[str]:
     return sorted(exchange.lookup(table, message.exchange, message.routing_key, None))
 
 
-def _is_heard_by_chance(channel: Any, message: Message) -> bool:
+def _is_heard_by_chance(channel: Any, message: Sendable) -> bool:
     """Whether it goes to whoever happens to listen, so that it may be nobody."""
     return bool(message.exchange) and channel.typeof(message.exchange).type == "fanout"
 

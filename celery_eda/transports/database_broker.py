@@ -18,10 +18,9 @@ from sqlalchemy import URL, Connection, create_engine, event, inspect, make_url
 from celery_eda.dialects import dialect_of
 from celery_eda.dialects.queueing import RANKS
 from celery_eda.errors import ConfigurationError
-from celery_eda.message import Message
 from celery_eda.queues import Lease, Queues, Waiting
 from celery_eda.tables import Tables
-from celery_eda.transports.base import publish_with
+from celery_eda.transports.base import Sendable, publish_with
 
 #: The scheme before the ``+`` of a database that is a broker: ``eda+sqlite:///queue.db``.
 SCHEME = "eda"
@@ -207,7 +206,7 @@ def waiting(queue: str, prepared: Mapping[str, Any]) -> Waiting:
     )
 
 
-def prepared_for(message: Message) -> dict[str, Any]:
+def prepared_for(message: Sendable) -> dict[str, Any]:
     """*message* as kombu would hand it to a channel."""
     channel = _Unsent()
     publish_with(Producer(channel), message)

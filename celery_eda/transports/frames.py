@@ -20,7 +20,7 @@ from kombu.messaging import Producer
 
 from celery_eda.message import Message
 from celery_eda.template import Template
-from celery_eda.transports.base import publish_with
+from celery_eda.transports.base import Sendable, publish_with
 
 METHOD, HEADER, BODY = 1, 2, 3
 FRAME_OVERHEAD = 8  # bytes around the payload of a frame
@@ -48,7 +48,7 @@ class Frames:
         #: The method frames of the messages so far, by their route.
         self._methods: dict[tuple[str, str, bool], bytes] = {}
 
-    def add(self, message: Message) -> None:
+    def add(self, message: Sendable) -> None:
         """Encode *message* as *mandatory*: it comes back if no queue takes it.
 
         Raises whatever kombu and py-amqp raise if that is impossible.
@@ -147,7 +147,7 @@ class _Encoder:
         return _properties(message), immediate
 
 
-def _encoded(message: Message) -> tuple[bytes, bool]:
+def _encoded(message: Sendable) -> tuple[bytes, bool]:
     """Headers and properties of *message*, and whether it is immediate."""
     encoded: tuple[bytes, bool] = publish_with(_producer, message)
     return encoded

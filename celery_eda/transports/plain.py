@@ -14,10 +14,10 @@ from kombu.exceptions import OperationalError
 from kombu.messaging import Producer
 from kombu.transport import virtual
 
-from celery_eda.message import Message
 from celery_eda.transports.base import (
     CONFIRMED,
     Answer,
+    Sendable,
     declare,
     publish_with,
     refused,
@@ -37,7 +37,7 @@ class Plain:
         self._producer: Producer | None = None
         self._declared: set[str] = set()
 
-    def publish(self, messages: Sequence[Message]) -> list[Answer]:
+    def publish(self, messages: Sequence[Sendable]) -> list[Answer]:
         until = time.monotonic() + self._timeout
         answers: list[Answer] = []
         try:
@@ -63,7 +63,7 @@ class Plain:
         )
         return Producer(self._broker.channel())
 
-    def _send(self, producer: Producer, message: Message) -> Answer:
+    def _send(self, producer: Producer, message: Sendable) -> Answer:
         try:
             if message.queue and message.queue not in self._declared:
                 declare(self._app, producer.channel, message.queue)
@@ -78,7 +78,7 @@ class Plain:
         return CONFIRMED
 
 
-def _require_route(channel: Any, message: Message) -> None:
+def _require_route(channel: Any, message: Sendable) -> None:
     """Raise ``LookupError`` where kombu would drop *message* in silence: no queue is bound."""
     if not isinstance(channel, virtual.Channel) or not message.exchange:
         return

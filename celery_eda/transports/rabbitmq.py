@@ -18,8 +18,7 @@ from amqp import Connection
 from amqp.exceptions import AMQPError, Blocked, ConnectionForced
 from kombu.exceptions import OperationalError
 
-from celery_eda.message import Message
-from celery_eda.transports.base import Answer, Verdict, declare, refused, unknown
+from celery_eda.transports.base import Answer, Sendable, Verdict, declare, refused, unknown
 from celery_eda.transports.confirm_channel import ConfirmChannel, left, readable
 
 WINDOW = 1000  # messages that wait for their confirm at the same time
@@ -37,7 +36,7 @@ class _Batch:
         until: when the broker has to have answered, by :func:`time.monotonic`.
     """
 
-    messages: Sequence[Message]
+    messages: Sequence[Sendable]
     numbers: range
     until: float
 
@@ -61,16 +60,16 @@ class RabbitMQ:
         self._declared: set[str] = set()
         self._blocked = False
         self._batches: deque[_Batch] = deque()
-        self._unsent: deque[tuple[int, Message]] = deque()
+        self._unsent: deque[tuple[int, Sendable]] = deque()
         self._answers: dict[int, Answer] = {}
         self._numbered = 0
         self._window = WINDOW
 
-    def publish(self, messages: Sequence[Message]) -> list[Answer]:
+    def publish(self, messages: Sequence[Sendable]) -> list[Answer]:
         self.begin(messages)
         return self.finish()
 
-    def begin(self, messages: Sequence[Message]) -> None:
+    def begin(self, messages: Sequence[Sendable]) -> None:
         if not self._batches:
             self._window = WINDOW
         numbers = range(self._numbered, self._numbered + len(messages))

@@ -17,8 +17,7 @@ from kombu.exceptions import OperationalError
 from redis import exceptions
 
 from celery_eda import checkpoints
-from celery_eda.message import Message
-from celery_eda.transports.base import Answer, Verdict, declare, unknown
+from celery_eda.transports.base import Answer, Sendable, Verdict, declare, unknown
 from celery_eda.transports.redis_commands import Commands, answers, of_error, worst
 from celery_eda.transports.redis_envelopes import Payloads
 
@@ -37,7 +36,7 @@ class _Batch:
         lost: the answer to each, if the connection is gone that they were sent over.
     """
 
-    messages: Sequence[Message]
+    messages: Sequence[Sendable]
     places: list[list[int] | Answer] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     lost: Answer | None = None
@@ -67,11 +66,11 @@ class Redis:
         self._declared: set[str] = set()
         self._batches: deque[_Batch] = deque()
 
-    def publish(self, messages: Sequence[Message]) -> list[Answer]:
+    def publish(self, messages: Sequence[Sendable]) -> list[Answer]:
         self.begin(messages)
         return self.finish()
 
-    def begin(self, messages: Sequence[Message]) -> None:
+    def begin(self, messages: Sequence[Sendable]) -> None:
         batch = _Batch(messages)
         self._batches.append(batch)
         try:
@@ -115,7 +114,7 @@ class Redis:
         if not is_silent:
             self._connection.disconnect()  # it is opened again when it is written to
 
-    def _put(self, message: Message, commands: Commands) -> list[int] | Answer:
+    def _put(self, message: Sendable, commands: Commands) -> list[int] | Answer:
         """Add *message* to *commands*: the places of its own, or why there are none."""
         try:
             if message.queue and message.queue not in self._declared:

@@ -12,11 +12,11 @@ from redis import exceptions
 
 from celery_eda import addresses
 from celery_eda.event import EVENT_EXCHANGE, OF_ONE_WORKER
-from celery_eda.message import Message
 from celery_eda.transports import redis_replies
 from celery_eda.transports.base import (
     CONFIRMED,
     Answer,
+    Sendable,
     Verdict,
     publish_with,
     refused,
@@ -55,7 +55,7 @@ class Commands:
         #: The list that the last command pushes to, if more may be added to that.
         self._open: str | None = None
 
-    def put(self, message: Message) -> list[int]:
+    def put(self, message: Sendable) -> list[int]:
         """Add *message*; returns the places of its commands.
 
         Raises:
@@ -65,8 +65,9 @@ class Commands:
         if message.exchange == EVENT_EXCHANGE:
             # One by one: of kombu's copies the acknowledgement of one would forget the others,
             # since they have one delivery tag.
-            for queue in subscribers(self._bindings, message.routing_key):
-                publish_with(self._producer, replace(message, exchange="", routing_key=queue))
+            event = message.whole()
+            for queue in subscribers(self._bindings, event.routing_key):
+                publish_with(self._producer, replace(event, exchange="", routing_key=queue))
         elif made := self._payloads.of(message):
             self.add("lpush", *made)
         else:

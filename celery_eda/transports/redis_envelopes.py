@@ -20,7 +20,7 @@ from kombu.utils.json import dumps
 
 from celery_eda.message import Message
 from celery_eda.template import Template
-from celery_eda.transports.base import publish_with
+from celery_eda.transports.base import Sendable, publish_with
 
 #: How kombu encodes the body of a message, unless a transport option says otherwise.
 BODY_ENCODING = "base64"
@@ -47,7 +47,7 @@ class Payloads:
         #: The lists, by the queue's name and the priority.
         self._lists: dict[tuple[str, bytes], str] = {}
 
-    def of(self, message: Message) -> tuple[str, bytes] | None:
+    def of(self, message: Sendable) -> tuple[str, bytes] | None:
         """The list that *message* goes into, and its payload; None if kombu has to make it."""
         envelope, queue = message.envelope, message.routing_key
         if not envelope or envelope[0] != START:  # it has none, or one for another broker
