@@ -1,6 +1,6 @@
-"""The check that the tables in the database are what this version needs.
+"""The check that the tables in the database fit this version.
 
-A service may run on tables that a newer version has upgraded already, since revisions only add.
+A service may run on tables that a newer version has already upgraded, since revisions only add.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ REMEDY = "Run `celery -A <app> eda db upgrade`, or have a DBA run what `eda db s
 
 
 def revisions() -> list[str]:
-    """All revisions of the tables, the oldest first.
+    """Names of all revisions of the tables, the oldest first.
 
-    By the names of their files: to read them takes Alembic, which no worker has any use for.
+    A file's name is ``r`` and the revision's: reading the files would take Alembic, which a worker
+    does not import.
     """
-    return sorted(name[1:].partition("_")[0] for _, name, _ in iter_modules(versions.__path__))
+    return sorted(name.removeprefix("r") for _, name, _ in iter_modules(versions.__path__))
 
 
 def check(engine: Engine, tables: Tables) -> None:
-    """Make sure that *tables* are there and are what this version needs.
+    """Make sure that *tables* exist and fit this version.
 
-    Tables that a project's own migrations made carry no version; they are known by their columns.
+    Tables created by a project's own migrations have no recorded version: their columns are
+    compared instead.
 
     Raises:
-        SchemaOutdated: they are missing or too old.
+        SchemaOutdated: the tables are missing or too old.
     """
     known = revisions()
     with engine.connect() as connection:
@@ -41,11 +43,27 @@ def check(engine: Engine, tables: Tables) -> None:
             return
         if version in known:
             raise SchemaOutdated(
-                f"The tables {tables.prefix}* are of version {version}, and version "
+                f"The tables {tables.prefix}* are of version {version}, but version "
                 f"{known[-1]} is needed. {REMEDY}"
             )
         if missing := _missing(inspector, tables):
             raise SchemaOutdated(f"{engine.url!r} lacks {', '.join(missing)}. {REMEDY}")
+
+
+def refuse_unknown_version(connection: Connection, tables: Tables) -> None:
+    """Refuse to upgrade tables whose recorded version has no revision here.
+
+    Raises:
+        SchemaOutdated: a newer version has upgraded the tables, or one before 0.1.0 made them.
+    """
+    version = _version(connection, inspect(connection), tables)
+    if version is not None and version not in revisions():
+        raise SchemaOutdated(
+            f"The tables {tables.prefix}* are of version {version}, which this release does not "
+            f"know. If a newer release has upgraded them, upgrade celery_eda. If they were made "
+            f"before 0.1.0, drop all tables {tables.prefix}* and run "
+            f"`celery -A <app> eda db upgrade` again."
+        )
 
 
 def _version(connection: Connection, inspector: Inspector, tables: Tables) -> str | None:
@@ -55,7 +73,7 @@ def _version(connection: Connection, inspector: Inspector, tables: Tables) -> st
 
 
 def _missing(inspector: Inspector, tables: Tables) -> list[str]:
-    """The tables that are not there, and the columns that are not in those that are."""
+    """Names of missing tables, and of missing columns as ``table.column``."""
     missing: list[str] = []
     for table in tables.all:
         if not inspector.has_table(table.name, table.schema):

@@ -1,4 +1,4 @@
-"""The tables in the database: made by Alembic, or printed for those who make them by hand.
+"""Creation and upgrade of the tables by Alembic, or as printed DDL.
 
 Upgrading twice, or from two machines at once, is harmless.
 """
@@ -12,25 +12,28 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Engine
 
+from celery_eda import schema
 from celery_eda.dialects import dialect_of
 from celery_eda.tables import Tables
 
 
 def upgrade(engine: Engine, tables: Tables) -> None:
-    """Create *tables* or bring them up to date, in a transaction where the database has them.
+    """Create *tables* or bring them up to date, in one transaction where DDL is transactional.
 
-    Another upgrade of the same tables is waited for.
+    Waits for another upgrade of the same tables to end.
 
     Raises:
-        SchemaOutdated: the other upgrade did not end in time.
+        SchemaOutdated: the other upgrade did not end in time, or the tables belong to a version
+            that this one does not know.
     """
     dialect = dialect_of(engine.url)
     with engine.begin() as connection, dialect.exclusive(connection, str(tables.version)):
+        schema.refuse_unknown_version(connection, tables)
         command.upgrade(_config(tables, connection=connection), "head")
 
 
 def sql(engine: Engine, tables: Tables) -> str:
-    """The DDL that makes *tables*, as text; the database is not asked."""
+    """The DDL that creates *tables*, as text, without a connection to the database."""
     output = io.StringIO()
     command.upgrade(_config(tables, url=engine.url, output=output), "head", sql=True)
     return output.getvalue()

@@ -63,7 +63,7 @@ def test_tables_of_an_older_version_are_refused(
 ) -> None:
     known = schema.revisions()
     monkeypatch.setattr(schema, "revisions", lambda: [*known, "later"])
-    refusal = f"are of version {known[-1]}, and version later is needed"
+    refusal = f"are of version {known[-1]}, but version later is needed"
 
     with pytest.raises(SchemaOutdated, match=refusal):
         schema.check(database.engine, database.tables)
@@ -88,6 +88,15 @@ def test_tables_that_a_newer_version_has_upgraded_are_accepted(database: Databas
         connection.execute(database.tables.version.update().values(version_num="9999"))
 
     schema.check(database.engine, database.tables)
+
+
+@pytest.mark.parametrize("version", ["0001", "0010", "9999"])
+def test_tables_of_an_unknown_version_are_not_upgraded(database: Database, version: str) -> None:
+    with database.engine.begin() as connection:
+        connection.execute(database.tables.version.update().values(version_num=version))
+
+    with pytest.raises(SchemaOutdated, match=rf"of version {version}, .* drop all tables eda_\*"):
+        upgrading.upgrade(database.engine, database.tables)
 
 
 def test_a_missing_column_is_named(empty_database: Database) -> None:
