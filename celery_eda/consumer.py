@@ -29,7 +29,7 @@ from celery_eda import checkpoints, context, handling
 from celery_eda.attempts import TIME_LIMIT, Attempts
 from celery_eda.cursors import Turn
 from celery_eda.dead_letters import Reason
-from celery_eda.delivery import Delivery, foreign
+from celery_eda.delivery import Delivery
 from celery_eda.errors import (
     NoNextAttempt,
     OutOfSequence,
@@ -97,7 +97,7 @@ class Consumer:
         try:
             delivery = Delivery.of(task)
         except ValueError as error:
-            delivery = Delivery(task, foreign(task))
+            delivery = Delivery.malformed(task)
             self._persist(self.failures.bury, delivery, Reason.malformed, error)
             raise
         if delivery.redelivered:
@@ -147,12 +147,12 @@ class Consumer:
             if self.patience.is_passing(retry.exc):
                 raise Passing from retry.exc
             attempt = context.in_progress.get()
-            if attempt is None or attempt.retry is None:
+            if attempt is None or attempt.next_attempt is None:
                 raise NoNextAttempt(
                     f"{delivery.consumer} raised Retry, but nothing was published that could be "
                     "the next attempt. Say `raise self.retry()` in a task with bind=True."
                 ) from retry
-            self.failures.hand_on(delivery, attempt.retry)
+            self.failures.hand_on(delivery, attempt.next_attempt)
             raise
         except DECIDED:
             raise
@@ -189,7 +189,7 @@ class Consumer:
                 return handled
             if turn is Turn.past:
                 return Ending(ignored=self.order.pass_over(delivery, cursor))
-            if verdict := delivery.task.request.get(VERDICT):
+            if verdict := delivery.request.get(VERDICT):
                 raise Unwanted(verdict)
             checkpoints.reach("inbox.admitted")
             ending = handling.run(delivery.task, args, kwargs)
@@ -206,7 +206,7 @@ class Consumer:
 
     def _refuse(self, delivery: Delivery, verdict: str) -> None:
         """Bury a message that is expired or revoked; as with Celery, no errback hears of it."""
-        delivery.task.request.errbacks = None
+        delivery.request.errbacks = None
         self.failures.bury(delivery, Reason(verdict), TaskRevokedError(verdict))
         handling.tell_of_revocation(delivery.task, verdict)
 

@@ -19,8 +19,9 @@ from sqlalchemy.orm import Session
 from celery_eda.errors import PublishingForbidden, TwoSessions
 
 if TYPE_CHECKING:
+    from celery_eda.delivery import Delivery
     from celery_eda.event import Event
-    from celery_eda.message import Identity, Message, Position
+    from celery_eda.message import Identity, Message
 
 
 class Capturing:
@@ -131,33 +132,39 @@ class InProgress:
     """The message that this worker handles right now.
 
     Attributes:
-        identity: of the message.
-        task_id: Celery's id of it; a captured message with the same id is its retry.
-        retries: how often it was retried before.
-        transaction: that its effects are committed in.
-        position: its place among the messages of its key, None if it has none.
-        reply_to: where its reply goes, None if nobody asks for one.
-        reply_handed_on: whether what takes its place will answer.
-        retry: its next attempt, once that has been published.
-        session: a session on that connection, once the handler asked for one.
-        finished: whether the transaction is over; what Celery publishes after that (a chord's
-            body) may come again with the next copy.
+        transaction: commits the effects of the message.
+        session: a session on its connection, once the handler has asked for one.
+        next_attempt: the retry that the handler has published, if any. It is kept apart from
+            the transaction, because a retry raised inside a savepoint has to leave although the
+            savepoint is rolled back.
+        replier: the last message captured whose handling will send the reply, in place of this
+            one: a replacement of the task, say.
+        finished: True once the transaction is over. What Celery publishes after that, such as a
+            chord's body, is published once more with the next copy.
     """
 
-    identity: Identity
-    task_id: str
-    retries: int
+    delivery: Delivery
     transaction: RootTransaction
-    position: Position | None = None
-    reply_to: str | None = None
-    reply_handed_on: bool = False
-    retry: Message | None = None
     session: Session | None = None
+    next_attempt: Message | None = None
+    replier: Message | None = None
     finished: bool = False
 
     @property
     def connection(self) -> Connection:
         return self.transaction.connection
+
+    def observe(self, captured: Message, *, replies: bool) -> None:
+        """Remember a message that the handler has published, if it continues this one.
+
+        Args:
+            captured: as it will be committed.
+            replies: True if its handling will send the reply.
+        """
+        if captured.identity == self.delivery.identity.next:
+            self.next_attempt = captured
+        if replies:
+            self.replier = captured
 
 
 in_progress: ContextVar[InProgress | None] = ContextVar("celery_eda_in_progress", default=None)

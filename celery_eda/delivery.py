@@ -1,64 +1,105 @@
-"""One copy of a message as Celery brings it to a task."""
+"""One copy of a message, as Celery delivers it to a task."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from celery import Task
+from celery.app.task import Context
 
 from celery_eda import addresses
 from celery_eda.addresses import REPLY_HEADER
-from celery_eda.message import HEADERS, Identity, Position
+from celery_eda.message import HEADERS, PROPERTIES, WIRE, Identity, Message, Position, Wire
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """One copy of a message, brought to one task.
+    """One copy of a message, delivered to one task.
 
     Attributes:
-        position: its place in its key's order, None if it has none.
-        reply_to: where its reply goes, None if nobody asks for one.
+        request: Celery's record of this call. A task that calls itself as a plain function has
+            another one meanwhile, so that ``task.request`` is no substitute.
+        position: the message's place in its key's order, None if it has no key.
+        reply_to: the address for the reply, None if none is wanted.
     """
 
     task: Task
+    request: Context
     identity: Identity
     position: Position | None = None
     reply_to: str | None = None
 
     @classmethod
     def of(cls, task: Task) -> Delivery:
-        """The message that *task* has in hand.
+        """The delivery that *task* is being called for.
 
         Raises:
             ValueError: its headers are malformed.
         """
-        headers = {key: task.request.get(key) for key in (*HEADERS, REPLY_HEADER)}
-        identity = Identity.of_headers(headers) or foreign(task)
-        return cls(task, identity, Position.of_headers(headers), addresses.of_headers(headers))
+        request = task.request
+        headers = {key: request.get(key) for key in (*HEADERS, REPLY_HEADER)}
+        return cls(
+            task,
+            request,
+            Identity.of_headers(headers) or _foreign_identity(request),
+            Position.of_headers(headers),
+            addresses.of_headers(headers),
+        )
+
+    @classmethod
+    def malformed(cls, task: Task) -> Delivery:
+        """The delivery of a message whose headers :meth:`of` refuses."""
+        return cls(task, task.request, _foreign_identity(task.request))
 
     @property
     def consumer(self) -> str:
+        """Name of the task, under which the inbox records its messages."""
         name: str = self.task.name
         return name
 
     @property
+    def task_id(self) -> str:
+        """Celery's id of the call; retries and replacements of a task have the same one."""
+        task_id: str = self.request.id
+        return task_id
+
+    @property
     def retries(self) -> int:
-        """How many attempts at the message were made before this one."""
-        retries: int = self.task.request.retries or 0
+        """Number of attempts made at the message before this one."""
+        retries: int = self.request.retries or 0
         return retries
 
     @property
     def redelivered(self) -> bool:
-        """Whether an earlier delivery of the message had no end: its worker was lost."""
-        return bool((self.task.request.delivery_info or {}).get("redelivered"))
+        """True if an earlier delivery of the message had no outcome: its worker was lost."""
+        return bool((self.request.delivery_info or {}).get("redelivered"))
 
     @property
     def names(self) -> tuple[str, str]:
-        """Of the task and of Celery's id for this call of it, for logs."""
-        return self.consumer, self.task.request.id
+        """Name of the task and Celery's id of the call, for logs."""
+        return self.consumer, self.task_id
+
+    def as_message(self) -> Message:
+        """The message as it arrived, ready to be sent again; without its expiration."""
+        wire: Wire = self.request.get(WIRE)
+        info = self.request.delivery_info or {}
+        headers = {**wire.headers, **self.identity.headers}
+        headers.pop("compression", None)  # kombu has decompressed the body
+        return Message(
+            identity=self.identity,
+            task=self.consumer,
+            body=wire.body,
+            content_type=wire.content_type,
+            content_encoding=wire.content_encoding,
+            headers=headers,
+            properties={
+                name: wire.properties[name] for name in PROPERTIES & wire.properties.keys()
+            },
+            exchange=info.get("exchange") or "",
+            routing_key=info.get("routing_key") or "",
+        )
 
 
-def foreign(task: Task) -> Identity:
-    """The identity of a message that came without one: its publisher does not use this system."""
-    request = task.request
+def _foreign_identity(request: Context) -> Identity:
+    """The identity of a message whose publisher does not use this package."""
     return Identity.of_foreign(request.id, request.retries or 0, request.replaced_task_nesting or 0)

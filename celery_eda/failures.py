@@ -14,7 +14,7 @@ from celery_eda import handling, redaction
 from celery_eda.dead_letters import DeadLetters, Reason
 from celery_eda.delivery import Delivery
 from celery_eda.inbox import Inbox, Outcome
-from celery_eda.message import Identity, Message
+from celery_eda.message import Message
 from celery_eda.order import Order
 from celery_eda.patience import PASSING_DELAY, Passing, Patience
 from celery_eda.replying import Replies
@@ -29,7 +29,6 @@ class Failures:
     """Records failed attempts, each in one transaction with what follows from it.
 
     Attributes:
-        rebuild: a task's message in progress, for its dead letter.
         seek_repair: publishes the task that may repair a dead letter, if the error has one.
     """
 
@@ -39,7 +38,6 @@ class Failures:
     order: Order
     replies: Replies
     patience: Patience
-    rebuild: Callable[[Task, Identity], Message]
     seek_repair: Callable[[Task, Exception, int], None]
 
     def hand_on(self, delivery: Delivery, following: Message) -> None:
@@ -60,7 +58,7 @@ class Failures:
         Raises:
             Ignore: another copy of the same attempt has recorded its end.
         """
-        message = self.rebuild(delivery.task, delivery.identity)
+        message = delivery.as_message()
         headers = {**message.headers, "retries": delivery.retries + 1}
         self.hand_on(delivery, message.revised(headers=headers, due=due))
 
@@ -90,7 +88,7 @@ class Failures:
             self._close(unit, Outcome.dead, handling.recorded(task, error))
             letter = self.dead_letters.add(
                 unit.connection,
-                self.rebuild(task, delivery.identity),
+                delivery.as_message(),
                 reason,
                 error=error,
                 attempts=delivery.retries + 1,

@@ -6,10 +6,8 @@ transaction. A message without a key passes here untouched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from celery import Task
 from celery.exceptions import Ignore
 
 from celery_eda import redaction
@@ -17,7 +15,6 @@ from celery_eda.cursors import Cursor, Cursors, PlaceTaken, Turn
 from celery_eda.delivery import Delivery
 from celery_eda.errors import OutOfSequence
 from celery_eda.inbox import GotAhead
-from celery_eda.message import Identity, Message
 from celery_eda.unit_of_work import UnitOfWork
 
 log = redaction.logger(__name__)
@@ -25,14 +22,9 @@ log = redaction.logger(__name__)
 
 @dataclass(frozen=True)
 class Order:
-    """Whose turn it is among the messages of a key, and what follows when that has had its end.
-
-    Attributes:
-        rebuild: a task's message in progress, to be parked.
-    """
+    """Whose turn it is among the messages of a key, and what follows when that has had its end."""
 
     cursors: Cursors
-    rebuild: Callable[[Task, Identity], Message]
 
     def turn(self, unit: UnitOfWork) -> tuple[Turn, Cursor]:
         """Whether it is the message's turn, and the cursor that said so."""
@@ -51,7 +43,7 @@ class Order:
         """
         delivery, position = unit.delivery, unit.delivery.position
         assert position is not None, "only what has a place can be early"
-        message = self.rebuild(delivery.task, delivery.identity)
+        message = delivery.as_message()
         try:
             parked = self.cursors.park(unit.connection, delivery.consumer, position, message)
         except PlaceTaken as error:

@@ -39,7 +39,6 @@ from celery_eda.projecting import Projecting
 from celery_eda.projections import Projections
 from celery_eda.publishing import Publisher
 from celery_eda.reading import Reading
-from celery_eda.recording import message_in_progress
 from celery_eda.refusals import Refusals
 from celery_eda.relay import Relay
 from celery_eda.remote_errors import RemoteErrors
@@ -335,7 +334,7 @@ class Parts:
         """Makes deliveries take effect once."""
         attempts = Attempts(self.tables.attempts, self.dialect)
         units = UnitsOfWork(self.engine, self.dialect, attempts, self.store, joining.join)
-        order = Order(self.cursors, message_in_progress)
+        order = Order(self.cursors)
         patience = Patience(self.dialect, self.settings.outage_patience)
         return Consumer(
             engine=self.engine,
@@ -345,7 +344,6 @@ class Parts:
             order=order,
             failures=Failures(
                 *(self.inbox, self.dead_letters, units, order, self.replies, patience),
-                rebuild=message_in_progress,
                 seek_repair=self.repair_tasks.seek,
             ),
             replies=self.replies,

@@ -115,23 +115,32 @@ class CapturingAMQP(AMQP):
                 context.require_voice(name)
                 _forget_identity(options)
                 return send(producer, name, message, **options)
-            self._hand_on_reply(message)
+            replies = self._passes_reply_on(message)
             recorder = RecordingProducer()
             # The task-sent event is about a sending that has not happened.
             send(recorder, name, message._replace(sent_event=None), **options)
             lane = self.lane_of(name, key, message.body)
-            transaction.capture(self._captured(name, lane, recorder))
+            captured = self._captured(name, lane, recorder)
+            if progress := context.in_progress.get():
+                progress.observe(captured, replies=replies)
+            transaction.capture(captured)
             return None
 
         return send_task_message
 
-    def _hand_on_reply(self, message: Any) -> None:
-        """If *message* takes the place of the one in progress, it answers the request instead."""
+    def _passes_reply_on(self, message: Any) -> bool:
+        """Write the reply address into *message* if it replaces the one in progress.
+
+        Returns:
+            True if its handling will send the reply.
+        """
         progress = context.in_progress.get()
-        if progress is None or progress.finished or progress.reply_to is None:
-            return
-        if replying.hand_on(progress.reply_to, progress.task_id, message):
-            progress.reply_handed_on = True
+        if progress is None or progress.finished:
+            return False
+        delivery = progress.delivery
+        return delivery.reply_to is not None and replying.hand_on(
+            delivery.reply_to, delivery.task_id, message
+        )
 
     def lane_of(self, task: str, key: Any, body: Any) -> Lane | None:
         """The lane of a message: its key is said by the caller, else by the task."""
@@ -161,10 +170,10 @@ class CapturingAMQP(AMQP):
             lane=lane,
             **recorded,
         )
-        if (progress := context.in_progress.get()) and identity == progress.identity.next:
-            progress.retry = message = message.at(progress.position)
-        else:
-            context.require_voice(task)
+        progress = context.in_progress.get()
+        if progress and identity == progress.delivery.identity.next:
+            return message.at(progress.delivery.position)
+        context.require_voice(task)
         return message
 
     def _queue_of(self, declared: Sequence[Queue], exchange: str) -> str | None:
@@ -188,10 +197,10 @@ class CapturingAMQP(AMQP):
         if (
             progress is not None
             and task is not None
-            and (task.request.id == headers.get("id") == progress.task_id)
-            and headers.get("retries") == progress.retries + 1
+            and (task.request.id == headers.get("id") == progress.delivery.task_id)
+            and headers.get("retries") == progress.delivery.retries + 1
         ):
-            return progress.identity.next
+            return progress.delivery.identity.next
         return Identity.fresh()
 
     def _due(self, eta: Any) -> datetime | None:

@@ -9,10 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from celery import Task
 from kombu import Producer, Queue
-
-from celery_eda.message import PROPERTIES, WIRE, Identity, Message, Wire
 
 
 class _Unconnected:
@@ -101,22 +98,3 @@ class RecordingPool:
 
     def acquire(self, block: bool = False, timeout: float | None = None) -> RecordingProducer:
         return RecordingProducer()
-
-
-def message_in_progress(task: Task, identity: Identity) -> Message:
-    """The message that *task* handles right now, as it came, but for its time to live."""
-    wire: Wire = task.request.get(WIRE)
-    info = task.request.delivery_info or {}
-    headers = {**wire.headers, **identity.headers}
-    headers.pop("compression", None)  # kombu has undone it
-    return Message(
-        identity=identity,
-        task=task.name,
-        body=wire.body,
-        content_type=wire.content_type,
-        content_encoding=wire.content_encoding,
-        headers=headers,
-        properties={name: wire.properties[name] for name in PROPERTIES & wire.properties.keys()},
-        exchange=info.get("exchange") or "",
-        routing_key=info.get("routing_key") or "",
-    )

@@ -38,7 +38,7 @@ class Replies:
 
     def answer(self, unit: UnitOfWork, ending: Ending) -> None:
         """Say with what the handler ended, unless something else takes its place."""
-        if unit.delivery.reply_to is None or unit.progress.reply_handed_on:
+        if unit.delivery.reply_to is None or unit.progress.replier:
             return
         if ending.ignored:
             self.fail(unit.delivery, ending.ignored)
@@ -81,7 +81,7 @@ class Replies:
     def _send(self, delivery: Delivery, outcome: Mapping[str, Any]) -> None:
         """Publish the one reply of an attempt; a second one is a copy of it."""
         assert delivery.reply_to is not None, "nobody asks for a reply"
-        request = delivery.task.request
+        request = delivery.request
         identity = _identity(delivery.identity, delivery.consumer)
         self._publish(delivery.reply_to, identity, request.id, request.root_id, outcome)
 

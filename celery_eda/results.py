@@ -187,7 +187,7 @@ def _insisting(tell: Callable[..., Any]) -> Callable[..., Any]:
             return tell(task_id, *args, **kwargs)
         except Exception as error:
             progress = context.in_progress.get()
-            if progress is None or progress.task_id != task_id:
+            if progress is None or progress.delivery.task_id != task_id:
                 raise
             raise Reject(error, requeue=True) from error
 

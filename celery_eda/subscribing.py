@@ -172,6 +172,6 @@ def _silenced_by_replay(app: Celery, subscription: Subscription) -> AbstractCont
 def _place_in_progress() -> tuple[Any, ...] | None:
     """The place of the message in progress, as an event has it."""
     progress = context.in_progress.get()
-    if progress is None or progress.position is None:
+    if progress is None or progress.delivery.position is None:
         return None
-    return tuple(progress.position.headers[ORDER_HEADER])
+    return tuple(progress.delivery.position.headers[ORDER_HEADER])

@@ -356,4 +356,4 @@ def _ends_with(exit_: SystemExit) -> bool:
 def _is_running(task_id: str) -> bool:
     """Whether a handler calls its own task as a plain function."""
     progress = context.in_progress.get()
-    return progress is not None and progress.task_id == task_id and not progress.finished
+    return progress is not None and progress.delivery.task_id == task_id and not progress.finished

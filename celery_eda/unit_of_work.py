@@ -40,14 +40,8 @@ class UnitsOfWork:
         Raises:
             Passing: the database went away.
         """
-        request = delivery.task.request
         with self.engine.connect() as connection:
-            progress = InProgress(
-                *(delivery.identity, request.id, request.retries or 0),
-                transaction=connection.begin(),
-                position=delivery.position,
-                reply_to=delivery.reply_to,
-            )
+            progress = InProgress(delivery, connection.begin())
             context.in_progress.set(progress)
             outgoing = self.join(connection, self.store)
             try:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 import pytest
+from celery.app.task import Context
 from sqlalchemy import Engine, RootTransaction, create_engine, event, func, insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import (
@@ -19,6 +20,7 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from celery_eda import attachment, context, joining
+from celery_eda.delivery import Delivery
 from celery_eda.errors import TwoSessions
 from tests.unit.conftest import AsyncService, Order, Service, message
 
@@ -481,7 +483,7 @@ def delivery(service: Service) -> Iterator[context.InProgress]:
     with service.engine.begin() as connection:
         begun = connection.get_transaction()
         assert isinstance(begun, RootTransaction)
-        progress = context.InProgress(message("x").identity, "id", 0, begun)
+        progress = context.InProgress(Delivery(None, Context(), message("x").identity), begun)
         token = context.in_progress.set(progress)
         transaction = joining.join(connection, service.store)
         try:
