@@ -45,6 +45,7 @@ from celery_eda.remote_errors import RemoteErrors
 from celery_eda.repair import Repair
 from celery_eda.repairers import Repairers, RepairTasks
 from celery_eda.replaying import Replaying
+from celery_eda.reply_watcher import ReplyWatcher
 from celery_eda.replying import Replies
 from celery_eda.requesting import Requesting
 from celery_eda.requests import Requests
@@ -386,10 +387,15 @@ class Parts:
         return Mailbox(reply_queues_of(self.app, expires=expires), self.reading)
 
     @made_once
+    def reply_watcher(self) -> ReplyWatcher:
+        """Looks for the durable replies that this process awaits."""
+        return ReplyWatcher(self.engine, self.requests, self.reading)
+
+    @made_once
     def requesting(self) -> Requesting:
         """Asks for replies."""
         return Requesting(
-            *(self.app, self.engine, self.requests, self.reading, lambda: self.mailbox),
+            *(self.app, self.reply_watcher, lambda: self.mailbox),
             *(self.publisher, lambda: self.service, self.settings),
         )
 

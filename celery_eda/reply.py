@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import CancelledError, Future, InvalidStateError, as_completed
+from concurrent.futures import CancelledError, Future, as_completed
 from concurrent.futures import TimeoutError as WaitTimeout
-from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar, cast
+from uuid import UUID
 
 from celery_eda.errors import RequestTimeout
 from celery_eda.reading import Failed
-from celery_eda.retry import backoff
+from celery_eda.reply_watcher import ReplyWatcher
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
-#: Seconds between two looks into the database for a durable reply.
-LOOK = (0.02, 0.5)
 _TIMEOUTS = (TimeoutError, WaitTimeout, asyncio.TimeoutError)
 
 
@@ -260,47 +257,24 @@ class Awaited:
 
 
 class Recorded:
-    """An outcome that comes into the service's database, where it stays for whoever asks again.
+    """An outcome that comes into the service's database, where it stays for whoever asks again."""
 
-    Args:
-        look: returns it in a tuple, or None as long as it is not there.
-    """
-
-    def __init__(self, look: Callable[[], tuple[Any] | None]) -> None:
-        self._look = look
+    def __init__(self, correlation_id: UUID, watcher: ReplyWatcher) -> None:
+        self._correlation_id = correlation_id
+        self._watcher = watcher
         self._future: Future[Any] | None = None
 
     @property
     def done(self) -> bool:
-        return self._look() is not None
+        return self._watcher.look(self._correlation_id) is not None
 
     def future(self, timeout: float) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._future = future
-        until = time.monotonic() + timeout + LOOK[1]  # who waits notices the time-out first
-        threading.Thread(target=self._watch, args=(future, until), daemon=True).start()
-        return future
+        self._future = self._watcher.watch(self._correlation_id, timeout)
+        return self._future
 
     def give_up(self) -> None:
         if self._future is not None:
             self._future.cancel()
-
-    def _watch(self, future: Future[Any], until: float) -> None:
-        looks = 0
-        with suppress(InvalidStateError):  # given up in this very moment
-            while not future.cancelled():
-                try:
-                    found = self._look()
-                except Exception as error:
-                    future.set_exception(error)
-                    return
-                if found is not None:
-                    future.set_result(found[0])
-                    return
-                if time.monotonic() > until:
-                    future.cancel()
-                time.sleep(backoff(looks, *LOOK))
-                looks += 1
 
 
 def result_of(outcome: Any) -> Any:

@@ -16,7 +16,6 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from celery import Celery, Signature, Task
-from sqlalchemy import Engine
 
 from celery_eda import addresses, context, results
 from celery_eda.addresses import REPLY_HEADER, Kind
@@ -24,9 +23,9 @@ from celery_eda.errors import RequestError, UnknownRequest, UnsentRequest
 from celery_eda.mailbox import Mailbox
 from celery_eda.message import Identity, Message
 from celery_eda.publishing import Publisher
-from celery_eda.reading import Failed, Reading
+from celery_eda.reading import Failed
 from celery_eda.reply import Awaited, Outcome, Recorded, Replies, Reply
-from celery_eda.requests import Requests
+from celery_eda.reply_watcher import ReplyWatcher
 from celery_eda.settings import Settings
 
 #: Options that would make a correlation id or an address that others can guess or choose.
@@ -42,9 +41,7 @@ class Requesting:
     """
 
     app: Celery
-    engine: Engine
-    requests: Requests
-    reading: Reading
+    watcher: ReplyWatcher
     mailbox: Callable[[], Mailbox]
     publisher: Publisher
     service: Callable[[], str]
@@ -90,7 +87,7 @@ class Requesting:
             request = UUID(correlation_id)
         except ValueError as error:
             raise UnknownRequest(f"{correlation_id!r} is no correlation id.") from error
-        return self._reply(str(request), Recorded(partial(self._look, request)), None)
+        return self._reply(str(request), Recorded(request, self.watcher), None)
 
     def _ask(
         self,
@@ -149,7 +146,7 @@ class Requesting:
         if kind is Kind.durable:
             where = addresses.of_service(self.service())
             results.precede(*results.declaration_of(self.app.amqp.queues[where]))
-            return where, Recorded(partial(self._look, correlation_id))
+            return where, Recorded(correlation_id, self.watcher)
         mailbox = self.mailbox()
         future = mailbox.expect(str(correlation_id))
         forget = partial(mailbox.give_up, str(correlation_id))
@@ -201,11 +198,6 @@ class Requesting:
                 )
 
         return Reply(correlation_id, outcome, refuse_unsent, self.settings.request_timeout)
-
-    def _look(self, correlation_id: UUID) -> tuple[Any] | None:
-        with self.engine.connect() as connection:
-            outcome = self.requests.outcome(connection, correlation_id)
-        return outcome and (self.reading.outcome_in([str(correlation_id), outcome])[1],)
 
     def _store_of(self, kind: Kind) -> Callable[[Sequence[Message]], None]:
         """What stores requests made outside any transaction."""

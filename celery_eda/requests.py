@@ -6,7 +6,7 @@ its own delivery. So a reply that nobody here asked for is known as such.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -18,6 +18,20 @@ from celery_eda.addresses import REPLY_HEADER, SAGA_HEADER
 from celery_eda.dialects.base import Dialect
 from celery_eda.errors import UnknownRequest
 from celery_eda.message import Message
+
+
+@dataclass(frozen=True)
+class StoredOutcome:
+    """The outcome of a request as its row has it: encoded with the serializer of that day."""
+
+    content_type: str
+    content_encoding: str
+    body: bytes
+
+    def decode(self) -> Any:
+        """The arguments of the reply: ``{"result": …}`` or ``{"error": …}``."""
+        # Written by this service itself, with the serializer of its choice.
+        return loads(self.body, self.content_type, self.content_encoding, force=True)
 
 
 @dataclass(frozen=True)
@@ -75,18 +89,34 @@ class Requests:
         Raises:
             UnknownRequest: there is no such request.
         """
+        found = self.outcomes(connection, [correlation_id])
+        if correlation_id not in found:
+            raise unknown_request(correlation_id)
+        stored = found[correlation_id]
+        return None if stored is None else stored.decode()
+
+    def outcomes(
+        self, connection: Connection, correlation_ids: Iterable[UUID]
+    ) -> dict[UUID, StoredOutcome | None]:
+        """The outcomes of those requests that there are; None for one without a reply."""
         columns = self.table.c
-        row = connection.execute(
-            select(columns.content_type, columns.content_encoding, columns.body).where(
-                columns.correlation_id == correlation_id
-            )
-        ).one_or_none()
-        if row is None:
-            raise UnknownRequest(
-                f"No durable request {correlation_id} is known here. Was its transaction "
-                "committed, in this database, and less than eda_request_retention ago?"
-            )
-        if row.body is None:
-            return None
-        # Written by this service itself, with the serializer of its choice.
-        return loads(bytes(row.body), row.content_type, row.content_encoding, force=True)
+        rows = connection.execute(
+            select(
+                columns.correlation_id,
+                columns.content_type,
+                columns.content_encoding,
+                columns.body,
+            ).where(columns.correlation_id.in_(correlation_ids))
+        )
+        return {
+            correlation_id: None if body is None else StoredOutcome(*encoding, bytes(body))
+            for correlation_id, *encoding, body in rows
+        }
+
+
+def unknown_request(correlation_id: UUID) -> UnknownRequest:
+    """The error that says that there is no such request."""
+    return UnknownRequest(
+        f"No durable request {correlation_id} is known here. Was its transaction "
+        "committed, in this database, and less than eda_request_retention ago?"
+    )

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import gc
 import logging
+import os
 import pickle
 import threading
 import time
@@ -17,11 +18,12 @@ from uuid import UUID
 
 import pytest
 from celery import Celery, chain, group
-from sqlalchemy import create_engine, func, select
+from sqlalchemy import create_engine, event, func, select
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from celery_eda import EDA, mailbox, outbox, upgrading
+from celery_eda import EDA, mailbox, outbox, reply_watcher, upgrading
 from celery_eda.addresses import REPLY_HEADER
 from celery_eda.errors import (
     ConfigurationError,
@@ -573,6 +575,119 @@ def test_a_durable_error_is_raised_each_time(shop: Shop) -> None:
     for _ in range(2):
         with pytest.raises(LookupError, match="no"):
             shop.eda.reply(reply.correlation_id).get(timeout=1)
+
+
+@in_a_loop
+async def test_a_thousand_durable_replies_are_awaited_by_one_thread(
+    make_shop: Callable[..., Shop],
+) -> None:
+    shop = make_shop(eda_request_timeout=60)
+    with shop.eda.transaction():
+        replies = shop.eda.scatter(
+            [shop.quote.s(number) for number in range(1000)], address="durable"
+        ).each
+    before = threading.active_count()
+    awaiting = [asyncio.ensure_future(_await(each)) for each in replies]
+    await asyncio.sleep(0.2)
+    threads = threading.active_count() - before
+    with shop.eda.engine.begin() as connection:
+        for number, each in enumerate(replies):
+            shop.eda.requests.record(connection, UUID(each.correlation_id), {"result": number})
+
+    assert await asyncio.gather(*awaiting) == list(range(1000))
+    assert threads == 1
+
+
+def test_the_thread_that_looks_for_durable_replies_ends_once_nobody_waits(shop: Shop) -> None:
+    before = threading.active_count()
+    replies = shop.eda.scatter([shop.quote.s(number) for number in range(3)], address="durable")
+    shop.answer(replies.each[0].correlation_id, {"result": 0})
+    assert replies.each[0].get(timeout=10) == 0
+    with pytest.raises(RequestTimeout):
+        replies.each[1].get(timeout=0.05)
+    with pytest.raises(RequestTimeout):
+        replies.get(timeout=0.05)
+
+    until = time.monotonic() + 10
+    while threading.active_count() > before:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_one_durable_reply_is_awaited_more_than_once(shop: Shop) -> None:
+    reply = shop.eda.request(shop.quote, (7,), address="durable")
+    with ThreadPoolExecutor(3) as threads:
+        waiting = [threads.submit(reply.get, 30) for _ in range(2)]
+        waiting.append(threads.submit(shop.eda.reply(reply.correlation_id).get, 30))
+        shop.answer(reply.correlation_id, {"result": 7})
+
+        assert [each.result() for each in waiting] == [7, 7, 7]
+
+
+def test_a_durable_reply_that_cannot_be_read_fails_nobody_else(shop: Shop) -> None:
+    replies = shop.eda.scatter([shop.quote.s(1), shop.quote.s(2)], address="durable")
+    broken, fine = replies.each
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(each.get, 30) for each in (broken, fine)]
+        with shop.eda.engine.begin() as connection:
+            for each, outcome in ((broken, {"neither": 1}), (fine, {"result": 2})):
+                shop.eda.requests.record(connection, UUID(each.correlation_id), outcome)
+
+        with pytest.raises(ValueError, match="neither"):
+            waiting[0].result()
+        assert waiting[1].result() == 2
+
+
+def test_waiting_for_a_durable_reply_survives_an_outage_of_the_database(shop: Shop) -> None:
+    reply = shop.eda.request(shop.quote, (7,), address="durable")
+    tried = threading.Semaphore(0)
+    away = [True]
+
+    def refuse(*_: Any) -> None:
+        if away:
+            tried.release()
+            raise OperationalError("SELECT 1", {}, OSError(), connection_invalidated=True)
+
+    event.listen(shop.eda.engine, "before_cursor_execute", refuse)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(reply.get, 30)
+        for _ in range(2):
+            assert tried.acquire(timeout=10)
+        away.clear()
+        shop.answer(reply.correlation_id, {"result": 7})
+
+        assert waiting.result() == 7
+
+
+def test_what_is_wrong_with_the_database_is_told_to_who_waits(shop: Shop) -> None:
+    reply = shop.eda.request(shop.quote, (7,), address="durable")
+    shop.eda.tables.requests.drop(shop.eda.engine)
+
+    with pytest.raises(Exception, match="no such table"):
+        reply.get(timeout=30)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
+def test_a_forked_child_looks_for_durable_replies_by_a_thread_of_its_own(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reply_watcher, "LOOK", (2.0, 2.0))
+    reply = shop.eda.request(shop.quote, (7,), address="durable")
+    looked = threading.Event()
+    event.listen(shop.eda.engine, "checkin", lambda *_: looked.set())
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(reply.get, 30)
+        assert looked.wait(10)
+        shop.answer(reply.correlation_id, {"result": 7})
+        shop.eda.engine.dispose()
+        if not (child := os.fork()):  # while the thread rests: SQLite must not be in use
+            try:
+                os._exit(shop.eda.reply(reply.correlation_id).get(timeout=20))
+            finally:
+                os._exit(1)
+
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert waiting.result() == 7
 
 
 @pytest.mark.parametrize("correlation_id", [NOBODYS, "124", ""])
