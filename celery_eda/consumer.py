@@ -39,12 +39,12 @@ from celery_eda.errors import (
     WorkersLost,
 )
 from celery_eda.failures import Failures
-from celery_eda.handling import Ending
-from celery_eda.inbox import GotAhead, Handled, Inbox, Outcome
+from celery_eda.handling import HandlerResult
+from celery_eda.inbox import GotAhead, Inbox, Outcome, RecordedOutcome
 from celery_eda.message import VERDICT, Identity
-from celery_eda.order import Order
-from celery_eda.patience import Passing, Patience
-from celery_eda.replying import Replies
+from celery_eda.order import TurnKeeper
+from celery_eda.patience import Transient, TransientErrors
+from celery_eda.replying import Responder
 from celery_eda.retry import Policy
 from celery_eda.unit_of_work import UnitsOfWork
 
@@ -55,7 +55,7 @@ T = TypeVar("T")
 #: About these no policy is asked: the handler has decided, or it is not to blame.
 DECIDED = (
     *(Ignore, Reject, MaxRetriesExceededError),
-    *(MemoryError, Passing, GotAhead, OutOfSequence, PublishingForbidden, Unwanted),
+    *(MemoryError, Transient, GotAhead, OutOfSequence, PublishingForbidden, Unwanted),
 )
 
 
@@ -73,10 +73,10 @@ class Consumer:
     inbox: Inbox
     attempts: Attempts
     units: UnitsOfWork
-    order: Order
+    turns: TurnKeeper
     failures: Failures
-    replies: Replies
-    patience: Patience
+    responder: Responder
+    transient_errors: TransientErrors
     max_deliveries: int
     policy: Policy | None = None
 
@@ -98,7 +98,7 @@ class Consumer:
             delivery = Delivery.of(task)
         except ValueError as error:
             delivery = Delivery.malformed(task)
-            self._persist(self.failures.bury, delivery, Reason.malformed, error)
+            self._persist(self.failures.dead_letter, delivery, Reason.malformed, error)
             raise
         if delivery.redelivered:
             self._persist(self._count, delivery)
@@ -106,14 +106,14 @@ class Consumer:
 
     def _attempt(
         self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> Ending | Handled:
+    ) -> HandlerResult | RecordedOutcome:
         """One attempt: it takes effect, or its failure is recorded and its effects are undone."""
         try:
             return self._handle_or_hand_on(delivery, args, kwargs)
-        except (Ignore, Retry, Passing):
+        except (Ignore, Retry, Transient):
             raise
         except GotAhead as error:
-            raise Passing from error
+            raise Transient from error
         except Unwanted as error:
             self._refuse(delivery, str(error))
             raise Ignore(f"it is {error}") from error
@@ -121,31 +121,31 @@ class Consumer:
             # Celery's main process raises it again and would never acknowledge.
             raise Reject(error, requeue=True) from error
         except Reject as reject:
-            if self.patience.is_passing(reject.reason):
-                raise Passing from reject.reason
+            if self.transient_errors.is_transient(reject.reason):
+                raise Transient from reject.reason
             if not reject.requeue:
                 # Redis drops a rejected message (kombu, QoS.reject), so it is recorded first.
-                self.failures.bury(delivery, Reason.rejected, reject)
+                self.failures.dead_letter(delivery, Reason.rejected, reject)
             raise
         except OutOfSequence as error:
-            self.failures.bury(delivery, Reason.out_of_sequence, error)
+            self.failures.dead_letter(delivery, Reason.out_of_sequence, error)
             raise
         except Exception as error:
-            if self.patience.is_passing(error):
-                raise Passing from error
+            if self.transient_errors.is_transient(error):
+                raise Transient from error
             reason = Reason.exhausted if delivery.retries else Reason.failed
-            self.failures.bury(delivery, reason, error)
+            self.failures.dead_letter(delivery, reason, error)
             raise
 
     def _handle_or_hand_on(
         self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> Ending | Handled:
+    ) -> HandlerResult | RecordedOutcome:
         """Take effect, or leave it to the next attempt, if handler or policy ask for one."""
         try:
             return self._handle(delivery, args, kwargs)
         except Retry as retry:
-            if self.patience.is_passing(retry.exc):
-                raise Passing from retry.exc
+            if self.transient_errors.is_transient(retry.exc):
+                raise Transient from retry.exc
             attempt = context.in_progress.get()
             if attempt is None or attempt.next_attempt is None:
                 raise NoNextAttempt(
@@ -157,7 +157,9 @@ class Consumer:
         except DECIDED:
             raise
         except Exception as error:
-            if self.patience.is_passing(error) or not (due := self._next_try(delivery, error)):
+            if self.transient_errors.is_transient(error) or not (
+                due := self._next_try(delivery, error)
+            ):
                 raise
             self.failures.try_again(delivery, due)
             raise Retry(exc=error, when=due) from error
@@ -177,28 +179,28 @@ class Consumer:
 
     def _handle(
         self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> Ending | Handled:
+    ) -> HandlerResult | RecordedOutcome:
         """The last stretch of the road, in one transaction: admit, handle, commit."""
         with self.units.begin(delivery) as unit:
-            turn, cursor = self.order.turn(unit)
+            turn, cursor = self.turns.turn_of(unit)
             if turn is Turn.later:
-                return Ending(ignored=self.order.park(unit))
+                return HandlerResult(ignored=self.turns.park(unit))
             message = (unit.connection, delivery.consumer, delivery.identity)
             if handled := self.inbox.admit(*message):
-                self.replies.repeat(unit, handled)
+                self.responder.repeat(unit, handled)
                 return handled
             if turn is Turn.past:
-                return Ending(ignored=self.order.pass_over(delivery, cursor))
+                return HandlerResult(ignored=self.turns.pass_over(delivery, cursor))
             if verdict := delivery.request.get(VERDICT):
                 raise Unwanted(verdict)
             checkpoints.reach("inbox.admitted")
             ending = handling.run(delivery.task, args, kwargs)
             unit.flush()
-            self.replies.answer(unit, ending)
+            self.responder.answer(unit, ending)
             checkpoints.reach("delivery.handled")
             outcome = Outcome.skipped if ending.ignored else Outcome.done
             self.inbox.record(*message, outcome, ending.recorded)
-            self.order.advance(unit, cursor)
+            self.turns.advance(unit, cursor)
             unit.commit()
         checkpoints.reach("delivery.committed")
         unit.outgoing.hand_off()
@@ -207,8 +209,8 @@ class Consumer:
     def _refuse(self, delivery: Delivery, verdict: str) -> None:
         """Bury a message that is expired or revoked; as with Celery, no errback hears of it."""
         delivery.request.errbacks = None
-        self.failures.bury(delivery, Reason(verdict), TaskRevokedError(verdict))
-        handling.tell_of_revocation(delivery.task, verdict)
+        self.failures.dead_letter(delivery, Reason(verdict), TaskRevokedError(verdict))
+        handling.report_revocation(delivery.task, verdict)
 
     def _count(self, delivery: Delivery) -> None:
         """Count a redelivery on its own; one too many and the message is a dead letter."""
@@ -220,11 +222,11 @@ class Consumer:
         checkpoints.reach("delivery.started")
         if lost > self.max_deliveries and cause == TIME_LIMIT:
             limit = TimeLimit(f"{lost} deliveries had no outcome, the last within its time limit")
-            self.failures.bury(delivery, Reason.time_limit, limit)
+            self.failures.dead_letter(delivery, Reason.time_limit, limit)
             raise limit
         if lost > self.max_deliveries:
             error = WorkersLost(f"{lost} deliveries of this message had no outcome")
-            self.failures.bury(delivery, Reason.lost_worker, error)
+            self.failures.dead_letter(delivery, Reason.lost_worker, error)
             raise error
 
     def note_time_limit(self, consumer: str, headers: Mapping[str, Any]) -> None:
@@ -245,12 +247,12 @@ class Consumer:
             self.attempts.forget(connection, delivery.consumer, delivery.identity)
 
     def _persist(self, step: Callable[..., T], delivery: Delivery, *arguments: Any) -> T:
-        return self.patience.persist(
+        return self.transient_errors.retry(
             partial(step, delivery, *arguments), forgive=partial(self._forgive, delivery)
         )
 
 
-def answer(delivery: Delivery, end: Ending | Handled) -> Any:
+def answer(delivery: Delivery, end: HandlerResult | RecordedOutcome) -> Any:
     """What Celery gets to know: of a copy, what came of the message before.
 
     Raises:
@@ -259,10 +261,10 @@ def answer(delivery: Delivery, end: Ending | Handled) -> Any:
             backend of it was lost.
     """
     task = delivery.task
-    if isinstance(end, Ending):
+    if isinstance(end, HandlerResult):
         return end.answer()
     if end.outcome is Outcome.done:
-        return handling.recall(task, end.result)
+        return handling.replay_recorded(task, end.result)
     if end.outcome is Outcome.dead and delivery.redelivered and end.result is not None:
-        raise handling.recall(task, end.result)
+        raise handling.replay_recorded(task, end.result)
     raise Ignore(f"this attempt has been recorded as {end.outcome.value}")

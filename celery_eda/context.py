@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from celery_eda.message import Identity, Message
 
 
-class Capturing:
+class Capture:
     """A transaction that keeps the messages published in it.
 
     Attributes:
@@ -42,7 +42,7 @@ class Capturing:
         return False
 
 
-class Collected(Capturing):
+class Collected(Capture):
     """Messages published where no transaction is, for somebody who will store them."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Scope:
     scope covers child tasks too: that of a message, whose handler's event loop ends with it.
     """
 
-    transaction: Capturing
+    transaction: Capture
     attached: bool = False
     inherited: bool = False
     open: bool = True
@@ -83,7 +83,7 @@ class Scope:
 _scopes: ContextVar[tuple[Scope, ...]] = ContextVar("celery_eda_scopes", default=())
 
 
-def open_scope(transaction: Capturing, *, attached: bool = False, inherited: bool = False) -> Scope:
+def open_scope(transaction: Capture, *, attached: bool = False, inherited: bool = False) -> Scope:
     """Let publishes from here on belong to *transaction*, until the scope is closed.
 
     Closing is a mark on the scope, not a reset of the variable: ``AsyncSession`` closes in
@@ -95,7 +95,7 @@ def open_scope(transaction: Capturing, *, attached: bool = False, inherited: boo
 
 
 @contextmanager
-def scope_of(transaction: Capturing, *, inherited: bool = False) -> Iterator[None]:
+def scope_of(transaction: Capture, *, inherited: bool = False) -> Iterator[None]:
     """Let publishes inside the block belong to *transaction*."""
     scope = open_scope(transaction, inherited=inherited)
     try:
@@ -104,7 +104,7 @@ def scope_of(transaction: Capturing, *, inherited: bool = False) -> Iterator[Non
         scope.open = False
 
 
-def current_transaction() -> Capturing | None:
+def current_transaction() -> Capture | None:
     """The transaction that a publish right here belongs to: the innermost one that is open.
 
     Raises:
@@ -121,7 +121,7 @@ def current_transaction() -> Capturing | None:
     return here[-1].transaction
 
 
-def holds(identity: Identity, transaction: Capturing | None) -> bool:
+def holds(identity: Identity, transaction: Capture | None) -> bool:
     """Whether a message waits for the commit of *transaction*, or of one that is open here."""
     here = [scope.transaction for scope in _scopes.get() if scope.covers()]
     return any(each.holds(identity) for each in (transaction, *here) if each)
@@ -198,7 +198,7 @@ def silenced(what: str) -> Iterator[None]:
         _silence.reset(token)
 
 
-def require_voice(name: str) -> None:
+def refuse_publishing_if_silenced(name: str) -> None:
     """Make sure that a call of the task *name* may be published right here.
 
     Raises:

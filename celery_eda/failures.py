@@ -15,9 +15,9 @@ from celery_eda.dead_letters import DeadLetters, Reason
 from celery_eda.delivery import Delivery
 from celery_eda.inbox import Inbox, Outcome
 from celery_eda.message import Message
-from celery_eda.order import Order
-from celery_eda.patience import PASSING_DELAY, Passing, Patience
-from celery_eda.replying import Replies
+from celery_eda.order import TurnKeeper
+from celery_eda.patience import TRANSIENT_DELAY, Transient, TransientErrors
+from celery_eda.replying import Responder
 from celery_eda.transaction import Transaction
 from celery_eda.unit_of_work import UnitOfWork, UnitsOfWork
 
@@ -35,9 +35,9 @@ class Failures:
     inbox: Inbox
     dead_letters: DeadLetters
     units: UnitsOfWork
-    order: Order
-    replies: Replies
-    patience: Patience
+    turns: TurnKeeper
+    responder: Responder
+    transient_errors: TransientErrors
     seek_repair: Callable[[Task, Exception, int], None]
 
     def hand_on(self, delivery: Delivery, following: Message) -> None:
@@ -62,7 +62,7 @@ class Failures:
         headers = {**message.headers, "retries": delivery.retries + 1}
         self.hand_on(delivery, message.revised(headers=headers, due=due))
 
-    def bury(self, delivery: Delivery, reason: Reason, error: Exception) -> None:
+    def dead_letter(self, delivery: Delivery, reason: Reason, error: Exception) -> None:
         """Record a failure for good together with the dead letter and the errbacks.
 
         Raises:
@@ -71,13 +71,13 @@ class Failures:
         """
         try:
             outgoing = self._record_death(delivery, reason, error)
-        except (Ignore, Passing):
+        except (Ignore, Transient):
             raise
         except Exception as failure:
-            if self.patience.is_passing(failure):
+            if self.transient_errors.is_transient(failure):
                 raise
             log.exception("%s[%s] fails, and no dead letter can be written", *delivery.names)
-            time.sleep(PASSING_DELAY[1])  # it comes back at once
+            time.sleep(TRANSIENT_DELAY[1])  # it comes back at once
             raise Reject(failure, requeue=True) from failure
         log.error("dead letter: %s[%s] %s", *delivery.names, reason.value)
         outgoing.hand_off()
@@ -96,9 +96,9 @@ class Failures:
                 first_at=self.inbox.first_at(unit.connection, delivery.consumer, delivery.identity),
             )
             self._publish_errbacks(unit, error)
-            self.replies.fail(delivery, error)
+            self.responder.fail(delivery, error)
             self._seek_repair(unit, error, letter)
-            self.order.block_or_skip(unit)
+            self.turns.block_or_skip(unit)
             unit.commit()
         return unit.outgoing
 
@@ -119,7 +119,7 @@ class Failures:
                 handling.publish_errbacks(task, error)
                 unit.flush()
         except Exception as failure:
-            if self.patience.is_passing(failure):
+            if self.transient_errors.is_transient(failure):
                 raise
             log.exception("an errback of %s[%s] fails", *unit.delivery.names)
             task.request.errbacks = None
@@ -131,7 +131,7 @@ class Failures:
             Ignore: another copy of the same attempt has recorded its end.
         """
         delivery = unit.delivery
-        if not self.inbox.close(
+        if not self.inbox.record_failure(
             unit.connection, delivery.consumer, delivery.identity, outcome, recorded
         ):
             raise Ignore("another copy of this attempt has been recorded")

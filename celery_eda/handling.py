@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Ending:
+class HandlerResult:
     """How a handler ended: with a *result*, or *ignored*, its part done by another task.
 
     ``recorded`` is the result as the result backend encodes it, None if nobody will ask for it.
@@ -45,14 +45,14 @@ class Ending:
         return self.result
 
 
-def run(task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> Ending:
+def run(task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> HandlerResult:
     """Run the handler and publish its links and the next task of its chain."""
     try:
         result = task.handle(*args, **kwargs)
     except Ignore as ignored:
-        return Ending(ignored=ignored)
+        return HandlerResult(ignored=ignored)
     publish_next(task, result)
-    return Ending(result, recorded(task, result))
+    return HandlerResult(result, recorded(task, result))
 
 
 def recorded(task: Task, result: Any) -> bytes | None:
@@ -69,7 +69,7 @@ def recorded(task: Task, result: Any) -> bytes | None:
     return payload.encode() if isinstance(payload, str) else payload
 
 
-def recall(task: Task, recorded: bytes | None) -> Any:
+def replay_recorded(task: Task, recorded: bytes | None) -> Any:
     """The result or error of an earlier copy; what should follow it has been published already."""
     request = task.request
     request.callbacks = request.errbacks = None
@@ -116,7 +116,7 @@ def publish_next(task: Task, result: Any) -> None:
     request.callbacks = request.chain = None
 
 
-def tell_of_revocation(task: Task, reason: str) -> None:
+def report_revocation(task: Task, reason: str) -> None:
     """Tell the result backend, as Celery would, that *task* is expired or revoked."""
     request = task.request
     store = not request.ignore_result or task.store_errors_even_if_ignored

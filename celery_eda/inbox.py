@@ -37,7 +37,7 @@ class GotAhead(Exception):
 
 
 @dataclass(frozen=True)
-class Handled:
+class RecordedOutcome:
     """The recorded outcome of an earlier copy; ``result`` is encoded, None if nothing was kept."""
 
     outcome: Outcome
@@ -51,7 +51,9 @@ class Inbox:
     table: Table
     dialect: Dialect
 
-    def admit(self, connection: Connection, consumer: str, identity: Identity) -> Handled | None:
+    def admit(
+        self, connection: Connection, consumer: str, identity: Identity
+    ) -> RecordedOutcome | None:
         """Record that *consumer* takes effect with this message, once.
 
         A concurrent copy waits here until the first one commits or rolls back. Where the
@@ -94,7 +96,7 @@ class Inbox:
             values = {"its_outcome": outcome.value, "its_result": result}
             self.dialect.execute(connection, self._completing, {**its, **values})
 
-    def close(
+    def record_failure(
         self,
         connection: Connection,
         consumer: str,
@@ -109,11 +111,13 @@ class Inbox:
         """
         return self._insert(connection, consumer, identity, outcome, result)
 
-    def find(self, connection: Connection, consumer: str, identity: Identity) -> Handled | None:
+    def find(
+        self, connection: Connection, consumer: str, identity: Identity
+    ) -> RecordedOutcome | None:
         """The recorded outcome of this attempt, if there is one."""
         its = attempt(consumer, identity)
         row = self.dialect.execute(connection, self._finding, its).one_or_none()
-        return None if row is None else Handled(Outcome(row.outcome), row.result)
+        return None if row is None else RecordedOutcome(Outcome(row.outcome), row.result)
 
     def newest(self, connection: Connection, consumer: str) -> datetime | None:
         """When the newest message that *consumer* has handled was published, by its publisher's

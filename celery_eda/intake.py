@@ -23,7 +23,7 @@ from celery_eda import compression
 from celery_eda.dead_letters import Reason
 from celery_eda.errors import Malformed
 from celery_eda.inspection import Limits, Refusal, inspect
-from celery_eda.refusals import Refused, given_up, refused, unread
+from celery_eda.refusals import RefusedMessage, given_up, refused, unread
 from celery_eda.retry import delays
 from celery_eda.transports import undelivered
 from celery_eda.transports.base import KeepsMalformed
@@ -54,7 +54,7 @@ class Intake(bootsteps.StartStopStep):
         self.refusals = consumer.app.eda.refusals
         self.subscriptions = consumer.app.eda.subscriptions
         self.is_away = consumer.app.eda.dialect.is_outage
-        self.waiting: deque[tuple[Any, Refused]] = deque()
+        self.waiting: deque[tuple[Any, RefusedMessage]] = deque()
         self.delays = delays(*WAIT)
         self.look: Any = None
         self.given_up: Consumer | None = None
@@ -90,8 +90,8 @@ class Intake(bootsteps.StartStopStep):
         consumer = Consumer(
             self.consumer.connection.channel(),
             queues=[queue],
-            on_message=self.give_up,
-            on_decode_error=self.give_up,
+            on_message=self.on_given_up,
+            on_decode_error=self.on_given_up,
             prefetch_count=AT_ONCE,
         )
         consumer.consume()
@@ -139,14 +139,14 @@ class Intake(bootsteps.StartStopStep):
         """Keep *message* as a dead letter, then acknowledge it; later, if that cannot be now."""
         self._keep_soon(message, refused(message, refusal))
 
-    def give_up(self, message: Any, *_: Any) -> None:
+    def on_given_up(self, message: Any, *_: Any) -> None:
         """Keep *message*, which a queue of the broker gave up, as a dead letter."""
         queue = undelivered.queue_in(message.headers)
         if queue and (subscription := self.subscriptions.by_queue.get(queue)):
             self.subscriptions.address(message, subscription, queue)
         self._keep_soon(message, given_up(message))
 
-    def _keep_soon(self, message: Any, what: Refused) -> None:
+    def _keep_soon(self, message: Any, what: RefusedMessage) -> None:
         self.waiting.append((message, what))
         if len(self.waiting) == 1:
             self.try_all()
@@ -182,7 +182,7 @@ class Intake(bootsteps.StartStopStep):
         except Exception as error:
             log.warning("what is malformed stays set aside: %s", printable(repr(error)))
 
-    def _keep(self, message: Any, what: Refused) -> None:
+    def _keep(self, message: Any, what: RefusedMessage) -> None:
         fresh = self.refusals.keep(what)
         if fresh:
             _tell(what)
@@ -225,7 +225,7 @@ def _is_reserved(message: Any) -> bool:
     return request is not None and request.message is message
 
 
-def _tell(what: Refused) -> None:
+def _tell(what: RefusedMessage) -> None:
     task, refusal = printable(what.letter.task), what.refusal
     log.error("dead letter: %s %s: %s", task, refusal.reason.value, printable(str(refusal.error)))
 

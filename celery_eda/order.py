@@ -21,12 +21,12 @@ log = redaction.logger(__name__)
 
 
 @dataclass(frozen=True)
-class Order:
+class TurnKeeper:
     """Whose turn it is among the messages of a key, and what follows when that has had its end."""
 
     cursors: Cursors
 
-    def turn(self, unit: UnitOfWork) -> tuple[Turn, Cursor]:
+    def turn_of(self, unit: UnitOfWork) -> tuple[Turn, Cursor]:
         """Whether it is the message's turn, and the cursor that said so."""
         delivery = unit.delivery
         if (position := delivery.position) is None:
@@ -86,6 +86,6 @@ class Order:
             revision = delivery.identity.revision
             self.cursors.hold(unit.connection, delivery.consumer, position, revision)
             return
-        turn, cursor = self.turn(unit)
+        turn, cursor = self.turn_of(unit)
         if turn is Turn.now:
             self.advance(unit, cursor)

@@ -32,9 +32,9 @@ from celery_eda.inbox import Inbox
 from celery_eda.inspection import Limits
 from celery_eda.mailbox import Mailbox
 from celery_eda.message import Message
-from celery_eda.order import Order
+from celery_eda.order import TurnKeeper
 from celery_eda.outbox import Outbox
-from celery_eda.patience import Patience
+from celery_eda.patience import TransientErrors
 from celery_eda.projecting import Projecting
 from celery_eda.projections import Projections
 from celery_eda.publishing import Publisher
@@ -46,7 +46,7 @@ from celery_eda.repair import Repair
 from celery_eda.repairers import Repairers, RepairTasks
 from celery_eda.replaying import Replaying
 from celery_eda.reply_watcher import ReplyWatcher
-from celery_eda.replying import Replies
+from celery_eda.replying import Responder
 from celery_eda.requesting import Requesting
 from celery_eda.requests import Requests
 from celery_eda.retry import Policy, checked
@@ -335,20 +335,20 @@ class Parts:
         """Makes deliveries take effect once."""
         attempts = Attempts(self.tables.attempts, self.dialect)
         units = UnitsOfWork(self.engine, self.dialect, attempts, self.store, joining.join)
-        order = Order(self.cursors)
-        patience = Patience(self.dialect, self.settings.outage_patience)
+        turns = TurnKeeper(self.cursors)
+        transient_errors = TransientErrors(self.dialect, self.settings.outage_patience)
         return Consumer(
             engine=self.engine,
             inbox=self.inbox,
             attempts=attempts,
             units=units,
-            order=order,
+            turns=turns,
             failures=Failures(
-                *(self.inbox, self.dead_letters, units, order, self.replies, patience),
+                *(self.inbox, self.dead_letters, units, turns, self.responder, transient_errors),
                 seek_repair=self.repair_tasks.seek,
             ),
-            replies=self.replies,
-            patience=patience,
+            responder=self.responder,
+            transient_errors=transient_errors,
             max_deliveries=self.settings.max_deliveries,
             policy=self.retry_policy,
         )
@@ -359,9 +359,9 @@ class Parts:
         return RemoteErrors()
 
     @made_once
-    def replies(self) -> Replies:
+    def responder(self) -> Responder:
         """Answers requests."""
-        return Replies(self.app, self.remote_errors)
+        return Responder(self.app, self.remote_errors)
 
     @made_once
     def requests(self) -> Requests:
@@ -423,7 +423,7 @@ class Parts:
     @made_once
     def refusals(self) -> Refusals:
         """Keeps the messages that no task gets to see."""
-        answer, store = self.replies.to_refused, self.store
+        answer, store = self.responder.to_refused, self.store
         return Refusals(self.engine, self.inbox, self.dead_letters, answer, store)
 
     def is_reliable(self, task: str) -> bool:

@@ -18,15 +18,15 @@ log = redaction.logger(__name__)
 T = TypeVar("T")
 
 #: Seconds between two tries of a transaction that lost against another, or of a database away.
-PASSING_DELAY = (0.02, 2.0)
+TRANSIENT_DELAY = (0.02, 2.0)
 
 
-class Passing(Exception):
+class Transient(Exception):
     """The database was away or busy; the same delivery may well succeed when made again."""
 
 
 @dataclass(frozen=True)
-class Patience:
+class TransientErrors:
     """Tells what will pass from what will not, and waits for it.
 
     Attributes:
@@ -36,7 +36,7 @@ class Patience:
     dialect: Dialect
     seconds: float
 
-    def persist(self, step: Callable[[], T], forgive: Callable[[], None]) -> T:
+    def retry(self, step: Callable[[], T], forgive: Callable[[], None]) -> T:
         """Take *step*; while the database is away or busy, take it again.
 
         Args:
@@ -47,13 +47,13 @@ class Patience:
             Reject: the database has been away for too long; the broker shall bring it again.
         """
         give_up = time.monotonic() + self.seconds
-        for delay in delays(*PASSING_DELAY):
+        for delay in delays(*TRANSIENT_DELAY):
             try:
                 return step()
             except Exception as error:
-                if not isinstance(error, Passing) and not self.is_passing(error):
+                if not isinstance(error, Transient) and not self.is_transient(error):
                     raise
-                cause = error.__cause__ if isinstance(error, Passing) else error
+                cause = error.__cause__ if isinstance(error, Transient) else error
                 if time.monotonic() + delay > give_up:
                     if self._is_busy(cause):
                         forgive()
@@ -62,7 +62,7 @@ class Patience:
             time.sleep(delay)
         raise AssertionError("delays() has no end")
 
-    def is_passing(self, error: object) -> bool:
+    def is_transient(self, error: object) -> bool:
         """Whether *error*, or what it came from, is the database's and will pass."""
         return self._is_busy(error) or any(map(self.dialect.is_outage, _causes(error)))
 

@@ -24,7 +24,7 @@ from kombu import serialization
 from kombu.utils.uuid import uuid
 
 from celery_eda import context, transports
-from celery_eda.context import Capturing
+from celery_eda.context import Capture
 from celery_eda.message import ID_HEADER, Encoded, Identity, Lane, Message
 from celery_eda.template import Template
 
@@ -150,7 +150,7 @@ class Prepared:
         self._made_for: Any = None
 
     def send(
-        self, transaction: Capturing, name: str, args: Any, kwargs: Any, options: dict[str, Any]
+        self, transaction: Capture, name: str, args: Any, kwargs: Any, options: dict[str, Any]
     ) -> Any:
         """Publish in *transaction*, as Celery would; returns the task's result."""
         parent = self._app.current_worker_task
@@ -220,14 +220,14 @@ class Prepared:
     def _fill(
         self,
         form: Form,
-        transaction: Capturing,
+        transaction: Capture,
         name: str,
         arguments: Arguments,
         options: Mapping[str, Any],
         parent: Any,
     ) -> Any:
         """Publish the message that Celery would make, made by a form."""
-        context.require_voice(name)
+        context.refuse_publishing_if_silenced(name)
         task_id, identity = uuid(), Identity.fresh()
         values = self._values(form, task_id, identity, arguments, parent)
         _, _, body = form.body(arguments)

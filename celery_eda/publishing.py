@@ -112,7 +112,7 @@ class CapturingAMQP(AMQP):
         ) -> Any:
             transaction = context.current_transaction()
             if transaction is None:
-                context.require_voice(name)
+                context.refuse_publishing_if_silenced(name)
                 _forget_identity(options)
                 return send(producer, name, message, **options)
             replies = self._passes_reply_on(message)
@@ -173,7 +173,7 @@ class CapturingAMQP(AMQP):
         progress = context.in_progress.get()
         if progress and identity == progress.delivery.identity.next:
             return message.at(progress.delivery.position)
-        context.require_voice(task)
+        context.refuse_publishing_if_silenced(task)
         return message
 
     def _queue_of(self, declared: Sequence[Queue], exchange: str) -> str | None:

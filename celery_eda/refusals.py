@@ -50,7 +50,7 @@ _OF_TRANSPORT = frozenset(
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedMessage:
     """A message that may go once it has been kept.
 
     Attributes:
@@ -79,7 +79,7 @@ class Refusals:
     answer: Callable[[Message, Exception], Sequence[Message]]
     store: Store
 
-    def keep(self, refused: Refused) -> bool:
+    def keep(self, refused: RefusedMessage) -> bool:
         """Write the dead letter of *refused*, unless what became of it is recorded already.
 
         Returns:
@@ -88,7 +88,7 @@ class Refusals:
         letter, refusal, consumer = refused.letter, refused.refusal, refused.consumer
         tickets: list[Ticket] = []
         with self.engine.begin() as connection:
-            fresh = self.inbox.close(connection, consumer, refused.identity, Outcome.dead)
+            fresh = self.inbox.record_failure(connection, consumer, refused.identity, Outcome.dead)
             if fresh:
                 self.dead_letters.add(
                     connection,
@@ -104,7 +104,7 @@ class Refusals:
         return fresh
 
 
-def refused(message: Any, refusal: Refusal) -> Refused:
+def refused(message: Any, refusal: Refusal) -> RefusedMessage:
     """*message*, kombu's, that no task gets to see.
 
     It is known by its contents. Two that are alike in every byte, delivery tag included where a
@@ -131,10 +131,10 @@ def refused(message: Any, refusal: Refusal) -> Refused:
         exchange=exchange,
         routing_key=routing_key,
     )
-    return Refused(letter, refusal, CONSUMER, contents)
+    return RefusedMessage(letter, refusal, CONSUMER, contents)
 
 
-def given_up(message: Any) -> Refused:
+def given_up(message: Any) -> RefusedMessage:
     """*message*, kombu's, that a queue of the broker gave up.
 
     It is known as the consumer of its task knows it, who may have recorded its end before.
@@ -148,15 +148,15 @@ def given_up(message: Any) -> Refused:
     identity = _own_identity(message.headers) or _foreign_identity(message.headers)
     if identity is None or not letter.task:
         return replace(kept, letter=letter)
-    return Refused(replace(letter, identity=identity), kept.refusal, letter.task, identity)
+    return RefusedMessage(replace(letter, identity=identity), kept.refusal, letter.task, identity)
 
 
-def unread(payload: bytes) -> Refused:
+def unread(payload: bytes) -> RefusedMessage:
     """What could not even be read as a message."""
     identity = _identity_of(payload)
     letter = Message(identity, "", payload, "application/data", "binary", {}, {}, "", "")
     error = Malformed("not a message as kombu writes them")
-    return Refused(letter, Refusal(Reason.malformed, error), CONSUMER, identity)
+    return RefusedMessage(letter, Refusal(Reason.malformed, error), CONSUMER, identity)
 
 
 def storable(value: Any) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from celery_eda import addresses, context, handling, redaction
 from celery_eda.addresses import REPLY_HEADER
 from celery_eda.context import Collected
 from celery_eda.delivery import Delivery
-from celery_eda.handling import Ending
-from celery_eda.inbox import Handled, Outcome
+from celery_eda.handling import HandlerResult
+from celery_eda.inbox import Outcome, RecordedOutcome
 from celery_eda.message import Identity, Message
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.unit_of_work import UnitOfWork
@@ -30,13 +30,13 @@ REPLY_TASK = "celery_eda.reply"
 
 
 @dataclass(frozen=True)
-class Replies:
+class Responder:
     """Answers requests, each by an ordinary message of the transaction in progress."""
 
     app: Celery
     errors: RemoteErrors
 
-    def answer(self, unit: UnitOfWork, ending: Ending) -> None:
+    def answer(self, unit: UnitOfWork, ending: HandlerResult) -> None:
         """Say with what the handler ended, unless something else takes its place."""
         if unit.delivery.reply_to is None or unit.progress.replier:
             return
@@ -51,7 +51,7 @@ class Replies:
             described = self.errors.to_wire(error, redaction.secrets_in_hand())
             self._send(delivery, {"error": described})
 
-    def repeat(self, unit: UnitOfWork, handled: Handled) -> None:
+    def repeat(self, unit: UnitOfWork, handled: RecordedOutcome) -> None:
         """Answer a copy as the first one was answered, if that had an end of its own."""
         if unit.delivery.reply_to is None or handled.outcome not in (Outcome.done, Outcome.dead):
             return

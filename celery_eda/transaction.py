@@ -14,7 +14,7 @@ from weakref import ref
 from sqlalchemy import Connection
 
 from celery_eda import checkpoints
-from celery_eda.context import Capturing
+from celery_eda.context import Capture
 from celery_eda.errors import AutocommitTransaction
 from celery_eda.message import Identity, Message
 
@@ -38,7 +38,7 @@ class Store:
     add_apart: Callable[[Sequence[Message]], None]
 
 
-class Transaction(Capturing):
+class Transaction(Capture):
     """The messages published in one database transaction.
 
     Attributes:

@@ -14,7 +14,7 @@ from celery_eda.context import InProgress
 from celery_eda.delivery import Delivery
 from celery_eda.dialects.base import Dialect
 from celery_eda.errors import BrokenTransaction
-from celery_eda.patience import Passing
+from celery_eda.patience import Transient
 from celery_eda.transaction import Store, Transaction
 
 
@@ -38,7 +38,7 @@ class UnitsOfWork:
         """A transaction that captures what is published in it; undone unless it is committed.
 
         Raises:
-            Passing: the database went away.
+            Transient: the database went away.
         """
         with self.engine.connect() as connection:
             progress = InProgress(delivery, connection.begin())
@@ -49,7 +49,7 @@ class UnitsOfWork:
                     yield UnitOfWork(delivery, progress, outgoing, self.dialect, self.attempts)
             except Exception as error:
                 if connection.invalidated:
-                    raise Passing from error
+                    raise Transient from error
                 raise
             finally:
                 progress.finished = True

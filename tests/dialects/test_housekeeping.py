@@ -14,7 +14,7 @@ from celery_eda.attempts import Attempts
 from celery_eda.cursors import Cursor, Cursors
 from celery_eda.dead_letters import DeadLetters, Reason
 from celery_eda.housekeeping import BATCH, Housekeeping
-from celery_eda.inbox import Handled, Inbox, Outcome
+from celery_eda.inbox import Inbox, Outcome, RecordedOutcome
 from celery_eda.message import Identity, Lane, Message, Position
 from celery_eda.outbox import Outbox
 from celery_eda.remote_errors import RemoteErrors
@@ -240,7 +240,7 @@ def test_a_copy_that_comes_within_the_retention_is_absorbed_and_a_later_one_is_n
     with database.engine.begin() as connection:
         after = inbox.admit(connection, CONSUMER, identity)
 
-    assert within == Handled(Outcome.done, None)
+    assert within == RecordedOutcome(Outcome.done, None)
     assert after is None
 
 

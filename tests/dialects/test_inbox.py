@@ -11,14 +11,14 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from celery_eda.attempts import Attempts
-from celery_eda.inbox import GotAhead, Handled, Inbox, Outcome
+from celery_eda.inbox import GotAhead, Inbox, Outcome, RecordedOutcome
 from celery_eda.message import Identity
 from tests.databases import LOCKING, Database
 
 T = TypeVar("T")
 only_locking = pytest.mark.parametrize("database", LOCKING, indirect=True)
 only_leasing = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-DONE = Handled(Outcome.done, b"42")
+DONE = RecordedOutcome(Outcome.done, b"42")
 LOOKALIKES = ["shop.pay", "Shop.pay", "shop.pay ", "shop.páy", "shop.pa\u0301y", "shop.pay\u00a0"]
 
 
@@ -35,7 +35,7 @@ def until_it_passes(database: Database, step: Callable[[Connection], T]) -> T:
 
 def take_effect(
     database: Database, inbox: Inbox, consumer: str, identity: Identity, result: bytes = b"42"
-) -> Handled | None:
+) -> RecordedOutcome | None:
     """What the road does with a message: None if it took effect, else what the earlier copy did."""
 
     def attempt(connection: Connection) -> bool:
@@ -53,7 +53,9 @@ def take_effect(
     return recorded(database, inbox, consumer, identity)
 
 
-def recorded(database: Database, inbox: Inbox, consumer: str, identity: Identity) -> Handled | None:
+def recorded(
+    database: Database, inbox: Inbox, consumer: str, identity: Identity
+) -> RecordedOutcome | None:
     with database.engine.connect() as connection:
         return inbox.find(connection, consumer, identity)
 
@@ -77,7 +79,7 @@ def test_five_copies_at_once_take_effect_once_and_the_others_see_the_result(
     for _ in range(5):
         identity, start = Identity.fresh(), Barrier(5)
 
-        def copy(identity: Identity = identity, start: Barrier = start) -> Handled | None:
+        def copy(identity: Identity = identity, start: Barrier = start) -> RecordedOutcome | None:
             start.wait(10)
             return take_effect(database, inbox, "shop.pay", identity)
 
@@ -107,7 +109,7 @@ def test_a_copy_waits_for_the_end_of_the_one_in_progress(
     with database.engine.connect() as first, ThreadPoolExecutor(1) as worker:
         assert inbox.admit(first, "shop.pay", identity) is None
         inbox.record(first, "shop.pay", identity, result=b"42")
-        copy: Future[Handled | None] = worker.submit(
+        copy: Future[RecordedOutcome | None] = worker.submit(
             take_effect, database, inbox, "shop.pay", identity, b"of the copy"
         )
         with pytest.raises(NotYet):
@@ -142,7 +144,9 @@ def test_consumers_whose_names_only_look_alike_are_different_consumers(
 
     assert endings == [None] * len(LOOKALIKES)
     for each in LOOKALIKES:
-        assert recorded(database, inbox, each, identity) == Handled(Outcome.done, each.encode())
+        assert recorded(database, inbox, each, identity) == RecordedOutcome(
+            Outcome.done, each.encode()
+        )
 
 
 def test_each_revision_of_a_message_is_handled_once(database: Database, inbox: Inbox) -> None:
@@ -162,7 +166,7 @@ def test_an_admission_can_be_completed_with_any_outcome(
         inbox.admit(connection, "shop.pay", identity)
         inbox.record(connection, "shop.pay", identity, outcome)
 
-    assert recorded(database, inbox, "shop.pay", identity) == Handled(outcome, None)
+    assert recorded(database, inbox, "shop.pay", identity) == RecordedOutcome(outcome, None)
 
 
 @pytest.mark.parametrize("result", [b"", b"\0", bytes(range(256)) * 1024])
@@ -173,7 +177,7 @@ def test_a_result_is_read_as_it_was_recorded(
 
     take_effect(database, inbox, "shop.pay", identity, result)
 
-    assert recorded(database, inbox, "shop.pay", identity) == Handled(Outcome.done, result)
+    assert recorded(database, inbox, "shop.pay", identity) == RecordedOutcome(Outcome.done, result)
 
 
 def test_an_attempt_that_took_effect_cannot_be_closed_as_a_failure(
@@ -183,7 +187,7 @@ def test_an_attempt_that_took_effect_cannot_be_closed_as_a_failure(
     take_effect(database, inbox, "shop.pay", identity)
 
     with database.engine.begin() as connection:
-        closed = inbox.close(connection, "shop.pay", identity, Outcome.dead)
+        closed = inbox.record_failure(connection, "shop.pay", identity, Outcome.dead)
 
     assert not closed
     assert recorded(database, inbox, "shop.pay", identity) == DONE
@@ -194,10 +198,10 @@ def test_a_conflict_leaves_the_transaction_usable(database: Database, inbox: Inb
     take_effect(database, inbox, "shop.pay", taken)
 
     with database.engine.begin() as connection:
-        assert not inbox.close(connection, "shop.pay", taken, Outcome.dead)
-        assert inbox.close(connection, "shop.pay", fresh, Outcome.retried)
+        assert not inbox.record_failure(connection, "shop.pay", taken, Outcome.dead)
+        assert inbox.record_failure(connection, "shop.pay", fresh, Outcome.retried)
 
-    assert recorded(database, inbox, "shop.pay", fresh) == Handled(Outcome.retried, None)
+    assert recorded(database, inbox, "shop.pay", fresh) == RecordedOutcome(Outcome.retried, None)
 
 
 def test_a_row_that_the_table_refuses_is_an_error_and_not_a_copy(

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 
 from celery_eda import Event, RetryPolicy, checkpoints
 from celery_eda.errors import SagaError
-from celery_eda.replying import REPLY_TASK, Replies
+from celery_eda.replying import REPLY_TASK, Responder
 from celery_eda.saga_definition import Data, Steps
 from celery_eda.saga_engine import SagaEngine
 from celery_eda.saga_transition import Transition
@@ -205,7 +205,7 @@ def _kill_at_transitions() -> None:
 
 def _disturb_replies() -> None:
     """Some come twice, as another message and later; some come later in the first place."""
-    chance, publish = random.Random(), Replies._publish
+    chance, publish = random.Random(), Responder._publish
 
     def publish_somehow(
         self: Any, address: str, identity: Any, request: str, root: Any, outcome: Any
@@ -221,7 +221,7 @@ def _disturb_replies() -> None:
                 ignore_result=True,
             )
 
-    Replies._publish = publish_somehow  # type: ignore[method-assign]
+    Responder._publish = publish_somehow  # type: ignore[method-assign]
 
 
 if os.environ.get("ROAD_KILLS") == "1":

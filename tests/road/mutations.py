@@ -18,7 +18,7 @@ from celery_eda.inbox import Inbox
 from celery_eda.intake import Intake
 from celery_eda.message import Identity, Position
 from celery_eda.outbox import Outbox
-from celery_eda.replying import REPLY_TASK, Replies
+from celery_eda.replying import REPLY_TASK, Responder
 from celery_eda.task import ReliableRequest, ReliableTask
 from celery_eda.transports import confirm_channel, frames
 from celery_eda.transports.base import CONFIRMED
@@ -95,11 +95,11 @@ def no_reject_on_worker_lost() -> None:
 def retry_keeps_the_failed_attempt() -> None:
     run = handling.run
 
-    def run_and_keep(*arguments: Any) -> handling.Ending:
+    def run_and_keep(*arguments: Any) -> handling.HandlerResult:
         try:
             return run(*arguments)
         except Retry:
-            return handling.Ending(ignored=Ignore())
+            return handling.HandlerResult(ignored=Ignore())
 
     handling.run = run_and_keep
 
@@ -168,7 +168,7 @@ def acknowledged_before_it_is_kept() -> None:
 def reply_sent_before_the_commit() -> None:
     """A reply goes straight to the broker, beside the transaction that does the work."""
 
-    def publish(self: Replies, address: str, _: Any, correlation_id: str, *rest: Any) -> None:
+    def publish(self: Responder, address: str, _: Any, correlation_id: str, *rest: Any) -> None:
         with self.app.connection_for_write() as connection:
             connection.Producer().publish(
                 [[correlation_id, rest[-1]], {}, None],
@@ -177,7 +177,7 @@ def reply_sent_before_the_commit() -> None:
                 serializer="json",
             )
 
-    Replies._publish = publish  # type: ignore[method-assign]
+    Responder._publish = publish  # type: ignore[method-assign]
 
 
 def replies_need_no_queue() -> None:

@@ -19,7 +19,7 @@ from celery_eda.dead_letters import Reason
 from celery_eda.errors import TooLarge
 from celery_eda.inspection import Limits, Refusal, inspect
 from celery_eda.intake import printable
-from celery_eda.refusals import OTHERS, UNREADABLE_JSON, Refused, refused, storable
+from celery_eda.refusals import OTHERS, UNREADABLE_JSON, RefusedMessage, refused, storable
 from tests.road.hostile import Letter, letters
 
 ANY = Refusal(Reason.malformed, ValueError())
@@ -50,7 +50,7 @@ def received(letter: Letter) -> Message:
     )
 
 
-def kept(letter: Letter) -> Refused:
+def kept(letter: Letter) -> RefusedMessage:
     return refused(received(letter), ANY)
 
 
