@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Row, Select, Table, delete, insert, select, u
 
 from celery_eda.dialects.base import Dialect
 from celery_eda.errors import SagaError
-from celery_eda.saga_run import Kind, Record, Status
+from celery_eda.saga_record import Kind, Record, Status
 
 
 class State(str, Enum):
@@ -226,7 +226,7 @@ class SagaLog:
         values = {
             "saga": saga,
             "kind": record.kind.value,
-            "place": record.place,
+            "place": record.path,
             "attempt": record.attempt,
             "status": record.status.value,
             "timed_out": False,

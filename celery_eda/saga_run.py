@@ -1,14 +1,14 @@
-"""One look at a saga: from its definition and what is written down, what is to be done next.
+"""The interpreter of sagas: from a definition and the history so far to the next decisions.
 
-Nothing is done here, and nothing remembered: the same record gives the same decisions, whoever
-looks at it, on whichever worker. What was chosen once is in the record and is not chosen anew.
+Interpreting has no side effect and no memory: the same records give the same plan on every worker.
+A choice that was recorded once is read from its record and is not made again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from celery_eda.errors import SagaError, SagaTimeout
@@ -28,379 +28,281 @@ from celery_eda.saga_definition import (
     SubSaga,
     Wait,
 )
+from celery_eda.saga_plan import (
+    BUSY,
+    DONE,
+    FAILED,
+    AwaitSignal,
+    CancelSubSaga,
+    Plan,
+    Progress,
+    RecordChoice,
+    SendCommand,
+    StartTimer,
+    StopWaiting,
+    TakeLock,
+)
+from celery_eda.saga_record import Kind, Record, Status, part_name
 from celery_eda.tables import KEY_BYTES
 
 
-class Kind(str, Enum):
-    """What a record is about."""
-
-    step = "step"
-    undo = "undo"
-    lock = "lock"
-    wait = "wait"
-    sleep = "sleep"
-    signal = "signal"
-    choice = "choice"
-    taken = "taken"
-    round = "round"
-    pivot = "pivot"
-
-
-class Status(str, Enum):
-    """What has become of it.
-
-    ``open``: nothing yet. ``done``. ``failed``: with an error, or its time was over. ``skipped``:
-    by a person, as if it were done. ``again``: a person has it tried again. ``dropped``: nobody
-    waits for it any more.
-    """
-
-    open = "open"
-    done = "done"
-    failed = "failed"
-    skipped = "skipped"
-    again = "again"
-    dropped = "dropped"
-
-
 @dataclass(frozen=True)
-class Record:
-    """What is written down of one attempt at one part.
-
-    Attributes:
-        place: the name of the part, with the rounds of its loops.
-        ended: counts the ends of all records of the saga; None as long as it is open.
-        value: the result, the signal, what was chosen, or the error.
-        timed_out: whether it failed because its time was over: an outcome is still to come.
-    """
-
-    kind: Kind
-    place: str
-    attempt: int = 1
-    status: Status = Status.open
-    ended: int | None = None
-    value: Any = None
-    timed_out: bool = False
-    id: int = 0
-
-
-class Progress(Enum):
-    """How far a part has come."""
-
-    busy = "busy"
-    done = "done"
-    failed = "failed"
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Have a step done, for the first time or again.
-
-    Attributes:
-        undo: what it is to undo instead, if it is.
-    """
-
-    step: Step | SubSaga
-    place: str
-    attempt: int
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    delay: float = 0.0
-    undo: Record | None = None
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Have a sub-saga cancelled of which nobody wants anything any more."""
-
-    record: Record
-
-
-@dataclass(frozen=True)
-class Hold:
-    """Take a lock, or wait for it."""
-
-    part: Lock
-    place: str
-    key: str
-
-
-@dataclass(frozen=True)
-class Await:
-    """Begin to wait for a signal."""
-
-    part: Wait
-    place: str
-
-
-@dataclass(frozen=True)
-class Rest:
-    """Begin to sleep."""
-
-    part: Sleep
-    place: str
-
-
-@dataclass(frozen=True)
-class Note:
-    """Write down what was decided: a choice, which branches are taken, a round, the pivot."""
-
-    kind: Kind
-    place: str
-    value: Any = None
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Stop waiting."""
-
-    record: Record
-
-
-Decision = Ask | Stop | Hold | Await | Rest | Note | Drop
-
-
-@dataclass
-class Run:
+class Interpreter:
     """One look at one saga.
 
     Attributes:
-        decisions: what is to be done, in this order.
-        failure: why it cannot go on, if no record says so.
-        stuck: why it cannot be undone, and which record says so.
-        unsettled: whether something is under way that no part waits for: what a branch that was
-            given up did is still to be undone.
+        records: the history, in the order in which its records began.
     """
 
     definition: Definition
     data: Data
     records: Sequence[Record]
-    decisions: list[Decision] = field(default_factory=list)
-    failure: str | None = None
-    stuck: tuple[str, Record] | None = None
-    unsettled: bool = False
 
-    def __post_init__(self) -> None:
-        self._last: dict[tuple[Kind, str], Record] = {
-            (each.kind, each.place): each for each in self.records
-        }
-
-    # ── forward ─────────────────────────────────────────────────────────────────────────────
-
-    def forward(self) -> Progress:
-        """Go on as far as possible."""
-        return self._block(self.definition.body, "")
+    @cached_property
+    def _latest(self) -> Mapping[tuple[Kind, str], Record]:
+        return {(each.kind, each.path): each for each in self.records}
 
     @property
     def pivoted(self) -> bool:
-        """Whether there is no way back any more."""
-        return any(kind is Kind.pivot for kind, _ in self._last)
+        """True if the point of no return was passed before this look."""
+        return any(each.kind is Kind.pivot for each in self.records)
 
-    def _block(self, block: Block, rounds: str) -> Progress:
+    # ── forward ─────────────────────────────────────────────────────────────────────────────
+
+    def forward(self) -> Plan:
+        """Plan the next steps of the saga."""
+        return self._block(self.definition.body, "")
+
+    def _block(self, block: Block, rounds: str) -> Plan:
+        plan = DONE
         for part in block.parts:
-            if (progress := self._part(part, rounds)) is not Progress.done:
-                return progress
-        return Progress.done
+            plan = plan.followed_by(self._part(part, rounds))
+            if plan.progress is not Progress.done:
+                break
+        return plan
 
-    def _part(self, part: Part, rounds: str) -> Progress:
-        place = f"{part.name}{rounds}"
+    def _part(self, part: Part, rounds: str) -> Plan:
+        path = f"{part.name}{rounds}"
         match part:
             case Step() | SubSaga():
-                return self._step(part, place)
+                return self._step(part, path)
             case Lock():
-                return self._lock(part, place)
+                return self._lock(part, path)
             case Wait():
-                return self._wait(part, place)
+                return self._wait(part, path)
             case Sleep():
-                return self._sleep(part, place)
+                return self._sleep(part, path)
             case Pivot():
-                self._noted(Kind.pivot, place, lambda: True)
-                return Progress.done
+                _, recorded = self._chosen(Kind.pivot, path, lambda: True)
+                return recorded
             case Fail(why=why):
-                self.failure = f"{place}: {why}"
-                return Progress.failed
+                return Plan(Progress.failed, failure=f"{path}: {why}")
             case Choice():
-                return self._choice(part, place, rounds)
+                return self._choice(part, path, rounds)
             case Loop():
-                return self._loop(part, place, rounds)
+                return self._loop(part, rounds)
             case Parallel():
-                return self._parallel(part, rounds)
+                return self._parallel(part, path, rounds)
 
-    def _step(self, step: Step | SubSaga, place: str) -> Progress:
-        record = self._last.get((Kind.step, place))
+    def _step(self, step: Step | SubSaga, path: str) -> Plan:
+        record = self._latest.get((Kind.step, path))
         if record is None:
-            return self._ask(step, place, 1)
+            return self._command(step, path, 1)
         match record.status:
             case Status.open:
-                return Progress.busy
+                return BUSY
             case Status.done | Status.skipped:
-                return Progress.done
+                return DONE
             case Status.again:
-                return self._ask(step, place, record.attempt + 1)
-        return self._tried_again(step, record)
+                return self._command(step, path, record.attempt + 1)
+        return self._retry(step, record)
 
-    def _tried_again(
-        self, step: Step | SubSaga, record: Record, undo: Record | None = None
-    ) -> Progress:
-        """Ask again if the policy wants that; what may still take effect is not asked again."""
-        error = record.value if isinstance(record.value, Exception) else SagaTimeout(record.place)
+    def _retry(self, step: Step | SubSaga, record: Record, undo: Record | None = None) -> Plan:
+        """Send the command again if the step's policy allows it.
+
+        A step that timed out is not sent again: the first attempt may still take effect.
+        """
+        error = record.value if isinstance(record.value, Exception) else SagaTimeout(record.path)
         delay = None
         if isinstance(step, Step) and step.retry is not None and not record.timed_out:
             delay = step.retry(record.attempt, error)
         if delay is None:
-            return Progress.failed
-        return self._ask(step, record.place, record.attempt + 1, delay, undo)
+            return FAILED
+        return self._command(step, record.path, record.attempt + 1, delay, undo)
 
-    def _ask(
+    def _command(
         self,
         step: Step | SubSaga,
-        place: str,
+        path: str,
         attempt: int,
         delay: float = 0.0,
         undo: Record | None = None,
-    ) -> Progress:
+    ) -> Plan:
         give = step.give_undo if undo and isinstance(step, Step) else step.give
         data = dict(self.data)
         args, kwargs = ((), dict(give(data))) if give else ((data,), {})
-        self.decisions.append(Ask(step, place, attempt, args, kwargs, delay, undo))
-        return Progress.busy
+        command = SendCommand(step, path, attempt, args, kwargs, delay, undo)
+        return Plan(Progress.busy, (command,))
 
-    def _wait(self, part: Wait, place: str) -> Progress:
-        record = self._last.get((Kind.wait, place))
+    def _wait(self, part: Wait, path: str) -> Plan:
+        record = self._latest.get((Kind.wait, path))
         if record is None or record.status is Status.again:
-            self.decisions.append(Await(part, place))
-            return Progress.busy
-        return _progress_of(record)
+            return Plan(Progress.busy, (AwaitSignal(part, path),))
+        return _plan_of(record)
 
-    def _lock(self, part: Lock, place: str) -> Progress:
-        record = self._last.get((Kind.lock, place))
+    def _lock(self, part: Lock, path: str) -> Plan:
+        record = self._latest.get((Kind.lock, path))
         if record is None or record.status is Status.again:
             key = str(part.key(self.data))
             if len(key.encode()) > KEY_BYTES:
-                raise SagaError(f"the key of {place} is longer than {KEY_BYTES} bytes")
-            self.decisions.append(Hold(part, place, key))
-            return Progress.busy
-        return _progress_of(record)
+                raise SagaError(f"the key of {path} is longer than {KEY_BYTES} bytes")
+            return Plan(Progress.busy, (TakeLock(part, path, key),))
+        return _plan_of(record)
 
-    def _sleep(self, part: Sleep, place: str) -> Progress:
-        record = self._last.get((Kind.sleep, place))
+    def _sleep(self, part: Sleep, path: str) -> Plan:
+        record = self._latest.get((Kind.sleep, path))
         if record is None:
-            self.decisions.append(Rest(part, place))
-            return Progress.busy
-        return Progress.busy if record.status is Status.open else Progress.done
+            return Plan(Progress.busy, (StartTimer(part, path),))
+        return BUSY if record.status is Status.open else DONE
 
-    def _choice(self, choice: Choice, place: str, rounds: str) -> Progress:
+    def _choice(self, choice: Choice, path: str, rounds: str) -> Plan:
         def choose() -> int | None:
             held = (n for n, (condition, _) in enumerate(choice.cases) if condition(self.data))
             return next(held, None)
 
-        chosen = self._noted(Kind.choice, place, choose)
-        return Progress.done if chosen is None else self._block(choice.cases[chosen][1], rounds)
+        chosen, recorded = self._chosen(Kind.choice, path, choose)
+        if chosen is None:
+            return recorded
+        return recorded.followed_by(self._block(choice.cases[chosen][1], rounds))
 
-    def _loop(self, loop: Loop, place: str, rounds: str) -> Progress:
-        for number in range(1, loop.limit + 1):
+    def _loop(self, loop: Loop, rounds: str) -> Plan:
+        plan = DONE
+        for number in range(1, loop.limit + 2):
             inside = f"{rounds}[{number}]"
-            if not self._noted(Kind.round, f"{loop.name}{inside}", lambda: loop.again(self.data)):
-                return Progress.done
-            if (progress := self._block(loop.body, inside)) is not Progress.done:
-                return progress
-        more = self._noted(
-            Kind.round, f"{loop.name}{rounds}[{loop.limit + 1}]", lambda: loop.again(self.data)
-        )
-        if not more:
-            return Progress.done
-        self.failure = f"{loop.name}{rounds}: it went round more than {loop.limit} times"
-        return Progress.failed
+            again, recorded = self._chosen(
+                Kind.round, f"{loop.name}{inside}", lambda: loop.again(self.data)
+            )
+            plan = plan.followed_by(recorded)
+            if not again:
+                return plan
+            if number <= loop.limit:
+                plan = plan.followed_by(self._block(loop.body, inside))
+                if plan.progress is not Progress.done:
+                    return plan
+        failure = f"{loop.name}{rounds}: more than {loop.limit} rounds"
+        return plan.followed_by(Plan(Progress.failed, failure=failure))
 
-    def _parallel(self, parallel: Parallel, rounds: str) -> Progress:
-        before, place = len(self.decisions), f"{parallel.name}{rounds}"
-        ends, asked = [], []
-        for branch in parallel.branches:
-            begin = len(self.decisions)
-            ends.append(self._block(branch, rounds))
-            asked.append(self.decisions[begin:])
-        done = [number for number, end in enumerate(ends) if end is Progress.done]
-        if len(done) < parallel.need and (Kind.taken, place) not in self._last:
-            possible = len(ends) - ends.count(Progress.failed)
-            return Progress.busy if possible >= parallel.need else Progress.failed
-        # What the others were to do is not begun any more, and what they have done is undone.
-        del self.decisions[before:]
-        self.failure = None
-        taken = done
-        if parallel.need < len(ends):
-            taken = self._noted(Kind.taken, place, lambda: done[: parallel.need])
+    def _parallel(self, parallel: Parallel, path: str, rounds: str) -> Plan:
+        plans = [self._block(branch, rounds) for branch in parallel.branches]
+        done = [n for n, plan in enumerate(plans) if plan.progress is Progress.done]
+        if len(done) < parallel.need and (Kind.taken, path) not in self._latest:
+            return _all_of(plans, parallel.need)
+        taken, plan = done, DONE
+        if parallel.need < len(plans):
+            taken, plan = self._chosen(Kind.taken, path, lambda: done[: parallel.need])
+        # Branches that are not taken begin nothing more, and what they have done is compensated.
         for number, branch in enumerate(parallel.branches):
             if number in taken:
-                self.decisions += asked[number]
-            elif not self._undone(names_in(branch), rounds):
-                self.unsettled = True
-        return Progress.done
+                plan = plan.followed_by(plans[number])
+            else:
+                plan = plan.followed_by(self._abandoned(branch, rounds, plans[number]))
+        return replace(plan, progress=Progress.done, failure=None)
+
+    def _abandoned(self, branch: Block, rounds: str, plan: Plan) -> Plan:
+        """Compensate a *branch* that is not taken, instead of going on with its *plan*."""
+        undoing = self._undo(names_in(branch), rounds)
+        return Plan(
+            Progress.done,
+            undoing.decisions,
+            stuck=undoing.stuck or plan.stuck,
+            unsettled=undoing.progress is not Progress.done,
+        )
 
     # ── back ────────────────────────────────────────────────────────────────────────────────
 
-    def backward(self) -> Progress:
-        """Have everything undone that was done, the latest first."""
-        if self._undone(frozenset(self.definition.parts), ""):
-            return Progress.done
-        return Progress.failed if self.stuck else Progress.busy
+    def backward(self) -> Plan:
+        """Plan the compensation of the whole saga, the latest step first."""
+        return self._undo(frozenset(self.definition.parts), "")
 
-    def _undone(self, names: frozenset[str], rounds: str) -> bool:
-        """Whether all that these parts did is undone; if not, go on with that.
+    def _undo(self, names: frozenset[str], rounds: str) -> Plan:
+        """Plan the compensation of all that the parts with these *names* did.
 
-        What is still under way is waited for: nobody knows yet whether it has to be undone.
+        A step that is still under way is waited for: its outcome says if there is anything to
+        compensate.
         """
-        here = [each for each in self._last.values() if _is_of(each.place, names, rounds)]
-        for record in here:
-            if record.kind in (Kind.lock, Kind.wait, Kind.sleep) and record.status is Status.open:
-                self.decisions.append(Drop(record))
+        here = [each for each in self._latest.values() if _is_of(each.path, names, rounds)]
         steps = [each for each in here if each.kind is Kind.step]
         under_way = [each for each in steps if each.status is Status.open or each.timed_out]
-        for record in under_way:
-            if isinstance(self.definition.parts[name_of(record.place)], SubSaga):
-                self.decisions.append(Stop(record))
+        plan = Plan(
+            Progress.busy if under_way else Progress.done,
+            (
+                *(StopWaiting(each) for each in here if _is_open_wait(each)),
+                *(CancelSubSaga(each) for each in under_way if self._is_sub_saga(each)),
+            ),
+        )
         done = [each for each in steps if each.status is Status.done]
         for record in sorted(done, key=lambda each: each.ended or 0, reverse=True):
-            if not self._is_undone(record):
-                return False
-        return not under_way
+            undoing = self._undo_step(record)
+            if undoing.progress is not Progress.done:
+                return plan.followed_by(undoing)
+        return plan
 
-    def _is_undone(self, done: Record) -> bool:
-        step = self.definition.parts[name_of(done.place)]
+    def _undo_step(self, done: Record) -> Plan:
+        step = self.definition.parts[done.part]
         assert isinstance(step, Step | SubSaga), "only steps are recorded as such"
         if isinstance(step, Step) and step.undo is None:
-            return True
-        record = self._last.get((Kind.undo, done.place))
-        if record is None or record.status is Status.again:
-            attempt = record.attempt + 1 if record else 1
-            self._ask(step, done.place, attempt, undo=done)
-            return False
-        if record.status is Status.failed:
-            if self._tried_again(step, record, undo=done) is Progress.failed:
-                self.stuck = f"{done.place} cannot be undone", record
-            return False
-        return record.status is not Status.open
+            return DONE
+        record = self._latest.get((Kind.undo, done.path))
+        if record is None:
+            return self._command(step, done.path, 1, undo=done)
+        match record.status:
+            case Status.open:
+                return BUSY
+            case Status.again:
+                return self._command(step, done.path, record.attempt + 1, undo=done)
+            case Status.failed:
+                plan = self._retry(step, record, undo=done)
+                if plan.progress is Progress.failed:
+                    return Plan(Progress.failed, stuck=(f"{done.path} cannot be undone", record))
+                return plan
+        return DONE
 
-    def _noted(self, kind: Kind, place: str, decide: Callable[[], Any]) -> Any:
-        """What was decided there; decided now if it was not."""
-        if (record := self._last.get((kind, place))) is None:
-            value = decide()
-            self.decisions.append(Note(kind, place, value))
-            record = self._last[kind, place] = Record(kind, place, status=Status.done, value=value)
-        return record.value
+    def _is_sub_saga(self, record: Record) -> bool:
+        return isinstance(self.definition.parts[record.part], SubSaga)
+
+    def _chosen(self, kind: Kind, path: str, choose: Callable[[], Any]) -> tuple[Any, Plan]:
+        """The recorded choice; if there is none, a new one and the plan to record it."""
+        if (record := self._latest.get((kind, path))) is not None:
+            return record.value, DONE
+        value = choose()
+        return value, Plan(Progress.done, (RecordChoice(kind, path, value),))
 
 
-def _progress_of(record: Record) -> Progress:
-    if record.status in (Status.done, Status.skipped):
-        return Progress.done
-    return Progress.busy if record.status is Status.open else Progress.failed
+def _plan_of(record: Record) -> Plan:
+    match record.status:
+        case Status.done | Status.skipped:
+            return DONE
+        case Status.open:
+            return BUSY
+    return FAILED
 
 
-def name_of(place: str) -> str:
-    """The name of the part at *place*."""
-    return place.partition("[")[0]
+def _all_of(plans: Sequence[Plan], need: int) -> Plan:
+    """The *plans* of parallel branches; they have failed if fewer than *need* can still be done."""
+    failed = [plan for plan in plans if plan.progress is Progress.failed]
+    together = DONE
+    for plan in plans:
+        together = together.followed_by(plan)
+    reasons = [plan.failure for plan in failed if plan.failure is not None]
+    return replace(
+        together,
+        progress=Progress.busy if len(plans) - len(failed) >= need else Progress.failed,
+        failure=reasons[-1] if reasons else None,
+    )
 
 
 def names_in(block: Block) -> frozenset[str]:
-    """The names of all parts of *block*, those inside of others too."""
+    """The names of all parts of *block*, at any depth."""
     return frozenset(_names_in(block))
 
 
@@ -420,6 +322,10 @@ def _names_in(block: Block) -> Iterator[str]:
             yield from _names_in(each)
 
 
-def _is_of(place: str, names: frozenset[str], rounds: str) -> bool:
-    name = name_of(place)
-    return name in names and place.removeprefix(name).startswith(rounds)
+def _is_open_wait(record: Record) -> bool:
+    return record.kind in (Kind.lock, Kind.wait, Kind.sleep) and record.status is Status.open
+
+
+def _is_of(path: str, names: frozenset[str], rounds: str) -> bool:
+    name = part_name(path)
+    return name in names and path.removeprefix(name).startswith(rounds)

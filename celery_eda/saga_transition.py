@@ -15,7 +15,8 @@ from sqlalchemy import Connection
 
 from celery_eda.saga_definition import Definition, Definitions, Part, Step, SubSaga, Wait
 from celery_eda.saga_log import Saga, SagaLog
-from celery_eda.saga_run import Kind, Record, Run, Status, name_of
+from celery_eda.saga_record import Kind, Record, Status
+from celery_eda.saga_run import Interpreter
 
 
 @dataclass
@@ -41,21 +42,26 @@ class Transition:
         definition = definitions.of(saga.name, saga.version)
         return cls(connection, log, definition, saga, log.records(connection, id))
 
-    def run(self) -> Run:
-        """A look at it as it is now."""
-        return Run(self.definition, self.saga.data, tuple(self.records))
+    def interpreter(self) -> Interpreter:
+        """An interpreter of the saga as it is now."""
+        return Interpreter(self.definition, self.saga.data, tuple(self.records))
+
+    @property
+    def pivoted(self) -> bool:
+        """True if the saga has passed the point of no return."""
+        return self.interpreter().pivoted
 
     def part(self, record: Record) -> Part:
         """The part that a record is about."""
-        return self.definition.parts[name_of(record.place)]
+        return self.definition.parts[record.part]
 
     def find(self, id: int) -> Record | None:
         """The record of that id, if there is one."""
         return next((each for each in self.records if each.id == id), None)
 
     def latest(self, record: Record) -> Record:
-        """The latest record of the same kind and place."""
-        alike = [e for e in self.records if (e.kind, e.place) == (record.kind, record.place)]
+        """The latest record of the same kind and path."""
+        alike = [e for e in self.records if (e.kind, e.path) == (record.kind, record.path)]
         return alike[-1]
 
     def change(self, **what: Any) -> None:

@@ -19,7 +19,7 @@ from celery_eda.remote_errors import RemoteErrors
 from celery_eda.saga_definition import MISSING, Definition, Wait
 from celery_eda.saga_engine import News, SagaEngine
 from celery_eda.saga_log import Saga, SagaLog, State
-from celery_eda.saga_run import Kind, Record, Status, name_of
+from celery_eda.saga_record import Kind, Record, Status
 from celery_eda.saga_transition import Transition
 from celery_eda.tables import KEY_BYTES
 
@@ -64,66 +64,66 @@ class Sagas:
 
     def tell(self, connection: Connection, news: str, id: str, record: int) -> None:
         """Tell a saga what a record of it has waited for; it may be too late for that."""
-        turn = self.engine.lock(connection, id)
+        transition = self.engine.lock(connection, id)
         if News(news) is News.end:
-            self._take_end(turn, record)
+            self._take_end(transition, record)
             return
-        found = turn.find(record)
+        found = transition.find(record)
         if found is None or found.status is not Status.open:
             return
         if News(news) is News.lock:
-            turn.end(found, Status.done, value=found.value)
+            transition.end(found, Status.done, value=found.value)
         else:
-            self._time_is_over(turn, found)
-        self.engine.go_on(turn)
+            self._time_is_over(transition, found)
+        self.engine.go_on(transition)
 
-    def _take(self, turn: Transition, id: int, outcome: Any) -> None:
+    def _take(self, transition: Transition, id: int, outcome: Any) -> None:
         """Write down the outcome of a command, or of a sub-saga, and go on."""
-        record = turn.find(id)
+        record = transition.find(id)
         if record is None or record.status not in (Status.open, Status.failed):
             return
         if "error" in outcome:
             if record.status is Status.open or record.timed_out:
-                turn.end(record, Status.failed, error=outcome["error"])
+                transition.end(record, Status.failed, error=outcome["error"])
         else:
-            if turn.latest(record) is record:
-                turn.keep(record, outcome.get("result"))
+            if transition.latest(record) is record:
+                transition.keep(record, outcome.get("result"))
             else:
                 log.warning(
                     "a dead letter of the saga %s was sent again, and took effect beside the "
                     "attempt that followed it: %s",
-                    *(turn.saga.id, record.place),
+                    *(transition.saga.id, record.path),
                 )
-            turn.end(record, Status.done, value=outcome.get("result"))
-        is_undone = turn.saga.state in (State.compensated, State.cancelled)
+            transition.end(record, Status.done, value=outcome.get("result"))
+        is_undone = transition.saga.state in (State.compensated, State.cancelled)
         if is_undone and record.kind is Kind.step:  # and has something to undo after all
-            turn.change(state=State.compensating)
-        self.engine.go_on(turn)
+            transition.change(state=State.compensating)
+        self.engine.go_on(transition)
 
-    def _take_end(self, turn: Transition, record: int) -> None:
+    def _take_end(self, transition: Transition, record: int) -> None:
         """Take the end of a sub-saga for the outcome of what it was begun, or undone, by."""
-        part = self.log.sub_saga(turn.connection, record)
+        part = self.log.sub_saga(transition.connection, record)
         if part is None or not part.state.is_end:
             return
-        found = turn.find(record)
+        found = transition.find(record)
         undone = found is not None and found.kind is Kind.undo
         if undone == (part.state is not State.completed):
             outcome: dict[str, Any] = {"result": None if undone else dict(part.data)}
         else:
             error = SagaError(f"{part.id} is {part.state.value}: {part.error}")
             outcome = {"error": self.errors.to_wire(error)}
-        self._take(turn, record, outcome)
+        self._take(transition, record, outcome)
 
-    def _time_is_over(self, turn: Transition, record: Record) -> None:
-        part = turn.part(record)
+    def _time_is_over(self, transition: Transition, record: Record) -> None:
+        part = transition.part(record)
         if record.kind is Kind.sleep:
-            turn.end(record, Status.done)
+            transition.end(record, Status.done)
         elif isinstance(part, Wait) and part.default is not MISSING:
-            turn.end(record, Status.done, value=part.default)
-            turn.keep(record, part.default)
+            transition.end(record, Status.done, value=part.default)
+            transition.keep(record, part.default)
         else:
-            error = self.errors.to_wire(SagaTimeout(f"no outcome of {record.place} in time"))
-            turn.end(record, Status.failed, error=error, timed_out=record.kind is Kind.step)
+            error = self.errors.to_wire(SagaTimeout(f"no outcome of {record.path} in time"))
+            transition.end(record, Status.failed, error=error, timed_out=record.kind is Kind.step)
 
     # ── people ──────────────────────────────────────────────────────────────────────────────
 
@@ -133,22 +133,22 @@ class Sagas:
         Raises:
             SagaError: it waits for no such signal, has had it, or is over.
         """
-        turn = self.engine.lock(connection, id)
-        state = turn.saga.state
-        if not isinstance(turn.definition.parts.get(name), Wait) or state.is_end:
+        transition = self.engine.lock(connection, id)
+        state = transition.saga.state
+        if not isinstance(transition.definition.parts.get(name), Wait) or state.is_end:
             why = f"is {state.value}" if state.is_end else "waits for no such signal"
             raise SagaError(f"The saga {id} cannot be given {name!r}: it {why}.")
-        waits = [e for e in turn.records if e.kind is Kind.wait and name_of(e.place) == name]
+        waits = [e for e in transition.records if e.kind is Kind.wait and e.part == name]
         if waits and waits[-1].status is Status.open:
-            turn.end(waits[-1], Status.done, value=value, who=who)
-            turn.keep(waits[-1], value)
-            self.engine.go_on(turn)
+            transition.end(waits[-1], Status.done, value=value, who=who)
+            transition.keep(waits[-1], value)
+            self.engine.go_on(transition)
             return
-        if waits and waits[-1].place == name:  # in a loop it may be waited for once more
+        if waits and waits[-1].path == name:  # in a loop it may be waited for once more
             raise SagaError(f"The saga {id} does not wait for {name!r} any more.")
-        if any(each.kind is Kind.signal and each.place == name for each in turn.records):
+        if any(each.kind is Kind.signal and each.path == name for each in transition.records):
             raise SagaError(f"The saga {id} has been given {name!r} already.")
-        turn.begin(Record(Kind.signal, name, value=value), who=who)
+        transition.begin(Record(Kind.signal, name, value=value), who=who)
 
     def cancel(self, connection: Connection, id: str, who: str) -> None:
         """Have a saga undone.
@@ -158,39 +158,39 @@ class Sagas:
         """
         self.engine.cancel(self.engine.lock(connection, id), who)
 
-    def resume(self, connection: Connection, id: str, who: str, place: str | None = None) -> None:
-        """Have what failed tried again, and go on: all of it, or what failed at *place*.
+    def resume(self, connection: Connection, id: str, who: str, path: str | None = None) -> None:
+        """Have what failed tried again, and go on: all of it, or what failed at *path*.
 
         Raises:
             SagaError: it is not parked, or nothing failed there.
         """
-        self._treat(connection, id, place, Status.again, who)
+        self._treat(connection, id, path, Status.again, who)
 
-    def skip(self, connection: Connection, id: str, who: str, place: str) -> None:
-        """Take what failed at *place* for done, and go on.
+    def skip(self, connection: Connection, id: str, who: str, path: str) -> None:
+        """Take what failed at *path* for done, and go on.
 
         Raises:
             SagaError: it is not parked, or nothing failed there.
         """
-        self._treat(connection, id, place, Status.skipped, who)
+        self._treat(connection, id, path, Status.skipped, who)
 
     def _treat(
-        self, connection: Connection, id: str, place: str | None, status: Status, who: str
+        self, connection: Connection, id: str, path: str | None, status: Status, who: str
     ) -> None:
-        turn = self.engine.lock(connection, id)
-        saga = turn.saga
+        transition = self.engine.lock(connection, id)
+        saga = transition.saga
         if saga.state is not State.parked:
             raise SagaError(f"The saga {id} is {saga.state.value}, not parked: it needs nobody.")
         kinds = (Kind.undo,) if saga.back else (Kind.step, Kind.lock, Kind.wait, Kind.undo)
-        last = {(each.kind, each.place): each for each in turn.records}
+        last = {(each.kind, each.path): each for each in transition.records}
         failed = [
             each
             for each in last.values()
-            if each.kind in kinds and each.status is Status.failed and place in (None, each.place)
+            if each.kind in kinds and each.status is Status.failed and path in (None, each.path)
         ]
-        if place is not None and not failed:
-            raise SagaError(f"Nothing has failed at {place!r} of the saga {id}.")
+        if path is not None and not failed:
+            raise SagaError(f"Nothing has failed at {path!r} of the saga {id}.")
         for record in failed:
-            turn.end(record, status, who=who)
-        turn.change(state=State.compensating if saga.back else State.running, error=None)
-        self.engine.go_on(turn)
+            transition.end(record, status, who=who)
+        transition.change(state=State.compensating if saga.back else State.running, error=None)
+        self.engine.go_on(transition)

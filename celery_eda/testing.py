@@ -141,9 +141,9 @@ class SagaTest:
         """Resume a saga that is parked."""
         self._do(lambda connection: self._sagas.resume(connection, ID, "test"))
 
-    def skips(self, place: str) -> None:
+    def skips(self, path: str) -> None:
         """Skip what failed in a saga that is parked."""
-        self._do(lambda connection: self._sagas.skip(connection, ID, "test", place))
+        self._do(lambda connection: self._sagas.skip(connection, ID, "test", path))
 
     # ── running ─────────────────────────────────────────────────────────────────────────────
 

@@ -184,7 +184,7 @@ def _line(entry: Entry) -> dict[str, Any]:
     failed = isinstance(record.value, Exception)
     return {
         "kind": record.kind.value,
-        "place": record.place,
+        "place": record.path,
         "attempt": record.attempt,
         "status": "timed out" if record.timed_out else record.status.value,
         "value": f"{type(record.value).__name__}: {record.value}" if failed else record.value,

@@ -19,7 +19,7 @@ from celery_eda.message import Identity, Lane, Message, Position
 from celery_eda.outbox import Outbox
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.saga_log import Saga, SagaLog, State
-from celery_eda.saga_run import Kind, Record
+from celery_eda.saga_record import Kind, Record
 from celery_eda.settings import DAY, Settings
 from tests.databases import LOCKING, Database
 from tests.dialects.messages import message

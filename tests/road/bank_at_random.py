@@ -190,7 +190,7 @@ def _kill_at_transitions() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def end_and_die(self: Any, record: Any, status: Any, **how: Any) -> None:
-        ended.append(f"{record.kind.value}.{record.place}.{status.value}")
+        ended.append(f"{record.kind.value}.{record.path}.{status.value}")
         die_once("before")
         write_end(self, record, status, **how)
 

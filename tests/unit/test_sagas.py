@@ -146,7 +146,7 @@ def test_what_may_still_take_effect_is_not_tried_again(run: Any) -> None:
 
 def told_again(test: SagaTest, place: str, outcome: Any) -> End:
     """Tell a saga once more what has come of a step, and let it go on."""
-    entry = next(each for each in test.run().history if each.record.place == place)
+    entry = next(each for each in test.run().history if each.record.path == place)
     assert entry.request is not None
     request = entry.request
     test._do(lambda connection: test._sagas.hear(connection, request, outcome))
@@ -296,7 +296,7 @@ def test_a_loop_goes_round_as_long_as_it_is_to(run: Any) -> None:
 
     assert (end := long.run({"left": 1})).state == "compensated"
     assert end.calls == ["one"] * 5 + ["undo one"] * 5
-    assert end.error == "loop1: it went round more than 5 times"
+    assert end.error == "loop1: more than 5 rounds"
 
 
 def test_a_saga_may_say_that_it_goes_no_further(run: Any) -> None:
@@ -337,6 +337,22 @@ def quotes(steps: Steps) -> None:
                 steps.step(who, f"{who}.book", undo=f"{who}.release")
                 steps.step(f"{who}_sure", f"{who}.confirm")
     steps.step("go", "traveller.go")
+
+
+def test_the_reason_of_a_failure_survives_a_sibling_that_needs_only_one_branch(run: Any) -> None:
+    def describe(steps: Steps) -> None:
+        with steps.parallel("outer"):
+            with steps.branch():
+                steps.fail("refused", "out of stock")
+            with steps.branch(), steps.parallel("inner", need=1):
+                with steps.branch(), steps.when(lambda _: False):
+                    steps.step("one", "kitchen.one")
+                with steps.branch():
+                    steps.step("other", "kitchen.other")
+
+    end = run(describe).run({})
+
+    assert (end.state, end.error, end.calls) == ("compensated", "refused: out of stock", [])
 
 
 def test_the_first_branch_is_enough_and_what_the_others_did_is_undone(run: Any) -> None:
@@ -484,7 +500,7 @@ def effects(end: End) -> dict[str, int]:
     for entry in end.history:
         if entry.record.status.value == "done" and entry.record.kind.value in ("step", "undo"):
             change = 1 if entry.record.kind.value == "step" else -1
-            found[entry.record.place] = found.get(entry.record.place, 0) + change
+            found[entry.record.path] = found.get(entry.record.path, 0) + change
     return found
 
 
