@@ -212,7 +212,9 @@ def refuse_publishing_if_silenced(name: str) -> None:
         )
 
 
-# The identities of what is published right here, where that has to have the same ones each time.
+# The identities of a chord's messages, which have to be the same when a part's copy completes it.
+# Celery's backend publishes them itself, through methods that take no options of ours. Every other
+# publish gets its identity as the option `eda_identity`.
 _identities: ContextVar[Iterator[Identity] | None] = ContextVar(
     "celery_eda_identities", default=None
 )
@@ -220,7 +222,7 @@ _identities: ContextVar[Iterator[Identity] | None] = ContextVar(
 
 @contextmanager
 def identified(identities: Iterator[Identity]) -> Iterator[None]:
-    """Give these *identities*, one after the other, to what is published inside the block."""
+    """Give these *identities*, in this order, to the messages that complete a chord."""
     token = _identities.set(identities)
     try:
         yield
@@ -229,11 +231,11 @@ def identified(identities: Iterator[Identity]) -> Iterator[None]:
 
 
 def gives_identities() -> bool:
-    """Whether what is published right here is given its identities."""
+    """True while a chord is completed, whose messages have identities of their own."""
     return _identities.get() is not None
 
 
 def next_identity() -> Identity | None:
-    """The identity of what is published right now, if it is given one."""
+    """The identity of the next message of a chord that is completed; None elsewhere."""
     identities = _identities.get()
     return next(identities) if identities else None

@@ -78,7 +78,7 @@ class Emitting:
     def message_of(self, event: Event, identity: Identity) -> Message:
         """What Celery would send as a call with *event*, to the exchange of events."""
         collected = context.Collected()
-        with context.scope_of(collected), context.identified(iter([identity])):
+        with context.scope_of(collected):
             self.app.send_task(
                 EVENT_TASK,
                 (event.to_cloud(),),
@@ -88,6 +88,7 @@ class Emitting:
                 serializer="json",
                 argsrepr=f"({event.type!r},)",
                 ignore_result=True,
+                eda_identity=identity,
             )
         message: Message = collected.messages[0]
         # Whoever sends it makes the exchange, and the queues of its own subscriptions.

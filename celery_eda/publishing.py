@@ -108,7 +108,13 @@ class CapturingAMQP(AMQP):
         send = self._create_task_sender()
 
         def send_task_message(
-            producer: Any, name: str, message: Any, *, key: Any = None, **options: Any
+            producer: Any,
+            name: str,
+            message: Any,
+            *,
+            key: Any = None,
+            eda_identity: Identity | None = None,
+            **options: Any,
         ) -> Any:
             transaction = context.current_transaction()
             if transaction is None:
@@ -119,8 +125,9 @@ class CapturingAMQP(AMQP):
             recorder = RecordingProducer()
             # The task-sent event is about a sending that has not happened.
             send(recorder, name, message._replace(sent_event=None), **options)
+            identity = eda_identity or self._identify(recorder.recorded["headers"])
             lane = self.lane_of(name, key, message.body)
-            captured = self._captured(name, lane, recorder)
+            captured = self._captured(name, identity, lane, recorder)
             if progress := context.in_progress.get():
                 progress.observe(captured, replies=replies)
             transaction.capture(captured)
@@ -149,10 +156,11 @@ class CapturingAMQP(AMQP):
             key = key_of and key_of(*body[0], **body[1])
         return None if key is None else ordering.lane(self.app.eda.service, task, key)
 
-    def _captured(self, task: str, lane: Lane | None, recorder: RecordingProducer) -> Message:
+    def _captured(
+        self, task: str, identity: Identity, lane: Lane | None, recorder: RecordingProducer
+    ) -> Message:
         recorded = recorder.recorded
         headers = recorded.pop("headers")
-        identity = self._identify(headers)
         reliable = REPLY_HEADER in headers or self.app.eda.is_reliable(task)
         if headers.get("expires") and reliable:
             # The broker would drop it unseen; the worker that gets it makes a dead letter of it.
@@ -189,7 +197,7 @@ class CapturingAMQP(AMQP):
         return next(beside, None) if exchange else None
 
     def _identify(self, headers: dict[str, Any]) -> Identity:
-        """The identity of a message that is being published right now."""
+        """The identity of a message to which its publisher gave none."""
         if identity := context.next_identity():
             return identity
         progress = context.in_progress.get()

@@ -104,13 +104,15 @@ class Responder:
             argsrepr="(…)",  # results are nothing for logs
             kwargsrepr="{}",
         )
-        with context.identified(iter([identity])):
-            amqp.send_task_message(
-                *(None, REPLY_TASK, message),
-                queue=Queue(address),
-                declare=[],
-                serializer=self.app.conf.result_serializer,
-            )
+        amqp.send_task_message(
+            None,
+            REPLY_TASK,
+            message,
+            queue=Queue(address),
+            declare=[],
+            serializer=self.app.conf.result_serializer,
+            eda_identity=identity,
+        )
 
 
 def _identity(request: Identity, consumer: str) -> Identity:

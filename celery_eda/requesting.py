@@ -109,13 +109,13 @@ class Requesting:
             **options,
             "task_id": str(correlation_id),
             "headers": {**headers, REPLY_HEADER: where},
+            "eda_identity": identity,
         }
         try:
-            with context.identified(iter([identity])):
-                if isinstance(call, str):
-                    self.app.send_task(call, tuple(args), kwargs or {}, **options)
-                else:
-                    call.apply_async(tuple(args), kwargs or {}, **options)
+            if isinstance(call, str):
+                self.app.send_task(call, tuple(args), kwargs or {}, **options)
+            else:
+                call.apply_async(tuple(args), kwargs or {}, **options)
         except BaseException:
             results.take_preparation()
             outcome.give_up()
