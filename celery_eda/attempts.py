@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, Table, delete, select, update
 
 from celery_eda.dialects.base import Dialect
-from celery_eda.message import Identity
+from celery_eda.identity import Identity
 from celery_eda.tables import attempt, is_attempt
 
 #: The cause of a loss: the handler overran its hard time limit.

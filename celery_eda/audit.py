@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Row, Table, func, insert, select
 from celery_eda import redaction
 from celery_eda.dead_letters import Letter
 from celery_eda.dialects.base import Dialect
-from celery_eda.tables import NAME_LENGTH
+from celery_eda.limits import NAME_LENGTH
 
 
 class Action(str, Enum):

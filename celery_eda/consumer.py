@@ -40,8 +40,8 @@ from celery_eda.errors import (
 )
 from celery_eda.failures import Failures
 from celery_eda.handling import HandlerResult
+from celery_eda.identity import VERDICT, Identity
 from celery_eda.inbox import GotAhead, Inbox, Outcome, RecordedOutcome
-from celery_eda.message import VERDICT, Identity
 from celery_eda.order import TurnKeeper
 from celery_eda.patience import Transient, TransientErrors
 from celery_eda.replying import Responder

@@ -21,7 +21,8 @@ from celery_eda.errors import PublishingForbidden, TwoSessions
 if TYPE_CHECKING:
     from celery_eda.delivery import Delivery
     from celery_eda.event import Event
-    from celery_eda.message import Identity, Message
+    from celery_eda.identity import Identity
+    from celery_eda.message import Message
 
 
 class Capture:

@@ -33,8 +33,9 @@ from sqlalchemy import (
 
 from celery_eda import outbox
 from celery_eda.dialects.base import Dialect
+from celery_eda.identity import Lane, Position
 from celery_eda.inbox import GotAhead
-from celery_eda.message import Lane, Message, Position
+from celery_eda.message import Message
 
 
 class Turn(Enum):

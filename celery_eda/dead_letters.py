@@ -21,8 +21,8 @@ from celery_eda import outbox, redaction
 from celery_eda.arguments import Arguments
 from celery_eda.dialects.base import Dialect
 from celery_eda.errors import UnreadableBody
+from celery_eda.limits import NAME_LENGTH
 from celery_eda.message import Message
-from celery_eda.tables import NAME_LENGTH
 
 #: Characters of an error's text and of its traceback that are kept.
 LONGEST_ERROR = 10_000

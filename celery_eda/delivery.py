@@ -9,7 +9,8 @@ from celery.app.task import Context
 
 from celery_eda import addresses
 from celery_eda.addresses import REPLY_HEADER
-from celery_eda.message import HEADERS, PROPERTIES, WIRE, Identity, Message, Position, Wire
+from celery_eda.identity import HEADERS, WIRE, Identity, Position
+from celery_eda.message import PROPERTIES, Message, Wire
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from celery_eda import context, ordering
 from celery_eda.errors import InvalidEvent
 from celery_eda.event import EVENT_EXCHANGE, EVENT_TASK, Draft, Event, count_of
 from celery_eda.event_types import EventTypes
-from celery_eda.message import Identity, Message
+from celery_eda.identity import Identity
+from celery_eda.message import Message
 from celery_eda.publishing import Publisher
 from celery_eda.topics import checked_name
 

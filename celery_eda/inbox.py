@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, Table, Update, bindparam, func, select, update
 
 from celery_eda.dialects.base import Dialect
-from celery_eda.message import Identity
+from celery_eda.identity import Identity
 from celery_eda.tables import attempt, is_attempt
 
 

@@ -22,8 +22,8 @@ from kombu.serialization import SKIP_DECODE
 from celery_eda import addresses
 from celery_eda.dead_letters import Reason
 from celery_eda.errors import Malformed, TooLarge, Undecodable
-from celery_eda.message import Identity, Position
-from celery_eda.tables import NAME_LENGTH
+from celery_eda.identity import Identity, Position
+from celery_eda.limits import NAME_LENGTH, Limits
 from celery_eda.transports.base import UNREADABLE
 
 #: Characters of an id, an address or another name; of texts for people.
@@ -41,19 +41,6 @@ _SMALL = frozenset((type(None), bool, int, float))
 EMBEDDED = ("callbacks", "errbacks", "chain", "chord")
 #: A header of such a name would hide what Celery, or a task, calls on its request.
 _RESERVED = frozenset(name for name in dir(Context) if callable(getattr(Context, name)))
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How large a message may be.
-
-    Attributes:
-        bytes: of its body, and of its headers, as they came.
-        nesting: lists and mappings within each other.
-    """
-
-    bytes: int
-    nesting: int
 
 
 @dataclass(frozen=True)

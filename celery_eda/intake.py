@@ -22,7 +22,8 @@ from kombu.common import ignore_errors
 from celery_eda import compression
 from celery_eda.dead_letters import Reason
 from celery_eda.errors import Malformed
-from celery_eda.inspection import Limits, Refusal, inspect
+from celery_eda.inspection import Refusal, inspect
+from celery_eda.limits import Limits
 from celery_eda.refusals import RefusedMessage, given_up, refused, unread
 from celery_eda.retry import delays
 from celery_eda.transports import undelivered

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from celery_eda.errors import InvalidKey
-from celery_eda.message import Lane
-from celery_eda.tables import KEY_BYTES
+from celery_eda.identity import Lane
+from celery_eda.limits import KEY_BYTES
 
 #: What ``@eda.task(key=…)`` takes: a parameter's name, or a function of the task's arguments.
 Key = str | Callable[..., Any]

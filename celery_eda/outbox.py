@@ -20,7 +20,8 @@ from sqlalchemy import Connection, Row, Table, select
 
 from celery_eda import redaction
 from celery_eda.dialects.base import Dialect
-from celery_eda.message import Encoded, Identity, Message
+from celery_eda.identity import Identity
+from celery_eda.message import Encoded, Message
 
 log = logging.getLogger(__name__)
 

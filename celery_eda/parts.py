@@ -29,7 +29,7 @@ from celery_eda.failures import Failures
 from celery_eda.folding import Folding
 from celery_eda.housekeeping import Housekeeping
 from celery_eda.inbox import Inbox
-from celery_eda.inspection import Limits
+from celery_eda.limits import Limits
 from celery_eda.mailbox import Mailbox
 from celery_eda.message import Message
 from celery_eda.order import TurnKeeper

@@ -25,7 +25,8 @@ from kombu.utils.uuid import uuid
 
 from celery_eda import context, transports
 from celery_eda.context import Capture
-from celery_eda.message import ID_HEADER, Encoded, Identity, Lane, Message
+from celery_eda.identity import ID_HEADER, Identity, Lane
+from celery_eda.message import Encoded, Message
 from celery_eda.template import Template
 
 if TYPE_CHECKING:

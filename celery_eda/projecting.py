@@ -35,14 +35,15 @@ from sqlalchemy.exc import OperationalError
 
 from celery_eda import context
 from celery_eda.arguments import Arguments
+from celery_eda.column_types import LongText
 from celery_eda.cursors import Cursor, Cursors, Turn
 from celery_eda.errors import InvalidEvent, RebuildError
 from celery_eda.event import Event
 from celery_eda.event_types import EventTypes
-from celery_eda.message import ORDER_HEADER, Lane, Message, Position
+from celery_eda.identity import ORDER_HEADER, Lane, Position
+from celery_eda.message import Message
 from celery_eda.projections import Projection, Projections, Shadow, Values
 from celery_eda.subscriptions import Subscriptions
-from celery_eda.tables import LongText
 
 #: Events that a shadow is fed with in one transaction.
 AT_ONCE = 500

@@ -27,7 +27,7 @@ from celery_eda.dialects.base import Dialect
 from celery_eda.errors import ConfigurationError, InvalidEvent
 from celery_eda.event import Event
 from celery_eda.inbox import GotAhead
-from celery_eda.tables import NAME_LENGTH
+from celery_eda.limits import NAME_LENGTH
 
 #: A row of the table as a dictionary; None where there is none.
 Values = Mapping[str, Any]

@@ -23,7 +23,8 @@ from kombu.utils.imports import symbol_by_name
 from celery_eda import context, ordering, replying, results
 from celery_eda.addresses import REPLY_HEADER
 from celery_eda.errors import OutsideTransaction
-from celery_eda.message import HEADERS, Identity, Lane, Message
+from celery_eda.identity import HEADERS, Identity, Lane
+from celery_eda.message import Message
 from celery_eda.prepared import Prepared
 from celery_eda.recording import RecordingPool, RecordingProducer
 from celery_eda.transports import SafeConnection, undelivered

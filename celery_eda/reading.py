@@ -8,7 +8,8 @@ from uuid import UUID
 
 from kombu.serialization import prepare_accept_content
 
-from celery_eda.inspection import Limits, inspect
+from celery_eda.inspection import inspect
+from celery_eda.limits import Limits
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.replying import REPLY_TASK
 

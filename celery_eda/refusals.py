@@ -19,10 +19,11 @@ from sqlalchemy import Engine
 from celery_eda.dead_letters import DeadLetters, Reason, text_of
 from celery_eda.errors import Malformed, WorkersLost
 from celery_eda.event import EVENT_EXCHANGE
+from celery_eda.identity import Identity
 from celery_eda.inbox import Inbox, Outcome
 from celery_eda.inspection import Refusal
-from celery_eda.message import PROPERTIES, Identity, Message
-from celery_eda.tables import NAME_LENGTH
+from celery_eda.limits import NAME_LENGTH
+from celery_eda.message import PROPERTIES, Message
 from celery_eda.transaction import Store, Ticket
 from celery_eda.transports import undelivered
 

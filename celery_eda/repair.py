@@ -19,8 +19,9 @@ from celery_eda.audit import Action, Audit, Author, Entry
 from celery_eda.cursors import Cursors, Turn
 from celery_eda.dead_letters import DeadLetters, Filter, Letter, Reason, State
 from celery_eda.errors import NotItsTurn, UnreadableBody
+from celery_eda.identity import ORDER_HEADER, REPLAY_HEADER
 from celery_eda.inbox import GotAhead
-from celery_eda.message import ORDER_HEADER, REPLAY_HEADER, Message
+from celery_eda.message import Message
 from celery_eda.transaction import Store
 
 #: What a broker writes into a message that it has put aside.

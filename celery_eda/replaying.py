@@ -15,7 +15,8 @@ from sqlalchemy import Engine
 from celery_eda.errors import InvalidEvent
 from celery_eda.event import Event
 from celery_eda.event_store import Choice, EventStore
-from celery_eda.message import REPLAY_HEADER, Identity, Message, Position
+from celery_eda.identity import REPLAY_HEADER, Identity, Position
+from celery_eda.message import Message
 from celery_eda.subscriptions import PREFIX
 
 #: Events that go to the outbox in one transaction.

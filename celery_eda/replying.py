@@ -20,8 +20,9 @@ from celery_eda.addresses import REPLY_HEADER
 from celery_eda.context import Collected
 from celery_eda.delivery import Delivery
 from celery_eda.handling import HandlerResult
+from celery_eda.identity import Identity
 from celery_eda.inbox import Outcome, RecordedOutcome
-from celery_eda.message import Identity, Message
+from celery_eda.message import Message
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.unit_of_work import UnitOfWork
 

@@ -20,8 +20,9 @@ from celery import Celery, Signature, Task
 from celery_eda import addresses, context, results
 from celery_eda.addresses import REPLY_HEADER, Kind
 from celery_eda.errors import RequestError, UnknownRequest, UnsentRequest
+from celery_eda.identity import Identity
 from celery_eda.mailbox import Mailbox
-from celery_eda.message import Identity, Message
+from celery_eda.message import Message
 from celery_eda.publishing import Publisher
 from celery_eda.reading import Failed
 from celery_eda.reply import Awaited, Outcome, Recorded, Replies, Reply

@@ -23,7 +23,7 @@ from celery.result import AsyncResult, GroupResult, result_from_tuple
 from kombu import Exchange, Queue
 
 from celery_eda import context, transports
-from celery_eda.message import Identity
+from celery_eda.identity import Identity
 
 #: What has to precede a message: names and arguments, as :func:`prepare` knows them.
 Preparation = tuple[tuple[str, Any], ...]

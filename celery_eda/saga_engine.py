@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 from celery_eda import context, redaction
 from celery_eda.addresses import SAGA_HEADER
 from celery_eda.errors import SagaError
+from celery_eda.limits import KEY_BYTES
 from celery_eda.reply import Reply
 from celery_eda.saga_definition import Data, Definitions, Lock, SubSaga, Wait
 from celery_eda.saga_locks import SagaLocks
@@ -33,7 +34,6 @@ from celery_eda.saga_plan import (
 )
 from celery_eda.saga_record import Kind, Record, Status
 from celery_eda.saga_transition import Transition
-from celery_eda.tables import KEY_BYTES
 
 log = redaction.logger(__name__)
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from celery_eda.errors import SagaError, SagaTimeout
+from celery_eda.limits import KEY_BYTES
 from celery_eda.saga_definition import (
     Block,
     Choice,
@@ -43,7 +44,6 @@ from celery_eda.saga_plan import (
     TakeLock,
 )
 from celery_eda.saga_record import Kind, Record, Status, part_name
-from celery_eda.tables import KEY_BYTES
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from sqlalchemy import Connection
 
 from celery_eda import redaction
 from celery_eda.errors import SagaError, SagaTimeout
+from celery_eda.limits import KEY_BYTES
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.saga_definition import MISSING, Definition, Wait
 from celery_eda.saga_engine import News, SagaEngine
 from celery_eda.saga_log import Saga, SagaLog, State
 from celery_eda.saga_record import Kind, Record, Status
 from celery_eda.saga_transition import Transition
-from celery_eda.tables import KEY_BYTES
 
 log = redaction.logger(__name__)
 

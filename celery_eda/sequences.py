@@ -15,7 +15,8 @@ from typing import Any
 from sqlalchemy import Connection, Row, Table, select, update
 
 from celery_eda.dialects.base import Dialect
-from celery_eda.message import ORDER_HEADER, Lane, Message, Position
+from celery_eda.identity import ORDER_HEADER, Lane, Position
+from celery_eda.message import Message
 
 
 @dataclass(frozen=True)

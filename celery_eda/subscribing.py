@@ -17,7 +17,7 @@ from celery_eda import context
 from celery_eda.errors import ConfigurationError
 from celery_eda.event import Event
 from celery_eda.event_types import EventTypes
-from celery_eda.message import ORDER_HEADER, REPLAY_HEADER
+from celery_eda.identity import ORDER_HEADER, REPLAY_HEADER
 from celery_eda.projecting import Projecting
 from celery_eda.projections import Apply, Projection, Projections
 from celery_eda.subscriptions import Subscription, Subscriptions

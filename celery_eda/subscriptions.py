@@ -19,8 +19,8 @@ from kombu.transport import virtual
 from celery_eda import topics
 from celery_eda.errors import ConfigurationError
 from celery_eda.event import EVENT_EXCHANGE, EVENT_TASK, OF_ONE_WORKER
-from celery_eda.message import ORDER_HEADER
-from celery_eda.tables import NAME_LENGTH
+from celery_eda.identity import ORDER_HEADER
+from celery_eda.limits import NAME_LENGTH
 
 #: What the names of the queues begin with, before the service and the task.
 PREFIX = "eda.on."

@@ -13,71 +13,21 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
-    DateTime,
-    Dialect,
     Float,
     Index,
     Integer,
-    LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
     String,
     Table,
-    Text,
-    TypeDecorator,
-    Uuid,
     and_,
     bindparam,
 )
-from sqlalchemy.dialects import mysql
 from sqlalchemy.sql import ColumnElement
-from sqlalchemy.sql.type_api import TypeEngine
 
-from celery_eda.message import Identity
-
-# SQLite counts rows only in a column of the type INTEGER, and with AUTOINCREMENT gives no id twice.
-Identifier = BigInteger().with_variant(Integer(), "sqlite")
-Moment = DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
-Bytes = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
-LongText = Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
-# Stored alike by MariaDB's two dialect names, of which one knows a native UUID type.
-MessageId: TypeEngine[Any] = Uuid().with_variant(
-    Uuid(native_uuid=False), "mysql", "mariadb", "sqlite"
-)
-NAME_LENGTH = 255
-#: Bytes of an ordering key, or of a service's name, in UTF-8: an index of MariaDB holds no more.
-KEY_BYTES = 255
-
-
-class Name(TypeDecorator[str]):
-    """Text that is compared byte by byte, of at most *octets* bytes.
-
-    MariaDB and MySQL ignore trailing blanks, but in collations that the other one does not have:
-    there the text is kept as bytes.
-    """
-
-    impl = String(NAME_LENGTH)
-    cache_ok = True
-
-    def __init__(self, octets: int = 4 * NAME_LENGTH) -> None:
-        super().__init__()
-        self.octets = octets
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        if _keeps_bytes(dialect):
-            return dialect.type_descriptor(mysql.VARBINARY(self.octets))
-        return dialect.type_descriptor(String(NAME_LENGTH))
-
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> Any:
-        return value.encode() if value is not None and _keeps_bytes(dialect) else value
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
-        return value.decode() if isinstance(value, bytes) else value
-
-
-def _keeps_bytes(dialect: Dialect) -> bool:
-    return dialect.name in ("mysql", "mariadb")
-
+from celery_eda.column_types import Bytes, Identifier, LongText, MessageId, Moment, Name
+from celery_eda.identity import Identity
+from celery_eda.limits import KEY_BYTES, NAME_LENGTH
 
 _OPTIONS: dict[str, Any] = {
     "mysql_engine": "InnoDB",

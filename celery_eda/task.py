@@ -21,7 +21,8 @@ from sqlalchemy.orm import Session
 
 from celery_eda import checkpoints, context
 from celery_eda.errors import ConfigurationError, UnsafeSetting
-from celery_eda.message import VERDICT, WIRE, Wire
+from celery_eda.identity import VERDICT, WIRE
+from celery_eda.message import Wire
 from celery_eda.ordering import Key, key_function
 from celery_eda.reply import Reply
 from celery_eda.retry import Policy, checked

@@ -16,7 +16,8 @@ from sqlalchemy import Connection
 from celery_eda import checkpoints
 from celery_eda.context import Capture
 from celery_eda.errors import AutocommitTransaction
-from celery_eda.message import Identity, Message
+from celery_eda.identity import Identity
+from celery_eda.message import Message
 
 #: What is known of a message that was written: the id of its row in the outbox, or the name of
 #: the queue that it was put into.

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from benchmarks.contestants import marks
 from benchmarks.contestants.serving import PAYLOAD, environment, serve
 from celery_eda import EDA, Event, checkpoints
-from celery_eda.message import Identity
+from celery_eda.identity import Identity
 from celery_eda.outbox import Pending
 from celery_eda.relay import CHAIN
 from tests.road.tables import effects, orders

@@ -19,7 +19,8 @@ from kombu import Connection, Queue
 from redis import Redis
 
 from benchmarks.contestants.serving import PAYLOAD, environment, serve
-from celery_eda.message import Identity, Message
+from celery_eda.identity import Identity
+from celery_eda.message import Message
 from celery_eda.recording import RecordingProducer
 from celery_eda.transports.frames import Frames
 

@@ -30,7 +30,7 @@ from celery_eda.cli.options import MOMENT, JSONValue, Rate, as_json, options
 from celery_eda.cli.service import confirm, printable, service_of
 from celery_eda.dead_letters import Filter, Letter, State
 from celery_eda.errors import RepairError, UnreadableBody
-from celery_eda.message import ORDER_HEADER
+from celery_eda.identity import ORDER_HEADER
 from celery_eda.repair import End, edited, in_order
 
 #: Letters read at once.

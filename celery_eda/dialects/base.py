@@ -35,10 +35,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError, TimeoutError
 
+from celery_eda.column_types import Moment
 from celery_eda.dialects import idle
 from celery_eda.dialects.statements import chosen, made_once
 from celery_eda.errors import ConfigurationError
-from celery_eda.tables import Moment
 
 if TYPE_CHECKING:
     from celery_eda.dialects.queueing import Queueing

@@ -29,10 +29,10 @@ from sqlalchemy.dialects.mysql import Insert, insert
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
+from celery_eda.column_types import Moment
 from celery_eda.dialects.base import Dialect, Values
 from celery_eda.dialects.statements import made_once
 from celery_eda.errors import SchemaOutdated
-from celery_eda.tables import Moment
 
 #: Seconds; below the read time-out.
 LOCK_TIMEOUT = 50

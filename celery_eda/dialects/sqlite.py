@@ -33,11 +33,11 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from celery_eda.column_types import Moment
 from celery_eda.dialects.base import Values
 from celery_eda.dialects.sqlite_queueing import SQLiteQueueing
 from celery_eda.dialects.statements import chosen, made_once
 from celery_eda.dialects.upserting import Upserting
-from celery_eda.tables import Moment
 
 _BEGINS_NOTHING = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN")
 _CODES = {

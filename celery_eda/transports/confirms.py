@@ -12,7 +12,7 @@ from typing import Any
 
 from amqp.exceptions import ChannelError, UnexpectedFrame
 
-from celery_eda.message import ID_HEADER, REVISION_HEADER
+from celery_eda.identity import ID_HEADER, REVISION_HEADER
 from celery_eda.transports.base import CONFIRMED, Answer, Sendable, Verdict
 
 #: The broker's code for a message that no queue would get.

@@ -11,8 +11,9 @@ from sqlalchemy import Connection, create_engine, select, update
 from sqlalchemy.exc import OperationalError
 
 from celery_eda.cursors import Cursor, Cursors, PlaceTaken, Turn
+from celery_eda.identity import Lane, Position
 from celery_eda.inbox import GotAhead
-from celery_eda.message import Lane, Message, Position
+from celery_eda.message import Message
 from tests.databases import Database
 from tests.dialects.messages import message
 

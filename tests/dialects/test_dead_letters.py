@@ -9,7 +9,8 @@ from sqlalchemy import select, update
 
 from celery_eda import outbox
 from celery_eda.dead_letters import LONGEST_ERROR, DeadLetters, Filter, Letter, Reason, State
-from celery_eda.message import Lane, Message, Position
+from celery_eda.identity import Lane, Position
+from celery_eda.message import Message
 from tests.databases import Database
 from tests.dialects.messages import message
 

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, select
 from celery_eda.errors import InvalidEvent, VersionConflict
 from celery_eda.event import Draft, Event
 from celery_eda.event_store import Choice, EventStore, fold
-from celery_eda.message import Lane
+from celery_eda.identity import Lane
 from celery_eda.sequences import Sequences
 from tests.databases import Database
 from tests.dialects.messages import message

@@ -11,8 +11,8 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from celery_eda.attempts import Attempts
+from celery_eda.identity import Identity
 from celery_eda.inbox import GotAhead, Inbox, Outcome, RecordedOutcome
-from celery_eda.message import Identity
 from tests.databases import LOCKING, Database
 
 T = TypeVar("T")

@@ -12,7 +12,8 @@ from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError
 
 from celery_eda import outbox as outbox_module
-from celery_eda.message import Identity, Message
+from celery_eda.identity import Identity
+from celery_eda.message import Message
 from celery_eda.outbox import Outbox
 from tests.databases import LOCKING, Database
 from tests.dialects.messages import message

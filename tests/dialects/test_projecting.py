@@ -20,8 +20,8 @@ from celery_eda import EDA, Event, projecting
 from celery_eda.cursors import Turn
 from celery_eda.errors import ConfigurationError, InvalidEvent, PublishingForbidden, RebuildError
 from celery_eda.event_store import fold
+from celery_eda.identity import Position
 from celery_eda.inbox import GotAhead
-from celery_eda.message import Position
 from celery_eda.projections import Shadow
 from tests.databases import Database
 

@@ -20,7 +20,8 @@ from celery_eda.audit import Audit, Author
 from celery_eda.cursors import Cursors
 from celery_eda.dead_letters import DeadLetters, Letter, Reason
 from celery_eda.errors import NotItsTurn, UnreadableBody
-from celery_eda.message import Lane, Message, Position
+from celery_eda.identity import Lane, Position
+from celery_eda.message import Message
 from celery_eda.outbox import Outbox
 from celery_eda.repair import End, Repair, in_order
 from celery_eda.transaction import Store

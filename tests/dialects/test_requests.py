@@ -12,7 +12,8 @@ from sqlalchemy import select
 
 from celery_eda.addresses import REPLY_HEADER
 from celery_eda.errors import UnknownRequest
-from celery_eda.message import Identity, Message
+from celery_eda.identity import Identity
+from celery_eda.message import Message
 from celery_eda.requests import Requests
 from tests.databases import Database
 

@@ -13,7 +13,8 @@ import pytest
 from sqlalchemy import Connection, select, update
 from sqlalchemy.exc import OperationalError
 
-from celery_eda.message import Lane, Message, Position
+from celery_eda.identity import Lane, Position
+from celery_eda.message import Message
 from celery_eda.sequences import Sequences
 from tests.databases import Database
 from tests.dialects.messages import message

@@ -14,9 +14,9 @@ from sqlalchemy import Connection as DatabaseConnection
 
 from celery_eda import handling, publishing, relay, results
 from celery_eda.attempts import Attempts
+from celery_eda.identity import Identity, Position
 from celery_eda.inbox import Inbox
 from celery_eda.intake import Intake
-from celery_eda.message import Identity, Position
 from celery_eda.outbox import Outbox
 from celery_eda.replying import REPLY_TASK, Responder
 from celery_eda.task import ReliableRequest, ReliableTask

@@ -10,7 +10,8 @@ from uuid import UUID, uuid4
 import amqp
 from kombu import Connection, Queue
 
-from celery_eda.message import Identity, Message
+from celery_eda.identity import Identity
+from celery_eda.message import Message
 from celery_eda.transports.base import Answer, Pipelined, Transport, Verdict
 
 BODY = b'[[1, 2], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'

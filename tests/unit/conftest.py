@@ -16,7 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from celery_eda import context
-from celery_eda.message import Identity, Message
+from celery_eda.identity import Identity
+from celery_eda.message import Message
 from celery_eda.outbox import Outbox
 from celery_eda.transaction import Store
 from tests.databases import VENDORS, Database, connect

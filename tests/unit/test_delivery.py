@@ -26,7 +26,8 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from celery_eda import EDA, outbox
 from celery_eda.errors import BrokenTransaction, NoDelivery, NoNextAttempt, UnsafeSetting
-from celery_eda.message import WIRE, Message, Wire
+from celery_eda.identity import WIRE
+from celery_eda.message import Message, Wire
 from celery_eda.task import ReliableTask
 from tests.databases import Database
 from tests.road.tables import effects

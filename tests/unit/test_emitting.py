@@ -23,7 +23,8 @@ from celery_eda.errors import (
     VersionConflict,
 )
 from celery_eda.event import EVENT_EXCHANGE, EVENT_TASK
-from celery_eda.message import ORDER_HEADER, Message
+from celery_eda.identity import ORDER_HEADER
+from celery_eda.message import Message
 from celery_eda.task import ReliableTask
 
 

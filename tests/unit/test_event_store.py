@@ -11,7 +11,7 @@ import pytest
 from celery_eda import context
 from celery_eda.errors import VersionConflict
 from celery_eda.event import Draft, Event
-from celery_eda.message import Lane
+from celery_eda.identity import Lane
 from tests.unit.conftest import message
 from tests.unit.test_delivery import Slot, slot
 

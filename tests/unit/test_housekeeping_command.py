@@ -13,8 +13,8 @@ from sqlalchemy import update
 
 from celery_eda import EDA, upgrading
 from celery_eda.cli import eda as commands
+from celery_eda.identity import Identity
 from celery_eda.inbox import Inbox, Outcome
-from celery_eda.message import Identity
 from celery_eda.settings import DAY
 
 

@@ -17,8 +17,9 @@ from kombu.utils import json as kombu_json
 from celery_eda.compression import bound
 from celery_eda.dead_letters import Reason
 from celery_eda.errors import TooLarge
-from celery_eda.inspection import Limits, Refusal, inspect
+from celery_eda.inspection import Refusal, inspect
 from celery_eda.intake import printable
+from celery_eda.limits import Limits
 from celery_eda.refusals import OTHERS, UNREADABLE_JSON, RefusedMessage, refused, storable
 from tests.road.hostile import Letter, letters
 

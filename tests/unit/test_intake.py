@@ -23,7 +23,8 @@ from sqlalchemy.orm import Session
 
 from celery_eda import EDA, addresses, outbox, upgrading
 from celery_eda.arguments import Arguments
-from celery_eda.message import Identity, Message
+from celery_eda.identity import Identity
+from celery_eda.message import Message
 from celery_eda.refusals import Refusals
 from tests.road.hostile import Letter
 

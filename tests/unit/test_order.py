@@ -14,7 +14,8 @@ from celery.exceptions import Ignore, Reject, Retry
 from sqlalchemy import delete, event, insert, select, update
 
 from celery_eda.errors import ConfigurationError, InvalidKey, OutOfSequence
-from celery_eda.message import Message, Position
+from celery_eda.identity import Position
+from celery_eda.message import Message
 from tests.road.tables import effects
 from tests.unit.test_delivery import Slot, slot
 

@@ -15,7 +15,8 @@ from sqlalchemy.exc import OperationalError
 
 from celery_eda import RetryPolicy
 from celery_eda.errors import ConfigurationError
-from celery_eda.message import Identity, Message
+from celery_eda.identity import Identity
+from celery_eda.message import Message
 from tests.unit.test_delivery import Slot, slot
 
 __all__ = ["slot"]  # a fixture

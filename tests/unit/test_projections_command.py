@@ -15,8 +15,8 @@ from sqlalchemy import Column, MetaData, String, Table, insert, select
 
 from celery_eda import EDA, upgrading
 from celery_eda.cli import eda as commands
+from celery_eda.identity import Identity
 from celery_eda.inbox import Inbox
-from celery_eda.message import Identity
 
 COPIES = Table(
     "copies", MetaData(), Column("id", String(20), primary_key=True), Column("s", String(50))

@@ -11,8 +11,9 @@ from celery import Celery
 from sqlalchemy import select, update
 
 from celery_eda import EDA, upgrading
+from celery_eda.identity import Identity
 from celery_eda.inbox import Inbox, Outcome
-from celery_eda.message import Identity, Message
+from celery_eda.message import Message
 from celery_eda.relay import Relay, Round
 from celery_eda.settings import DAY
 
