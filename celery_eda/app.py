@@ -21,8 +21,8 @@ from celery_eda.projections import Apply, Projection
 from celery_eda.reply import Replies, Reply
 from celery_eda.replying import REPLY_TASK
 from celery_eda.saga import Saga, decorator
-from celery_eda.saga_definition import Steps
 from celery_eda.saga_engine import NEWS_TASK
+from celery_eda.saga_steps import Steps
 from celery_eda.settings import register
 from celery_eda.subscribing import SubscriptionDecorator
 from celery_eda.task import TaskDecorator, finishing, made_reliable
@@ -340,7 +340,7 @@ class EDA(Parts):
         """``@eda.saga("order")``: a business flow of several services, described step by step.
 
         The function is called once, with what it describes the flow by; see
-        :class:`celery_eda.saga_definition.Steps`. Each step is a command to a task, and its outcome
+        :class:`celery_eda.saga_steps.Steps`. Each step is a command to a task, and its outcome
         moves the saga on, in this service's database, on whichever worker takes from its queue
         ``eda.replies.<service>``: every one without ``-Q``. What fails has all that was done before
         undone, the latest first.

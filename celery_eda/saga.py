@@ -10,8 +10,9 @@ from uuid import uuid4
 
 from sqlalchemy import Connection
 
-from celery_eda.saga_definition import Definition, Definitions, Steps, defined
+from celery_eda.saga_definition import Definition, Definitions
 from celery_eda.saga_log import Saga as Instance
+from celery_eda.saga_steps import Steps, defined
 from celery_eda.sagas import Sagas
 
 

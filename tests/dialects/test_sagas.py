@@ -16,10 +16,11 @@ from sqlalchemy.exc import DBAPIError
 
 from celery_eda.errors import SagaError
 from celery_eda.remote_errors import RemoteErrors
-from celery_eda.saga_definition import Definition, Definitions, Steps, defined
+from celery_eda.saga_definition import Definition, Definitions
 from celery_eda.saga_engine import News, SagaEngine
 from celery_eda.saga_locks import SagaLocks
 from celery_eda.saga_log import SagaLog, State
+from celery_eda.saga_steps import Steps, defined
 from celery_eda.sagas import Sagas
 from tests.databases import Database
 

@@ -23,8 +23,9 @@ from sqlalchemy.orm import Session
 from celery_eda import Event, RetryPolicy, checkpoints
 from celery_eda.errors import SagaError
 from celery_eda.replying import REPLY_TASK, Responder
-from celery_eda.saga_definition import Data, Steps
+from celery_eda.saga_definition import Data
 from celery_eda.saga_engine import SagaEngine
+from celery_eda.saga_steps import Steps
 from celery_eda.saga_transition import Transition
 from tests.road.system import _first_time, app, eda
 from tests.road.tables import accounts, effects

@@ -9,7 +9,8 @@ from sqlalchemy import create_engine
 from celery_eda import EDA, Saga
 from celery_eda import saga_pictures as pictures
 from celery_eda.drawing import Edge
-from celery_eda.saga_definition import Data, Steps
+from celery_eda.saga_definition import Data
+from celery_eda.saga_steps import Steps
 
 
 def large(data: Data) -> bool:

@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, select
 
 from celery_eda import EDA, RetryPolicy, Saga
 from celery_eda.errors import ConfigurationError, SagaError, SagaTimeout
-from celery_eda.saga_definition import Steps
+from celery_eda.saga_steps import Steps
 from celery_eda.testing import End, SagaTest
 
 
@@ -533,13 +533,13 @@ def refused(eda: EDA) -> Iterator[tuple[str, Callable[[Steps], Any]]]:
             steps.step("a", "t.a")
 
     yield from (
-        ("more than one part 'a'", twice),
-        ("that is no name", odd),
+        ("two parts 'a'", twice),
+        ("not a valid name", odd),
         ("pivot of saga is inside", pivot),
         ("branch outside", outside),
         ("needs branches", no_branch),
         ("needs branches", too_many),
-        ("follows no `when`", alone),
+        ("without a `when`", alone),
     )
 
 

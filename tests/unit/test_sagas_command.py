@@ -15,7 +15,7 @@ from sqlalchemy import select
 
 from celery_eda import EDA, upgrading
 from celery_eda.cli import eda as commands
-from celery_eda.saga_definition import Steps
+from celery_eda.saga_steps import Steps
 
 
 @pytest.fixture
