@@ -30,6 +30,7 @@ from celery_eda.attempts import TIME_LIMIT, Attempts
 from celery_eda.cursors import Turn
 from celery_eda.dead_letters import Reason
 from celery_eda.delivery import Delivery
+from celery_eda.dialects.base import LostRace
 from celery_eda.errors import (
     NoNextAttempt,
     OutOfSequence,
@@ -41,7 +42,7 @@ from celery_eda.errors import (
 from celery_eda.failures import Failures
 from celery_eda.handling import HandlerResult
 from celery_eda.identity import VERDICT, Identity
-from celery_eda.inbox import GotAhead, Inbox, Outcome, RecordedOutcome
+from celery_eda.inbox import Inbox, Outcome, RecordedOutcome
 from celery_eda.order import TurnKeeper
 from celery_eda.patience import Transient, TransientErrors
 from celery_eda.replying import Responder
@@ -55,7 +56,7 @@ T = TypeVar("T")
 #: About these no policy is asked: the handler has decided, or it is not to blame.
 DECIDED = (
     *(Ignore, Reject, MaxRetriesExceededError),
-    *(MemoryError, Transient, GotAhead, OutOfSequence, PublishingForbidden, Unwanted),
+    *(MemoryError, Transient, LostRace, OutOfSequence, PublishingForbidden, Unwanted),
 )
 
 
@@ -112,7 +113,7 @@ class Consumer:
             return self._handle_or_hand_on(delivery, args, kwargs)
         except (Ignore, Retry, Transient):
             raise
-        except GotAhead as error:
+        except LostRace as error:
             raise Transient from error
         except Unwanted as error:
             self._refuse(delivery, str(error))

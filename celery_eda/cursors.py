@@ -31,10 +31,9 @@ from sqlalchemy import (
     update,
 )
 
-from celery_eda import outbox
-from celery_eda.dialects.base import Dialect
+from celery_eda import message_rows
+from celery_eda.dialects.base import Dialect, LostRace
 from celery_eda.identity import Lane, Position
-from celery_eda.inbox import GotAhead
 from celery_eda.message import Message
 
 
@@ -124,7 +123,7 @@ class Cursors:
             The parked message whose turn it is now, to be sent again in this transaction.
 
         Raises:
-            GotAhead: the cursor has moved meanwhile; the transaction is void.
+            LostRace: the cursor has moved meanwhile; the transaction is void.
         """
         if not self._move(connection, consumer, position, cursor):
             return None
@@ -192,7 +191,7 @@ class Cursors:
         if cursor.turn(position) is not Turn.later:
             return False
         epoch, last = position.previous or (None, None)
-        values = outbox.to_row(message)
+        values = message_rows.to_row(message)
         del values["delay"]
         fresh = self.dialect.insert_once(
             connection,
@@ -250,7 +249,7 @@ class Cursors:
         if cursor.turn(position) is not Turn.now:
             return None
         self._mark_released(connection, consumer, position)
-        return outbox.from_row(row)
+        return message_rows.from_row(row)
 
     def waiting(self, connection: Connection, consumer: str) -> int:
         """How many messages are parked for *consumer*."""
@@ -308,7 +307,7 @@ class Cursors:
             lane, position = _place(row)
             if self._read(connection, row.consumer, lane).turn(position) is Turn.now:
                 self._mark_released(connection, row.consumer, position)
-                messages.append(outbox.from_row(row))
+                messages.append(message_rows.from_row(row))
         return messages
 
     # ── statements ──────────────────────────────────────────────────────────────────────────
@@ -332,7 +331,7 @@ class Cursors:
         if not cursor.written:
             moved = Cursor(position.epoch, position.number)
             if not self._insert(connection, consumer, lane, moved):
-                raise GotAhead
+                raise LostRace
             return 0
         values = {
             **_its(consumer, lane),
@@ -343,7 +342,7 @@ class Cursors:
             "next_base": cursor.base if position.epoch == cursor.epoch else 0,
         }
         if not self.dialect.execute(connection, self._moving, values).rowcount:
-            raise GotAhead
+            raise LostRace
         return self._read(connection, consumer, lane).parked
 
     # Made once: making one takes longer than having it run.

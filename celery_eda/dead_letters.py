@@ -17,7 +17,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Connection, Row, Table, func, insert, or_, update
 from sqlalchemy import select as select_rows
 
-from celery_eda import outbox, redaction
+from celery_eda import message_rows, redaction
 from celery_eda.arguments import Arguments
 from celery_eda.dialects.base import Dialect
 from celery_eda.errors import UnreadableBody
@@ -262,7 +262,7 @@ def _secrets(message: Message) -> list[str]:
 
 
 def _columns(message: Message) -> dict[str, Any]:
-    values = outbox.to_row(message)
+    values = message_rows.to_row(message)
     del values["delay"]
     return values
 
@@ -270,7 +270,7 @@ def _columns(message: Message) -> dict[str, Any]:
 def _from_row(row: Row[Any]) -> Letter:
     return Letter(
         id=row.id,
-        message=outbox.from_row(row),
+        message=message_rows.from_row(row),
         consumer=row.consumer,
         reason=row.reason,
         error_type=row.error_type,

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, Table, Update, bindparam, func, select, update
 
-from celery_eda.dialects.base import Dialect
+from celery_eda.dialects.base import Dialect, LostRace
 from celery_eda.identity import Identity
 from celery_eda.tables import attempt, is_attempt
 
@@ -30,10 +30,6 @@ class Outcome(str, Enum):
     retried = "retried"
     dead = "dead"
     skipped = "skipped"
-
-
-class GotAhead(Exception):
-    """Another copy, or another message of the same key, got ahead; the transaction is void."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class Inbox:
             None if the message is fresh, else what became of the earlier copy.
 
         Raises:
-            GotAhead: there is an earlier copy, but this transaction cannot see it.
+            LostRace: there is an earlier copy, but this transaction cannot see it.
         """
         fresh = self.dialect.admits_first and self._insert(
             connection, consumer, identity, Outcome.done
@@ -72,7 +68,7 @@ class Inbox:
             return None
         handled = self.find(connection, consumer, identity)
         if handled is None and self.dialect.admits_first:
-            raise GotAhead
+            raise LostRace
         return handled
 
     def record(
@@ -86,11 +82,11 @@ class Inbox:
         """Complete the admission with what came of it.
 
         Raises:
-            GotAhead: another copy committed meanwhile.
+            LostRace: another copy committed meanwhile.
         """
         if not self.dialect.admits_first:
             if not self._insert(connection, consumer, identity, outcome, result):
-                raise GotAhead
+                raise LostRace
         elif outcome is not Outcome.done or result is not None:
             its = attempt(consumer, identity)
             values = {"its_outcome": outcome.value, "its_result": result}

@@ -13,8 +13,8 @@ from celery.exceptions import Ignore
 from celery_eda import redaction
 from celery_eda.cursors import Cursor, Cursors, PlaceTaken, Turn
 from celery_eda.delivery import Delivery
+from celery_eda.dialects.base import LostRace
 from celery_eda.errors import OutOfSequence
-from celery_eda.inbox import GotAhead
 from celery_eda.unit_of_work import UnitOfWork
 
 log = redaction.logger(__name__)
@@ -38,7 +38,7 @@ class TurnKeeper:
         """Keep a message that came before its predecessor, and commit; nothing else is left to do.
 
         Raises:
-            GotAhead: its turn has come meanwhile.
+            LostRace: its turn has come meanwhile.
             OutOfSequence: another message waits at its place.
         """
         delivery, position = unit.delivery, unit.delivery.position
@@ -49,7 +49,7 @@ class TurnKeeper:
         except PlaceTaken as error:
             raise OutOfSequence("another message waits at its place") from error
         if not parked:
-            raise GotAhead
+            raise LostRace
         unit.commit()
         log.info("%s[%s] waits for its predecessor", *delivery.names)
         return Ignore("parked until its predecessor has taken effect")
@@ -68,7 +68,7 @@ class TurnKeeper:
         """Let the next message have its turn; if it is parked, send it again.
 
         Raises:
-            GotAhead: the *cursor* has moved meanwhile; the transaction is void.
+            LostRace: the *cursor* has moved meanwhile; the transaction is void.
         """
         delivery, position = unit.delivery, unit.delivery.position
         if position is None:

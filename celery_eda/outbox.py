@@ -7,28 +7,24 @@ has confirmed that very message.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from json import loads
 from operator import itemgetter
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from kombu.utils import json
 from sqlalchemy import Connection, Row, Table, select
 
 from celery_eda import redaction
 from celery_eda.dialects.base import Dialect
 from celery_eda.identity import Identity
 from celery_eda.message import Encoded, Message
+from celery_eda.message_rows import from_row, json_of, read_prerequisites, to_row
 
 log = logging.getLogger(__name__)
 
 #: Seconds that a row rests which cannot be read.
 UNREADABLE_REST = 3600.0
-#: The key under which kombu writes the type of what is no JSON.
-_TYPE = '"__type__"'
 #: What is read of a row where messages are sealed: less than half of its bytes.
 _ENOUGH_TO_SEND = (
     *("id", "attempts", "message_id", "revision", "task", "queue", "exchange", "routing_key"),
@@ -73,7 +69,7 @@ class Outbox:
 
     def encode(self, message: Message) -> Encoded:
         """Headers and properties of *message*, as its row is to have them."""
-        return Encoded(*_texts(message), self._envelope(message))
+        return Encoded(*json_of(message), self._envelope(message))
 
     def _envelope(self, message: Message) -> bytes | None:
         return message.envelope or (self.seal(message) if self.seal else None)
@@ -165,46 +161,6 @@ class Outbox:
             self.dialect.release(connection, self.table, owner, ids)
 
 
-def to_row(message: Message) -> dict[str, Any]:
-    """The columns of *message*; ``delay`` is in seconds from now, None for at once."""
-    headers, properties = _texts(message)
-    return {
-        "message_id": message.identity.id,
-        "revision": message.identity.revision,
-        "task": message.task,
-        "queue": message.queue,
-        "exchange": message.exchange,
-        "routing_key": message.routing_key,
-        "content_type": message.content_type,
-        "content_encoding": message.content_encoding,
-        "headers": headers,
-        "properties": properties,
-        "body": message.body,
-        "preparation": json.dumps(message.preparation) if message.preparation else None,
-        "delay": _seconds_until(message.due),
-    }
-
-
-def from_row(row: Row[Any]) -> Message:
-    """The message in *row*, as it was captured."""
-    return Message.made(
-        {
-            "identity": Identity(row.message_id, row.revision),
-            "task": row.task,
-            "body": bytes(row.body),
-            "content_type": row.content_type,
-            "content_encoding": row.content_encoding,
-            "headers": _loads(row.headers),
-            "properties": _loads(row.properties),
-            "exchange": row.exchange,
-            "routing_key": row.routing_key,
-            "queue": row.queue,
-            "preparation": _prepared(row.preparation),
-            "encoded": Encoded(row.headers, row.properties, getattr(row, "envelope", None)),
-        }
-    )
-
-
 @dataclass(frozen=True)
 class ClaimedRows:
     """Rows of the outbox, read by the transaction that has claimed them."""
@@ -255,7 +211,7 @@ class ClaimedMessage(NamedTuple):
             row_id, _, message_id, revision, task, queue, exchange, routing_key,
             preparation, body, envelope,
         ) = tuple(row)  # fmt: skip
-        prepared = _prepared(preparation)
+        prepared = read_prerequisites(preparation)
         return cls(
             row_id, message_id, revision, task, queue, exchange, routing_key,
             prepared, body, envelope, rows,
@@ -277,45 +233,3 @@ class ClaimedMessage(NamedTuple):
         if (message := self.rows.message(self.row_id)) is None:
             raise LookupError(f"Message {self.message_id} is no longer in the outbox.")
         return message
-
-
-def _prepared(text: str | None) -> tuple[tuple[str, Any], ...]:
-    if text is None:
-        return ()
-    return tuple((name, arguments) for name, arguments in json.loads(text))
-
-
-def _loads(text: str) -> dict[str, Any]:
-    # Only what is no JSON has a type written beside it, and looking for one takes its time.
-    hook = _typed if _TYPE in text else None
-    read: dict[str, Any] = loads(text, object_hook=hook)
-    return read
-
-
-def _texts(message: Message) -> tuple[str, str]:
-    """Headers and properties of *message* as JSON."""
-    if message.encoded:
-        return message.encoded.headers, message.encoded.properties
-    return _dumps(message.headers), _dumps(message.properties)
-
-
-def _dumps(mapping: Mapping[str, Any]) -> str:
-    return str(json.dumps(dict(mapping)))
-
-
-def _typed(value: dict[str, Any]) -> Any:
-    """A date or the like that kombu has written, or a user's dictionary that only looks so."""
-    try:
-        return json.object_hook(value)
-    except Exception:
-        return value
-
-
-def _seconds_until(due: datetime | None) -> float | None:
-    """Seconds from now until *due*, both by this machine's clock, so that its error cancels out.
-
-    The database counts them with its own clock from the moment of writing.
-    """
-    if due is None:
-        return None
-    return max(0.0, (due - datetime.now(timezone.utc)).total_seconds())

@@ -23,10 +23,9 @@ from sqlalchemy import (
     update,
 )
 
-from celery_eda.dialects.base import Dialect
+from celery_eda.dialects.base import Dialect, LostRace
 from celery_eda.errors import ConfigurationError, InvalidEvent
 from celery_eda.event import Event
-from celery_eda.inbox import GotAhead
 from celery_eda.limits import NAME_LENGTH
 
 #: A row of the table as a dictionary; None where there is none.
@@ -122,7 +121,7 @@ class Projection:
 
         Raises:
             InvalidEvent: *after* is no row.
-            GotAhead: somebody else has changed it meanwhile; the transaction is void.
+            LostRace: somebody else has changed it meanwhile; the transaction is void.
         """
         here = self._key(table) == key
         if after is not None and not isinstance(after, Mapping):
@@ -143,7 +142,7 @@ class Projection:
                 ).rowcount
             )
         if not changed:
-            raise GotAhead
+            raise LostRace
 
     def _key(self, table: Table) -> Column[Any]:
         key: Column[Any] = next(iter(table.primary_key.columns))

@@ -18,9 +18,9 @@ from celery_eda.arguments import JSON, Arguments, as_json
 from celery_eda.audit import Action, Audit, Author, Entry
 from celery_eda.cursors import Cursors, Turn
 from celery_eda.dead_letters import DeadLetters, Filter, Letter, Reason, State
+from celery_eda.dialects.base import LostRace
 from celery_eda.errors import NotItsTurn, UnreadableBody
 from celery_eda.identity import ORDER_HEADER, REPLAY_HEADER
-from celery_eda.inbox import GotAhead
 from celery_eda.message import Message
 from celery_eda.transaction import Store
 
@@ -143,7 +143,7 @@ class Repair:
                 )
         try:
             released = self.cursors.advance(connection, consumer, place, cursor)
-        except GotAhead as error:
+        except LostRace as error:
             raise NotItsTurn(f"The key of letter {id} moved on right now. Look again.") from error
         if released:
             self._send(connection, released)

@@ -17,7 +17,7 @@ from benchmarks.contestants.ours import app, carry, eda, fill
 from benchmarks.contestants.serving import PAYLOAD, serve
 from celery_eda import context
 from celery_eda.message import Message
-from celery_eda.outbox import to_row
+from celery_eda.message_rows import to_row
 from celery_eda.prepared import NOTHING_AFTER
 from celery_eda.relay import Relay
 from celery_eda.transports.frames import Frames

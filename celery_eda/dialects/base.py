@@ -49,6 +49,13 @@ Values = Mapping[str, Any]
 SEQUENCES_AT_ONCE = 200
 
 
+class LostRace(Exception):
+    """A concurrent transaction has committed first; this one can only be rolled back.
+
+    A copy of the message has been handled, or the row to be written has changed meanwhile.
+    """
+
+
 class Dialect:
     """The statements of the road."""
 

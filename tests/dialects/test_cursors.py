@@ -11,8 +11,8 @@ from sqlalchemy import Connection, create_engine, select, update
 from sqlalchemy.exc import OperationalError
 
 from celery_eda.cursors import Cursor, Cursors, PlaceTaken, Turn
+from celery_eda.dialects.base import LostRace
 from celery_eda.identity import Lane, Position
-from celery_eda.inbox import GotAhead
 from celery_eda.message import Message
 from tests.databases import Database
 from tests.dialects.messages import message
@@ -147,7 +147,7 @@ def test_an_end_that_comes_while_a_successor_is_parked_wakes_it(
             try:
                 released = cursors.advance(head, "charge", at(number), cursor)
                 head.commit()
-            except (GotAhead, OperationalError):
+            except (LostRace, OperationalError):
                 # PostgreSQL refuses what its snapshot cannot see; the handler is run again.
                 head.rollback()
                 released = handle(cursors, head, at(number))
@@ -194,7 +194,7 @@ def test_two_that_take_the_same_turn_do_not_both_get_it(
         other.rollback()
         handle(cursors, connection, at(1))
 
-        with pytest.raises(GotAhead):
+        with pytest.raises(LostRace):
             cursors.advance(other, "charge", at(1), cursor)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from celery_eda import outbox
+from celery_eda import message_rows
 from celery_eda.dead_letters import LONGEST_ERROR, DeadLetters, Filter, Letter, Reason, State
 from celery_eda.identity import Lane, Position
 from celery_eda.message import Message
@@ -55,7 +55,7 @@ def test_a_dead_letter_keeps_the_whole_message(
 
     row = kept(database, dead_letters, letter)
 
-    assert outbox.from_row(row) == letter
+    assert message_rows.from_row(row) == letter
 
 
 def test_a_dead_letter_says_why_where_and_after_how_many_attempts(

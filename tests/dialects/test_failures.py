@@ -8,7 +8,8 @@ import pytest
 from sqlalchemy import Connection, create_engine, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
 
-from celery_eda.outbox import Outbox, to_row
+from celery_eda.message_rows import to_row
+from celery_eda.outbox import Outbox
 from tests.databases import LOCKING, Database
 from tests.dialects.messages import message
 

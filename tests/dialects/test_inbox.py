@@ -11,8 +11,9 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from celery_eda.attempts import Attempts
+from celery_eda.dialects.base import LostRace
 from celery_eda.identity import Identity
-from celery_eda.inbox import GotAhead, Inbox, Outcome, RecordedOutcome
+from celery_eda.inbox import Inbox, Outcome, RecordedOutcome
 from tests.databases import LOCKING, Database
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ def take_effect(
             return False
         try:
             inbox.record(connection, consumer, identity, result=result)
-        except GotAhead:
+        except LostRace:
             return False
         connection.commit()
         return True
@@ -129,7 +130,7 @@ def test_a_copy_that_ends_later_finds_that_the_other_one_got_ahead(
         assert inbox.admit(slow, "shop.pay", identity) is None
         assert take_effect(database, inbox, "shop.pay", identity) is None
 
-        with pytest.raises(GotAhead):
+        with pytest.raises(LostRace):
             inbox.record(slow, "shop.pay", identity, result=b"too late")
 
     assert recorded(database, inbox, "shop.pay", identity) == DONE

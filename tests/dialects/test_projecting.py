@@ -18,10 +18,10 @@ from sqlalchemy.exc import OperationalError
 
 from celery_eda import EDA, Event, projecting
 from celery_eda.cursors import Turn
+from celery_eda.dialects.base import LostRace
 from celery_eda.errors import ConfigurationError, InvalidEvent, PublishingForbidden, RebuildError
 from celery_eda.event_store import fold
 from celery_eda.identity import Position
-from celery_eda.inbox import GotAhead
 from celery_eda.projections import Shadow
 from tests.databases import Database
 
@@ -283,7 +283,7 @@ def in_spite_of_losing(act: Callable[[], Any]) -> Any:
     while True:
         try:
             return act()
-        except (GotAhead, OperationalError):
+        except (LostRace, OperationalError):
             continue
 
 

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import Connection, delete, select
 from sqlalchemy.exc import DBAPIError
 
-from celery_eda import outbox as outboxes
+from celery_eda import message_rows
 from celery_eda.arguments import Arguments
 from celery_eda.audit import Audit, Author
 from celery_eda.cursors import Cursors
@@ -109,7 +109,7 @@ class Desk:
             query = select(self.outbox.table).order_by(self.outbox.table.c.id)
             rows = connection.execute(query).all()
             connection.execute(delete(self.outbox.table))
-        return [outboxes.from_row(row) for row in rows]
+        return [message_rows.from_row(row) for row in rows]
 
     def deeds(self, id: int) -> list[tuple[str, str]]:
         """Actor and action of each record of the letter's message."""

@@ -18,7 +18,7 @@ from sqlalchemy import delete, select
 
 from celery_eda import EDA, results, upgrading
 from celery_eda.message import Message
-from celery_eda.outbox import from_row
+from celery_eda.message_rows import from_row
 from celery_eda.transports import transport_of
 from celery_eda.transports.base import CONFIRMED
 

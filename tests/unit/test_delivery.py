@@ -24,7 +24,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from celery_eda import EDA, outbox
+from celery_eda import EDA, message_rows
 from celery_eda.errors import BrokenTransaction, NoDelivery, NoNextAttempt, UnsafeSetting
 from celery_eda.identity import WIRE
 from celery_eda.message import Message, Wire
@@ -64,7 +64,7 @@ class Slot:
         with self.engine.begin() as connection:
             rows = connection.execute(select(table).order_by(table.c.id)).all()
             connection.execute(delete(table))
-        return [outbox.from_row(row) for row in rows]
+        return [message_rows.from_row(row) for row in rows]
 
     def waiting(self) -> list[str]:
         """The tasks of what waits in the outbox."""

@@ -14,7 +14,7 @@ import pytest
 from celery import Celery
 from sqlalchemy import Column, MetaData, String, Table, func, select
 
-from celery_eda import EDA, Event, outbox, refusals, upgrading
+from celery_eda import EDA, Event, message_rows, refusals, upgrading
 from celery_eda.errors import (
     ConfigurationError,
     InvalidEvent,
@@ -53,7 +53,7 @@ class Shop:
         table = self.eda.tables.outbox
         with self.eda.engine.connect() as connection:
             rows = connection.execute(select(table).order_by(table.c.id)).all()
-        return [outbox.from_row(row) for row in rows]
+        return [message_rows.from_row(row) for row in rows]
 
     def stored(self) -> list[Event]:
         store = self.eda.event_store

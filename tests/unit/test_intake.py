@@ -21,7 +21,7 @@ from sqlalchemy import Table, func, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from celery_eda import EDA, addresses, outbox, upgrading
+from celery_eda import EDA, addresses, message_rows, upgrading
 from celery_eda.arguments import Arguments
 from celery_eda.identity import Identity
 from celery_eda.message import Message
@@ -62,7 +62,7 @@ class Shop:
         """What waits in the outbox."""
         with self.eda.engine.connect() as connection:
             rows = connection.execute(select(self.eda.tables.outbox)).all()
-        return [outbox.from_row(row) for row in rows]
+        return [message_rows.from_row(row) for row in rows]
 
     def until(self, condition: Any) -> None:
         until = time.monotonic() + PATIENCE

@@ -31,7 +31,7 @@ from celery_eda import EDA, context
 from celery_eda.errors import PublishingForbidden
 from celery_eda.identity import Identity
 from celery_eda.message import Message
-from celery_eda.outbox import to_row
+from celery_eda.message_rows import to_row
 from celery_eda.prepared import Form, _shown
 from celery_eda.upgrading import upgrade
 

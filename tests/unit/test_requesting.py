@@ -23,7 +23,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from celery_eda import EDA, mailbox, outbox, reply_watcher, upgrading
+from celery_eda import EDA, mailbox, message_rows, reply_watcher, upgrading
 from celery_eda.addresses import REPLY_HEADER
 from celery_eda.errors import (
     ConfigurationError,
@@ -84,7 +84,7 @@ class Shop:
     def sent(self) -> list[Message]:
         with self.eda.engine.connect() as connection:
             rows = connection.execute(select(self.eda.tables.outbox)).all()
-        return [outbox.from_row(row) for row in rows]
+        return [message_rows.from_row(row) for row in rows]
 
     def noted(self) -> int:
         """How many durable requests are noted."""
