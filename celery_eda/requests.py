@@ -12,7 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from kombu.serialization import dumps, loads
-from sqlalchemy import Connection, Table, select, update
+from sqlalchemy import Connection, Row, Table, select, update
 
 from celery_eda.addresses import REPLY_HEADER, SAGA_HEADER
 from celery_eda.dialects.base import Dialect
@@ -108,10 +108,13 @@ class Requests:
                 columns.body,
             ).where(columns.correlation_id.in_(correlation_ids))
         )
-        return {
-            correlation_id: None if body is None else StoredOutcome(*encoding, bytes(body))
-            for correlation_id, *encoding, body in rows
-        }
+        return {row.correlation_id: _from_row(row) for row in rows}
+
+
+def _from_row(row: Row[Any]) -> StoredOutcome | None:
+    if row.body is None:
+        return None
+    return StoredOutcome(row.content_type, row.content_encoding, bytes(row.body))
 
 
 def unknown_request(correlation_id: UUID) -> UnknownRequest:
