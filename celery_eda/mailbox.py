@@ -1,7 +1,7 @@
-"""Where the replies to one process come in, and find the one who waits for each.
+"""Replies to one process: each resolves the future that waits for its correlation id.
 
-One thread takes from one connection, however many requests are under way. A reply that nobody
-waits for (late, a copy, forged, malformed) is counted, dropped, and told in one line of the log.
+One thread consumes over one connection, however many requests are pending. A reply that no future
+waits for (late, a copy, forged, malformed) is dropped, counted, and logged in one line.
 """
 
 from __future__ import annotations
@@ -17,54 +17,59 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from celery_eda import addresses, redaction
-from celery_eda.reading import Reading
+from celery_eda.reading import ReplyReader
 from celery_eda.retry import backoff
 from celery_eda.transports.base import ReplyQueues
 
 log = redaction.logger(__name__)
 
-#: Seconds between two tries while the broker is away.
+#: Seconds between two attempts to connect while the broker is away: the first, and the longest.
 OUTAGE_DELAY = (0.1, 5.0)
-#: Seconds of a wait for replies, between two looks whether there is something else to do.
+#: Seconds for which one read waits for replies.
 WAIT = 1.0
-#: Ended requests that are remembered, to tell a late reply from a forged one.
+#: Finished requests that are remembered, to tell late replies and copies from forged ones.
 REMEMBERED = 10_000
-#: Seconds that a process which ends gives its queues to go.
-EXIT_PATIENCE = 2.0
+#: Seconds for which a process that exits waits for the deletion of its queues.
+EXIT_TIMEOUT = 2.0
 
 
 class Mailbox:
-    """The replies to one process. For any thread; made afresh in every child that is forked.
+    """Receiver of the replies to one process. Thread-safe; a forked child starts its own.
 
     Attributes:
-        dropped: how many replies nobody waited for, by reason.
+        address: the reply address of this process, a queue's name.
+        dropped: number of dropped replies by reason: late, copy, unknown, malformed.
     """
 
-    def __init__(self, make_queues: Callable[[], ReplyQueues], reading: Reading) -> None:
+    def __init__(self, make_queues: Callable[[], ReplyQueues], reader: ReplyReader) -> None:
         self._make_queues = make_queues
-        self._reading = reading
-        self._start_afresh()
-        os.register_at_fork(after_in_child=self._start_afresh)
+        self._reader = reader
+        self._reset()
+        os.register_at_fork(after_in_child=self._reset)
         atexit.register(self.close)
 
-    def _start_afresh(self) -> None:
-        # A forked child has neither the thread nor the right to the parent's connection.
+    def _reset(self) -> None:
+        # A forked child has no thread, and must not use the parent's connection.
         self.address = addresses.of_process()
         self.dropped: Counter[str] = Counter()
-        # Garbage may be collected anywhere: a dropped handle shuts its queue in whatever thread.
+        # Reentrant: garbage collection may drop a handle, and so close its queue, in any thread
+        # at any time.
         self._lock = threading.RLock()
         self._waiting: WeakValueDictionary[str, Future[Any]] = WeakValueDictionary()
-        self._ended: OrderedDict[str, str] = OrderedDict()
+        self._finished: OrderedDict[str, str] = OrderedDict()
         self._wanted: set[str] = {self.address}
         self._opened: set[str] = set()
         self._queues: ReplyQueues | None = None
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
 
-    # ── for those who wait ──────────────────────────────────────────────────────────────────
+    # ── for requesters ────────────────────────────────────────────────────────────────────
 
     def expect(self, correlation_id: str) -> Future[Any]:
-        """Where the reply will be: an outcome, or :class:`Failed`. Dropping it gives it up."""
+        """A future of the result or :class:`ErrorOutcome`; it is referred to weakly.
+
+        Once the caller drops the future, a reply to it is dropped too.
+        """
         future: Future[Any] = Future()
         with self._lock:
             self._waiting[correlation_id] = future
@@ -75,48 +80,48 @@ class Mailbox:
                 self._thread.start()
         return future
 
-    def give_up(self, correlation_id: str) -> None:
-        """Nobody waits for this one any more."""
+    def cancel(self, correlation_id: str) -> None:
+        """Stop waiting for this reply."""
         with self._lock:
             if self._waiting.pop(correlation_id, None) is not None:
                 self._remember(correlation_id, "late")
 
     def settle(self, correlation_id: str, outcome: Any) -> bool:
-        """Give *outcome* to the one who waits for it; whether there is one."""
+        """Resolve the future that waits for *correlation_id*; returns False if there is none."""
         with self._lock:
             future = self._waiting.pop(correlation_id, None)
             if future is None:
                 return False
             self._remember(correlation_id, "copy")
-        with suppress(InvalidStateError):  # given up in this very moment
+        with suppress(InvalidStateError):  # cancelled at this very moment
             future.set_result(outcome)
         return True
 
     def is_open(self, name: str) -> bool:
-        """Whether the queue *name* is there, as far as is known here."""
+        """True if this process has declared the queue *name* on its current connection."""
         return name in self._opened
 
     def open(self, name: str) -> None:
-        """Take from the queue *name* too, as soon as the broker is there."""
+        """Consume from the queue *name* too, as soon as the broker is reachable."""
         with self._lock:
             self._wanted.add(name)
         self._wake()
 
-    def shut(self, name: str) -> None:
+    def discard(self, name: str) -> None:
         """Delete the queue *name*."""
         with self._lock:
             self._wanted.discard(name)
         self._wake()
 
     def close(self) -> None:
-        """Delete all queues, and end."""
+        """Delete all queues, and stop the thread."""
         if self._thread is None:
             return
         with self._lock:
             self._wanted.clear()
         self._closing.set()
         self._wake()
-        self._thread.join(EXIT_PATIENCE)
+        self._thread.join(EXIT_TIMEOUT)
 
     def _wake(self) -> None:
         if (queues := self._queues) is not None:
@@ -138,12 +143,12 @@ class Mailbox:
                     self._opened.clear()
                     queues.drop()
             except Exception as error:
-                log.warning("replies cannot be received, trying again: %r", error)
+                log.warning("replies cannot be received; trying again: %r", error)
                 self._closing.wait(backoff(failures, *OUTAGE_DELAY))
                 failures += 1
 
     def _adjust(self, queues: ReplyQueues) -> bool:
-        """Open and close queues until they are those that are wanted; False if none is."""
+        """Open and delete queues to match those wanted; returns False if none is wanted."""
         with self._lock:
             wanted = set(self._wanted)
         for name in wanted - self._opened:
@@ -156,18 +161,19 @@ class Mailbox:
 
     def _deliver(self, message: Any) -> None:
         try:
-            correlation_id, outcome = self._reading.read(message)
+            correlation_id, outcome = self._reader.read(message)
         except Exception as error:
             self._drop("malformed", f"{type(error).__name__}: {error}")
             return
         if not self.settle(correlation_id, outcome):
-            self._drop(self._ended.get(correlation_id, "unknown"), correlation_id)
+            self._drop(self._finished.get(correlation_id, "unknown"), correlation_id)
 
-    def _drop(self, why: str, what: str) -> None:
-        self.dropped[why] += 1
-        log.warning("a reply is dropped, %s: %s", why, ascii(what[:200])[1:-1])
+    def _drop(self, reason: str, what: str) -> None:
+        self.dropped[reason] += 1
+        log.warning("a reply is dropped, %s: %s", reason, ascii(what[:200])[1:-1])
 
-    def _remember(self, correlation_id: str, what_comes: str) -> None:
-        self._ended[correlation_id] = what_comes
-        if len(self._ended) > REMEMBERED:
-            self._ended.popitem(last=False)
+    def _remember(self, correlation_id: str, reason: str) -> None:
+        """Note why a further reply to a finished request will be dropped."""
+        self._finished[correlation_id] = reason
+        if len(self._finished) > REMEMBERED:
+            self._finished.popitem(last=False)

@@ -38,7 +38,7 @@ from celery_eda.patience import TransientErrors
 from celery_eda.projecting import Projecting
 from celery_eda.projections import Projections
 from celery_eda.publishing import Publisher
-from celery_eda.reading import Reading
+from celery_eda.reading import ReplyReader
 from celery_eda.refusals import Refusals
 from celery_eda.relay import Relay
 from celery_eda.remote_errors import RemoteErrors
@@ -47,8 +47,8 @@ from celery_eda.repairers import Repairers, RepairTasks
 from celery_eda.replaying import Replaying
 from celery_eda.reply_watcher import ReplyWatcher
 from celery_eda.replying import Responder
-from celery_eda.requesting import Requesting
-from celery_eda.requests import Requests
+from celery_eda.requesting import RequestClient
+from celery_eda.requests import RequestStore
 from celery_eda.retry import Policy, checked
 from celery_eda.saga_definition import Definitions
 from celery_eda.saga_engine import SagaEngine
@@ -364,21 +364,21 @@ class Parts:
         return Responder(self.app, self.remote_errors)
 
     @made_once
-    def requests(self) -> Requests:
+    def requests(self) -> RequestStore:
         """The durable requests of this service."""
         name = self.settings.service or self.app.main
         address = addresses.of_service(name) if name else None
         serializer = self.app.conf.result_serializer
-        return Requests(self.tables.requests, self.dialect, address, serializer)
+        return RequestStore(self.tables.requests, self.dialect, address, serializer)
 
     @made_once
-    def reading(self) -> Reading:
+    def reading(self) -> ReplyReader:
         """How replies are read."""
         settings, conf = self.settings, self.app.conf
         compression.bound(settings.max_decompressed_bytes)
         limits = Limits(settings.max_message_bytes, settings.max_nesting)
         accept = conf.result_accept_content or conf.accept_content
-        return Reading.of(limits, accept, self.remote_errors)
+        return ReplyReader.of(limits, accept, self.remote_errors)
 
     @made_once
     def mailbox(self) -> Mailbox:
@@ -392,9 +392,9 @@ class Parts:
         return ReplyWatcher(self.engine, self.requests, self.reading)
 
     @made_once
-    def requesting(self) -> Requesting:
+    def requesting(self) -> RequestClient:
         """Asks for replies."""
-        return Requesting(
+        return RequestClient(
             *(self.app, self.reply_watcher, lambda: self.mailbox),
             *(self.publisher, lambda: self.service, self.settings),
         )

@@ -1,4 +1,4 @@
-"""What a reply says: the outcome of one request. Whatever else comes in its place is refused."""
+"""Outcomes of requests, read from the messages that arrive as replies; all else is refused."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from celery_eda.replying import REPLY_TASK
 
 
 @dataclass(frozen=True)
-class Failed:
-    """An outcome that is an error."""
+class ErrorOutcome:
+    """The outcome of a request that failed."""
 
     error: Exception
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a reply is read.
+class ReplyReader:
+    """Reader of replies.
 
     Attributes:
         accept: the content types that may be decoded.
@@ -34,14 +34,19 @@ class Reading:
     errors: RemoteErrors
 
     @classmethod
-    def of(cls, limits: Limits, names: Any, errors: RemoteErrors) -> Reading:
+    def of(cls, limits: Limits, names: Any, errors: RemoteErrors) -> ReplyReader:
+        """A reader that decodes the content types or serializers with these *names*."""
         return cls(limits, frozenset(prepare_accept_content(names) or ()), errors)
 
     def read(self, message: Any) -> tuple[str, Any]:
-        """Correlation id and result, or error, in *message*, kombu's; None if it was none.
+        """The correlation id of a reply, and its result or :class:`ErrorOutcome`.
+
+        Args:
+            message: kombu's; None for a body that kombu could not make a message of.
 
         Raises:
-            ValueError: it is no reply as this system writes them.
+            ValueError: *message* is no reply.
+            Exception: the body cannot be decoded.
         """
         if message is None:
             raise ValueError("no message")
@@ -49,18 +54,22 @@ class Reading:
         if refusal := inspect(message, self.limits):
             raise ValueError(str(refusal.error))
         if message.headers["task"] != REPLY_TASK:
-            raise ValueError("another message than a reply")
+            raise ValueError("a message of another task than that of replies")
         return self.outcome_in(message.payload[0])
 
     def outcome_in(self, arguments: Any) -> tuple[str, Any]:
-        """Correlation id and result, or error, in the *arguments* of the task of a reply.
+        """The correlation id, and the result or :class:`ErrorOutcome`.
+
+        Args:
+            arguments: ``[correlation_id, {"result": …}]`` or ``[correlation_id, {"error": …}]``,
+                the arguments of the task of a reply.
 
         Raises:
-            ValueError: they are not what a reply has.
+            ValueError: *arguments* have another shape.
         """
         match arguments:
             case [str(correlation_id), {"result": result, **others}] if not others:
                 return str(UUID(correlation_id)), result
             case [str(correlation_id), {"error": described, **others}] if not others:
-                return str(UUID(correlation_id)), Failed(self.errors.from_wire(described))
+                return str(UUID(correlation_id)), ErrorOutcome(self.errors.from_wire(described))
         raise ValueError("neither a result nor an error")

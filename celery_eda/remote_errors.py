@@ -1,7 +1,7 @@
-"""Errors of a responder, as its requester gets them: typed where the type is known and allowed.
+"""Errors of responders, sent to their requesters and raised there with their type if it is known.
 
-Only a name and plain values travel. What type a name stands for, the requester decides; nothing
-is imported because a message names it.
+Only a name and plain values travel. The requester maps the name to a type that it has registered;
+a message never causes an import.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from celery_eda import errors, redaction
 from celery_eda.dead_letters import text_of, traceback_of
 from celery_eda.errors import RemoteError
 
-#: Characters of a name, and of all arguments together, that travel.
+#: Characters at most: of the name of a type, and of all arguments together.
 LONGEST_NAME = 255
 LONGEST_ARGUMENTS = 10_000
 
 _PLAIN = (str, int, float, bool, type(None))
-#: These mean something to whoever runs the code that would raise them.
+#: Raising these would have effects in the interpreter of the requester.
 _NEVER = (MemoryError, StopAsyncIteration, StopIteration)
 _KNOWN = (
     *(each for each in vars(builtins).values() if isinstance(each, type)),
     *(each for each in vars(errors).values() if isinstance(each, type)),
-    *(exceptions.TaskRevokedError, exceptions.NotRegistered, exceptions.MaxRetriesExceededError),
+    exceptions.TaskRevokedError,
+    exceptions.NotRegistered,
+    exceptions.MaxRetriesExceededError,
 )
 
 
 class RemoteErrors:
-    """The types of errors that one app takes from others: Python's own, and what it registers."""
+    """Types of errors that one app can raise for others: Python's own, ours and registered ones."""
 
     def __init__(self) -> None:
         self._types: dict[str, type[Exception]] = {}
@@ -41,12 +43,16 @@ class RemoteErrors:
                 self.register(kind, _qualified(kind))
 
     def register(self, kind: type[Exception], name: str | None = None) -> None:
-        """Know *kind* under *name*, by default ``module.Class``."""
+        """Map *name*, by default ``module.Class``, to *kind*, in both directions."""
         self._types[name or _qualified(kind)] = kind
         self._names[kind] = name or _qualified(kind)
 
     def to_wire(self, error: Exception, secrets: Sequence[str] = ()) -> dict[str, Any]:
-        """*error* as plain values, bounded, without *secrets* and what looks like one."""
+        """Plain values that describe *error*, bounded, without *secrets* and what looks like one.
+
+        Returns:
+            ``{"type": …, "args": […] or None, "message": …, "traceback": … or None}``.
+        """
         return {
             "type": (self._names.get(type(error)) or _qualified(type(error)))[:LONGEST_NAME],
             "args": _plain(error.args, secrets),
@@ -55,12 +61,14 @@ class RemoteErrors:
         }
 
     def from_wire(self, described: Any) -> Exception:
-        """The error that :meth:`to_wire` has described.
+        """The error that :meth:`to_wire` described.
 
-        It is a :class:`RemoteError`, or one of a registered type whose cause is that.
+        Returns:
+            An error of a registered type, whose cause is a :class:`RemoteError`; the latter
+            itself if the type is unknown, or cannot be called with the arguments.
 
         Raises:
-            ValueError: this system cannot have described it.
+            ValueError: *described* has another shape.
         """
         match described:
             case {
@@ -71,7 +79,7 @@ class RemoteErrors:
             } if len(name) <= LONGEST_NAME:
                 remote = RemoteError(name, message, traceback)
             case _:
-                raise ValueError("an error that nobody can have described like that")
+                raise ValueError("an error that this system cannot have described")
         if (kind := self._types.get(name)) is None or args is None:
             return remote
         try:
@@ -89,7 +97,7 @@ def _qualified(kind: type[BaseException]) -> str:
 
 
 def _plain(args: tuple[Any, ...], secrets: Sequence[str]) -> list[Any] | None:
-    """*args* if they are plain, and not too long; else None: the error is then no typed one."""
+    """*args* if all are plain and short enough; else None, and a ``RemoteError`` is raised."""
     if not all(isinstance(each, _PLAIN) for each in args):
         return None
     if sum(len(each) for each in args if isinstance(each, str)) > LONGEST_ARGUMENTS:

@@ -1,7 +1,7 @@
-"""Durable requests: what was asked, and what came of it, in the requester's own database.
+"""Durable requests and their outcomes, stored in the requester's own database.
 
-A request is noted in the transaction that publishes it, its reply recorded in the transaction of
-its own delivery. So a reply that nobody here asked for is known as such.
+A request is recorded in the transaction that publishes it, and its outcome in the transaction that
+handles the reply. So a reply without a request is recognised and refused.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from celery_eda.message import Message
 
 @dataclass(frozen=True)
 class StoredOutcome:
-    """The outcome of a request as its row has it: encoded with the serializer of that day."""
+    """An encoded outcome, with what is needed to decode it."""
 
     content_type: str
     content_encoding: str
     body: bytes
 
     def decode(self) -> Any:
-        """The arguments of the reply: ``{"result": …}`` or ``{"error": …}``."""
-        # Written by this service itself, with the serializer of its choice.
+        """``{"result": …}`` or ``{"error": …}``, as the responder sent it."""
+        # Safe to force: this service encoded it, with the serializer that it had configured.
         return loads(self.body, self.content_type, self.content_encoding, force=True)
 
 
 @dataclass(frozen=True)
-class Requests:
+class RequestStore:
     """The durable requests of one service.
 
     Attributes:
-        address: of this service; None if it has no name, and so no such requests.
-        serializer: what outcomes are kept with.
+        address: of this service; None if it has no name, and so no durable requests.
+        serializer: encodes outcomes from now on.
     """
 
     table: Table
@@ -49,10 +49,10 @@ class Requests:
     serializer: str
 
     def note(self, connection: Connection, messages: Sequence[Message]) -> None:
-        """Note those of *messages* that are durable requests, just written to the outbox.
+        """Record the durable requests among *messages*, which this transaction publishes.
 
-        Another attempt at one, or what takes its place, asks in the name of the first. What a saga
-        asks for it has written down itself.
+        A retry or a replacement has the correlation id of the first attempt, so it adds no row.
+        Requests of sagas are recorded by the saga itself.
         """
         for each in messages:
             if SAGA_HEADER in each.headers:
@@ -62,10 +62,12 @@ class Requests:
                 self.dialect.insert_once(connection, self.table, values, now="at")
 
     def record(self, connection: Connection, correlation_id: UUID, outcome: Any) -> bool:
-        """Record the first *outcome*; returns False if there is one already.
+        """Record the first *outcome* of a request; returns False if it has one already.
+
+        It is ``{"result": …}`` or ``{"error": …}``, as the responder sent it.
 
         Raises:
-            UnknownRequest: nobody here asked for it.
+            UnknownRequest: this service has made no such request.
         """
         content_type, content_encoding, body = dumps(outcome, serializer=self.serializer)
         columns = self.table.c
@@ -84,10 +86,10 @@ class Requests:
         return bool(recorded)
 
     def outcome(self, connection: Connection, correlation_id: UUID) -> Any:
-        """The outcome of a request; None as long as there is none.
+        """The outcome of one request; None until the reply has arrived.
 
         Raises:
-            UnknownRequest: there is no such request.
+            UnknownRequest: this service has made no such request.
         """
         found = self.outcomes(connection, [correlation_id])
         if correlation_id not in found:
@@ -98,17 +100,20 @@ class Requests:
     def outcomes(
         self, connection: Connection, correlation_ids: Iterable[UUID]
     ) -> dict[UUID, StoredOutcome | None]:
-        """The outcomes of those requests that there are; None for one without a reply."""
+        """The outcomes by correlation id; None until the reply has arrived.
+
+        Unknown requests are missing from the result.
+        """
         columns = self.table.c
         rows = connection.execute(
-            select(
-                columns.correlation_id,
-                columns.content_type,
-                columns.content_encoding,
-                columns.body,
-            ).where(columns.correlation_id.in_(correlation_ids))
+            select(*(columns[name] for name in _OUTCOME)).where(
+                columns.correlation_id.in_(correlation_ids)
+            )
         )
         return {row.correlation_id: _from_row(row) for row in rows}
+
+
+_OUTCOME = ("correlation_id", "content_type", "content_encoding", "body")
 
 
 def _from_row(row: Row[Any]) -> StoredOutcome | None:
@@ -118,7 +123,7 @@ def _from_row(row: Row[Any]) -> StoredOutcome | None:
 
 
 def unknown_request(correlation_id: UUID) -> UnknownRequest:
-    """The error that says that there is no such request."""
+    """The error for a *correlation_id* without a request."""
     return UnknownRequest(
         f"No durable request {correlation_id} is known here. Was its transaction "
         "committed, in this database, and less than eda_request_retention ago?"

@@ -14,7 +14,7 @@ from celery_eda.addresses import REPLY_HEADER
 from celery_eda.errors import UnknownRequest
 from celery_eda.identity import Identity
 from celery_eda.message import Message
-from celery_eda.requests import Requests
+from celery_eda.requests import RequestStore
 from tests.databases import Database
 
 ADDRESS = "eda.replies.shop"
@@ -22,8 +22,8 @@ OUTCOME = {"result": {"text": "a\u2028\U0001f600", "none": None, "at": datetime.
 
 
 @pytest.fixture
-def requests(database: Database) -> Requests:
-    return Requests(database.tables.requests, database.dialect, ADDRESS, "json")
+def requests(database: Database) -> RequestStore:
+    return RequestStore(database.tables.requests, database.dialect, ADDRESS, "json")
 
 
 def request(correlation_id: UUID, address: str = ADDRESS) -> Message:
@@ -45,19 +45,19 @@ def noted(database: Database) -> list[UUID]:
         return list(connection.scalars(select(database.tables.requests.c.correlation_id)))
 
 
-def record(database: Database, requests: Requests, correlation_id: UUID, outcome: Any) -> bool:
+def record(database: Database, requests: RequestStore, correlation_id: UUID, outcome: Any) -> bool:
     with database.engine.begin() as connection:
         return requests.record(connection, correlation_id, outcome)
 
 
-def outcome(database: Database, requests: Requests, correlation_id: UUID) -> Any:
+def outcome(database: Database, requests: RequestStore, correlation_id: UUID) -> Any:
     with database.engine.connect() as connection:
         return requests.outcome(connection, correlation_id)
 
 
 @pytest.mark.parametrize("serializer", ["json", "msgpack", "pickle", "yaml"])
 def test_an_outcome_is_read_with_whatever_it_was_written(
-    database: Database, requests: Requests, serializer: str
+    database: Database, requests: RequestStore, serializer: str
 ) -> None:
     asked, said = uuid4(), {"result": [7, None, "a\u2028\U0001f600"]}
     requests = replace(requests, serializer=serializer)
@@ -69,7 +69,7 @@ def test_an_outcome_is_read_with_whatever_it_was_written(
 
 
 def test_a_request_is_noted_once_and_only_if_it_is_ours(
-    database: Database, requests: Requests
+    database: Database, requests: RequestStore
 ) -> None:
     ours, others, theirs = uuid4(), uuid4(), uuid4()
     messages = [
@@ -84,7 +84,7 @@ def test_a_request_is_noted_once_and_only_if_it_is_ours(
     assert noted(database) == [ours]
 
 
-def test_the_first_outcome_stays(database: Database, requests: Requests) -> None:
+def test_the_first_outcome_stays(database: Database, requests: RequestStore) -> None:
     asked = uuid4()
     with database.engine.begin() as connection:
         requests.note(connection, [request(asked)])
@@ -95,7 +95,7 @@ def test_the_first_outcome_stays(database: Database, requests: Requests) -> None
     assert outcome(database, requests, asked) == OUTCOME
 
 
-def test_what_nobody_asked_for_is_unknown(database: Database, requests: Requests) -> None:
+def test_what_nobody_asked_for_is_unknown(database: Database, requests: RequestStore) -> None:
     with pytest.raises(UnknownRequest, match="eda_request_retention"):
         record(database, requests, uuid4(), OUTCOME)
     with pytest.raises(UnknownRequest):
@@ -103,7 +103,7 @@ def test_what_nobody_asked_for_is_unknown(database: Database, requests: Requests
 
 
 def test_a_service_without_a_name_notes_nothing(database: Database) -> None:
-    nameless = Requests(database.tables.requests, database.dialect, None, "json")
+    nameless = RequestStore(database.tables.requests, database.dialect, None, "json")
     with database.engine.begin() as connection:
         nameless.note(connection, [request(uuid4())])
 

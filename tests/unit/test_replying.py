@@ -16,7 +16,7 @@ from celery_eda.addresses import REPLY_HEADER
 from celery_eda.arguments import Arguments
 from celery_eda.errors import RemoteError
 from celery_eda.message import Message
-from celery_eda.reading import Failed
+from celery_eda.reading import ErrorOutcome
 from celery_eda.replying import REPLY_TASK
 from tests.unit.test_delivery import Slot, slot, unique
 
@@ -120,7 +120,7 @@ def test_what_does_not_commit_does_not_reply(slot: Slot) -> None:
     request = ask(slot, clash, 1)
     (outcome,) = outcomes(slot, request, replies_to(slot, request))
 
-    assert isinstance(outcome, Failed)
+    assert isinstance(outcome, ErrorOutcome)
     assert "IntegrityError" in str(outcome.error)
 
 
@@ -164,7 +164,7 @@ def test_a_copy_of_a_request_that_failed_gets_the_same_error(slot: Slot) -> None
 
 def failure(slot: Slot, request: Message) -> Exception:
     (outcome,) = outcomes(slot, request, replies_to(slot, request))
-    assert isinstance(outcome, Failed)
+    assert isinstance(outcome, ErrorOutcome)
     return outcome.error
 
 
@@ -297,7 +297,7 @@ def test_a_request_that_is_redriven_is_answered_again(slot: Slot) -> None:
     assert letter is not None
     replies += replies_to(slot, letter.message.revised())
 
-    assert [type(each) for each in outcomes(slot, request, replies)] == [Failed, int]
+    assert [type(each) for each in outcomes(slot, request, replies)] == [ErrorOutcome, int]
     assert replies[0].identity != replies[1].identity
 
 

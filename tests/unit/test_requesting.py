@@ -34,7 +34,7 @@ from celery_eda.errors import (
     UnsentRequest,
 )
 from celery_eda.message import Message
-from celery_eda.reading import Failed
+from celery_eda.reading import ErrorOutcome
 
 #: A correlation id that nobody has been given.
 NOBODYS = "8d9f5c1e-6d0a-4f1e-9c0b-2f6a1d3b7e55"
@@ -105,7 +105,7 @@ class Shop:
 @pytest.fixture(autouse=True)
 def _no_goodbyes(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no broker to say goodbye to."""
-    monkeypatch.setattr(mailbox, "EXIT_PATIENCE", 0.05)
+    monkeypatch.setattr(mailbox, "EXIT_TIMEOUT", 0.05)
 
 
 @pytest.fixture
@@ -357,7 +357,7 @@ def test_the_time_out_of_a_responder_is_no_lack_of_a_reply(shop: Shop, ask: str)
     else:
         waiting = shop.eda.scatter([shop.quote.s(7), shop.quote.s(8)])
         correlation_id = waiting.each[0].correlation_id
-    shop.eda.mailbox.settle(correlation_id, Failed(TimeoutError("the bank is slow")))
+    shop.eda.mailbox.settle(correlation_id, ErrorOutcome(TimeoutError("the bank is slow")))
 
     with pytest.raises(TimeoutError, match="bank"):
         waiting.get(timeout=1)
@@ -397,7 +397,7 @@ def test_where_every_task_is_eager_the_reply_is_there_at_once(
 
 def test_an_error_is_raised_where_it_is_waited_for(shop: Shop) -> None:
     reply = shop.quote.ask(7)
-    shop.eda.mailbox.settle(reply.correlation_id, Failed(LookupError("no")))
+    shop.eda.mailbox.settle(reply.correlation_id, ErrorOutcome(LookupError("no")))
 
     with pytest.raises(LookupError, match="no"):
         reply.get()
@@ -501,7 +501,7 @@ def settle(shop: Shop, replies: Any, *outcomes: Any) -> None:
             shop.eda.mailbox.settle(each.correlation_id, outcome)
 
 
-FAILED = Failed(LookupError("no"))
+FAILED = ErrorOutcome(LookupError("no"))
 
 
 def both_ways(replies: Any, shop: Shop, way: str) -> Any:
@@ -671,7 +671,7 @@ def test_what_is_wrong_with_the_database_is_told_to_who_waits(shop: Shop) -> Non
 def test_a_forked_child_looks_for_durable_replies_by_a_thread_of_its_own(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reply_watcher, "LOOK", (2.0, 2.0))
+    monkeypatch.setattr(reply_watcher, "POLL", (2.0, 2.0))
     reply = shop.eda.request(shop.quote, (7,), address="durable")
     looked = threading.Event()
     event.listen(shop.eda.engine, "checkin", lambda *_: looked.set())
