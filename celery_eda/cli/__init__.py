@@ -1,10 +1,11 @@
-"""``celery -A … eda``: the commands. One file per group."""
+"""The commands ``celery -A … eda``, one module per group of commands."""
 
 from __future__ import annotations
 
 import click
 from celery.bin.base import handle_preload_options
 
+from celery_eda.cli.db import db
 from celery_eda.cli.dead_letters import dead_letters
 from celery_eda.cli.events import events
 from celery_eda.cli.flow import asyncapi, flow
@@ -14,7 +15,6 @@ from celery_eda.cli.projections import projections
 from celery_eda.cli.relay import relay
 from celery_eda.cli.sagas import sagas
 from celery_eda.cli.subscriptions import subscriptions
-from celery_eda.cli.tables import db
 
 
 @click.group(name="eda")
@@ -25,7 +25,16 @@ def eda(context: click.Context) -> None:
 
 
 for command in (
-    *(relay, db, dead_letters, order, events, subscriptions, projections),
-    *(flow, asyncapi, sagas, housekeeping),
+    relay,
+    db,
+    dead_letters,
+    order,
+    events,
+    subscriptions,
+    projections,
+    flow,
+    asyncapi,
+    sagas,
+    housekeeping,
 ):
     eda.add_command(command)

@@ -1,8 +1,8 @@
-"""``celery -A … eda dead-letters``: see, mend, send again or give up what could not be handled.
+"""``celery -A … eda dead-letters``: lists, edits, redrives, skips and discards dead letters.
 
-Each letter is treated in a transaction of its own, so a command that was killed half-way is simply
-given again: what is done is done, once. Exit codes: 0 all is as asked, 1 nothing matched or
-something could not be done, 2 the command line is wrong.
+Each letter is treated in a transaction of its own, and treating it twice has no second effect:
+repeat a command that was killed. Exit codes: 0 done, 1 no letter matched or one could not be
+treated, 2 the command line is wrong.
 """
 
 from __future__ import annotations
@@ -11,40 +11,38 @@ import getpass
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import click
-from celery.bin.base import CeleryCommand
-from kombu.utils import json as kombu_json
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_eda import redaction
-from celery_eda.arguments import Arguments
-from celery_eda.audit import Author, Entry
+from celery_eda.app import EDA
+from celery_eda.audit import Author
+from celery_eda.cli import letters_view as view
+from celery_eda.cli.console import Command, confirm, printable, report, service_of
 from celery_eda.cli.options import MOMENT, JSONValue, Rate, as_json, options
-from celery_eda.cli.service import confirm, printable, service_of
 from celery_eda.dead_letters import Filter, Letter, State
-from celery_eda.errors import RepairError, UnreadableBody
+from celery_eda.errors import RepairError
 from celery_eda.identity import ORDER_HEADER
 from celery_eda.repair import End, edited, in_order
 
-#: Letters read at once.
+#: Letters read by one query.
 PAGE = 500
-#: Characters of an error shown in a list.
-SHORT_ERROR = 80
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Treatment = Callable[[Connection, int, Author], End]
 
 
 @click.group(name="dead-letters")
 def dead_letters() -> None:
-    """Messages that could not be sent or handled."""
+    """List, edit, redrive, skip and discard messages that could not be sent or handled."""
 
 
 # ── options ─────────────────────────────────────────────────────────────────────────────────
@@ -53,8 +51,8 @@ def dead_letters() -> None:
 LETTER_ID = click.IntRange(1, 2**63 - 1)
 
 
-def filters(state: str) -> Callable[[Command], Command]:
-    """Which letters; by default those in *state*."""
+def filters(state: str) -> Callable[[Decorated], Decorated]:
+    """Options that choose letters; *state* is the default of ``--state``."""
     return options(
         click.option("--task", help="Of this task."),
         click.option("--queue", help="From this queue, or with this routing key."),
@@ -67,22 +65,22 @@ def filters(state: str) -> Callable[[Command], Command]:
             default=state,
             show_default=True,
         ),
-        click.option("--since", type=MOMENT, help="Dead since then; local time."),
-        click.option("--until", type=MOMENT, help="Dead before then; local time."),
+        click.option("--since", type=MOMENT, help="Dead at or after this time; local."),
+        click.option("--until", type=MOMENT, help="Dead before this time; local."),
     )
 
 
 authorship = options(
     click.option("--why", default="", help="The reason, for the audit."),
-    click.option("--actor", default=None, help="Who does it; by default the system's user."),
+    click.option("--actor", default=None, help="The author; by default the system's user."),
 )
 in_bulk = options(
     click.argument("ids", nargs=-1, type=LETTER_ID),
     filters("open"),
     click.option("--all", "everything", is_flag=True, help="All open letters."),
-    click.option("--limit", type=click.IntRange(1), help="At most so many."),
-    click.option("--rate", type=Rate(), help="At most so many: 10/s, 30/m, 100/h."),
-    click.option("--dry-run", is_flag=True, help="Show which letters, and do nothing."),
+    click.option("--limit", type=click.IntRange(1), help="At most this many."),
+    click.option("--rate", type=Rate(), help="At most this many: 10/s, 30/m, 100/h."),
+    click.option("--dry-run", is_flag=True, help="Show the letters and change nothing."),
     click.option("--yes", is_flag=True, help="Do not ask, even for more than one."),
     authorship,
     as_json,
@@ -100,7 +98,7 @@ def _filter(
 ) -> Filter:
     return Filter(
         ids=ids or None,
-        # Named by id, a letter is wanted whatever has become of it.
+        # An explicit id selects its letter in any state.
         state=None if state == "all" or ids else state,
         error_type=error,
         since=since,
@@ -120,10 +118,10 @@ def _user() -> str:
         return "unknown"
 
 
-# ── seeing ──────────────────────────────────────────────────────────────────────────────────
+# ── commands that read ──────────────────────────────────────────────────────────────────────
 
 
-@dead_letters.command(cls=CeleryCommand, name="list")
+@dead_letters.command(cls=Command, name="list")
 @filters("open")
 @click.option("--limit", type=click.IntRange(1), default=50, show_default=True)
 @click.option("--after", type=click.IntRange(0), default=0, help="Only those with higher ids.")
@@ -137,21 +135,22 @@ def list_(context: click.Context, /, limit: int, after: int, as_json: bool, **wh
         letters = service.dead_letters.select(connection, wanted, limit, after)
         total = service.dead_letters.count(connection, wanted)
     if as_json:
-        click.echo(json.dumps({"total": total, "letters": [_summary(each) for each in letters]}))
+        summaries = [view.summary(each) for each in letters]
+        click.echo(json.dumps({"total": total, "letters": summaries}))
     else:
         for each in letters:
-            click.echo(_line(each))
+            click.echo(view.line(each))
         click.echo(f"{len(letters)} of {total}", err=True)
     if not letters:
         raise SystemExit(1)
 
 
-@dead_letters.command(cls=CeleryCommand)
+@dead_letters.command(cls=Command)
 @click.argument("id", type=LETTER_ID)
 @as_json
 @click.pass_context
 def show(context: click.Context, id: int, as_json: bool) -> None:
-    """Show a whole letter: arguments, error, traceback, headers, history."""
+    """Show one letter: arguments, error, traceback, headers, history."""
     service = service_of(context)
     with service.engine.connect() as connection:
         letter = service.dead_letters.find(connection, id)
@@ -159,21 +158,20 @@ def show(context: click.Context, id: int, as_json: bool) -> None:
             raise click.ClickException(f"There is no letter {id}.")
         history = service.repair.history(connection, letter)
     if as_json:
-        click.echo(
-            json.dumps({**_whole(letter), "history": [_happening(each) for each in history]})
-        )
+        entries = [view.history_entry(each) for each in history]
+        click.echo(json.dumps({**view.whole(letter), "history": entries}))
     else:
-        click.echo("\n".join(_page(letter, history)))
+        click.echo("\n".join(view.page(letter, history)))
 
 
-# ── doing ───────────────────────────────────────────────────────────────────────────────────
+# ── commands that write ─────────────────────────────────────────────────────────────────────
 
 
-@dead_letters.command(cls=CeleryCommand)
+@dead_letters.command(cls=Command)
 @click.argument("id", type=LETTER_ID)
 @click.option("--args", type=JSONValue(list, "an array"), help="New positional arguments.")
 @click.option("--kwargs", type=JSONValue(dict, "an object"), help="New keyword arguments.")
-@click.option("--dry-run", is_flag=True, help="Show what the letter would be, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the new body and change nothing.")
 @authorship
 @as_json
 @click.pass_context
@@ -187,7 +185,7 @@ def edit(
     actor: str | None,
     as_json: bool,
 ) -> None:
-    """Change the arguments of an open letter, to be redriven then."""
+    """Change the arguments of an open letter, before a redrive."""
     if args is None and kwargs is None:
         raise click.UsageError("Give new arguments: --args JSON, --kwargs JSON, or both.")
     service = service_of(context)
@@ -195,64 +193,51 @@ def edit(
         with service.engine.connect() as connection:
             letter = service.dead_letters.find(connection, id)
         if letter is None or not letter.is_open:
-            raise click.ClickException(_already(End(id, letter and letter.state, False)))
-        try:
-            new = edited(letter, args, kwargs)
-        except RepairError as error:
-            raise click.ClickException(printable(error)) from error
-        click.echo(printable(new.body.decode()))
+            state = letter.state if letter else None
+            raise click.ClickException(_already(End(id, state, fresh=False)))
+        click.echo(printable(edited(letter, args, kwargs).body.decode()))
         return
-
-    def change(connection: Connection, id: int, author: Author) -> End:
-        end: End = service.repair.edit(connection, id, author, args=args, kwargs=kwargs)
-        return end
-
+    change = partial(service.repair.edit, args=args, kwargs=kwargs)
     _treat(service, [id], change, State.open, _author(actor, why), as_json=as_json)
 
 
-@dead_letters.command(cls=CeleryCommand)
+@dead_letters.command(cls=Command)
 @in_bulk
 @click.option(
-    "--out-of-order", is_flag=True, help="Also letters that others of their key were let past."
+    "--out-of-order",
+    is_flag=True,
+    help="Also letters that later messages of their key were allowed to pass.",
 )
 @click.pass_context
 def redrive(context: click.Context, /, out_of_order: bool, **options: Any) -> None:
-    """Send letters again, those of one key in its order. Doing so twice is harmless."""
+    """Send letters again, those of one key in order. Redriving twice sends once."""
     service = service_of(context)
-
-    def send(connection: Connection, id: int, author: Author) -> End:
-        end: End = service.repair.redrive(connection, id, author, out_of_order=out_of_order)
-        return end
-
+    send = partial(service.repair.redrive, out_of_order=out_of_order)
     _in_bulk(service, "Redrive", send, State.redriven, **options)
 
 
-@dead_letters.command(cls=CeleryCommand)
+@dead_letters.command(cls=Command)
 @in_bulk
 @click.pass_context
 def skip(context: click.Context, /, **options: Any) -> None:
-    """Give up messages that hold their key; the next one of the key takes its turn."""
+    """Give up messages that block their key; the next message of the key proceeds."""
     service = service_of(context)
     _in_bulk(service, "Skip", service.repair.skip, State.skipped, **options)
 
 
-@dead_letters.command(cls=CeleryCommand)
+@dead_letters.command(cls=Command)
 @in_bulk
 @click.option("--awaited", is_flag=True, help="Also letters that others of their key wait for.")
 @click.pass_context
 def discard(context: click.Context, /, awaited: bool, **options: Any) -> None:
-    """Give up messages that no other one waits for."""
+    """Give up messages that no other message waits for."""
     service = service_of(context)
-
-    def give_up(connection: Connection, id: int, author: Author) -> End:
-        end: End = service.repair.discard(connection, id, author, awaited=awaited)
-        return end
-
+    give_up = partial(service.repair.discard, awaited=awaited)
     _in_bulk(service, "Discard", give_up, State.discarded, **options)
 
 
 def _in_bulk(
-    service: Any,
+    service: EDA,
     verb: str,
     treat: Treatment,
     aim: State,
@@ -268,14 +253,14 @@ def _in_bulk(
     as_json: bool,
     **which: Any,
 ) -> None:
-    """Treat all letters that are asked for, each in a transaction of its own."""
+    """Treat all chosen letters, each in a transaction of its own."""
     narrowed = any(value for name, value in which.items() if name != "state")
     if not (ids or narrowed or everything):
-        raise click.UsageError("Say which: ids, filters such as --task, or --all.")
+        raise click.UsageError("Choose letters by ids, by filters such as --task, or with --all.")
     found = _found(service, _filter(ids=ids, **which), limit)
     missing = sorted(set(ids) - {letter.id for letter in found}) if limit is None else []
     if dry_run:
-        _echo_all(found, as_json=as_json)
+        _show(found, as_json=as_json)
         if missing or not found:
             raise SystemExit(1)
         return
@@ -286,39 +271,60 @@ def _in_bulk(
     _treat(service, chosen, treat, aim, author, missing=missing, rate=rate, as_json=as_json)
 
 
-def _found(service: Any, which: Filter, limit: int | None) -> list[Letter]:
-    """The letters to treat, in the order to treat them in."""
+def _show(letters: Iterable[Letter], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"letters": [view.summary(each) for each in letters]}))
+    else:
+        for each in letters:
+            click.echo(view.line(each))
+
+
+def _found(service: EDA, which: Filter, limit: int | None) -> list[Letter]:
+    """The chosen letters, in the order in which to treat them."""
     found: list[Letter] = []
     with service.engine.connect() as connection:
         while limit is None or len(found) < limit:
             size = PAGE if limit is None else min(PAGE, limit - len(found))
             after = found[-1].id if found else 0
             page = service.dead_letters.select(connection, which, size, after)
-            found += map(_briefly, page)
+            found += map(_shortened, page)
             if len(page) < size:
                 break
     return in_order(found)
 
 
-def _briefly(letter: Letter) -> Letter:
-    """*letter* without what a list does not show: there may be a million of them."""
+def _shortened(letter: Letter) -> Letter:
+    """*letter* with only the fields that a list shows, since a command may hold a million."""
     order = {ORDER_HEADER: letter.message.headers.get(ORDER_HEADER)}
     message = replace(letter.message, body=b"", headers=order, properties={})
-    error = letter.error and letter.error[:SHORT_ERROR]
+    error = letter.error and letter.error[: view.SHORT_ERROR]
     return replace(letter, message=message, error=error, traceback=None)
 
 
-@dataclass
-class Tally:
-    """What became of the letters of one command."""
+@dataclass(frozen=True)
+class Treated:
+    """The result for one letter, with the *error* if it could not be treated."""
 
-    done: int = 0
-    already: int = 0
-    failed: int = 0
+    end: End
+    error: str | None = None
+
+    def outcome(self, aim: State) -> Literal["done", "already", "failed"]:
+        """The result of a command whose letters should end in the state *aim*."""
+        if self.error is None and self.end.fresh:
+            return "done"
+        if self.error is None and self.end.state == aim.value and aim is not State.open:
+            return "already"
+        return "failed"
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        end = self.end
+        return {"id": end.id, "state": end.state, "fresh": end.fresh, "error": self.error}
 
 
 def _treat(
-    service: Any,
+    service: EDA,
     ids: Sequence[int],
     treat: Treatment,
     aim: State,
@@ -328,41 +334,39 @@ def _treat(
     rate: float | None = None,
     as_json: bool,
 ) -> None:
-    """Treat each letter in a transaction of its own, then say what became of them."""
-    tally, reports = Tally(failed=len(missing)), []
+    """Treat each letter in a transaction of its own, then print the results."""
     for id in missing:
-        click.echo(f"There is no letter {id} among those that were asked for.", err=True)
+        click.echo(f"There is no letter {id} among the chosen ones.", err=True)
+    results = []
     with _progress(ids, shown=not as_json) as progress:
         for id in _paced(progress, rate):
-            end, why = _treated(service, treat, id, author)
-            if why is None and end.fresh:
-                tally.done += 1
-            elif why is None and end.state == aim.value and aim is not State.open:
-                tally.already += 1
-            else:
-                tally.failed += 1
-            reports.append({"id": id, "state": end.state, "fresh": end.fresh, "error": why})
-            if not as_json and (why or not end.fresh):
-                click.echo(printable(why or _already(end)), err=True)
-    if as_json:
-        click.echo(json.dumps({**vars(tally), "letters": reports}))
-    else:
-        what = "edited" if aim is State.open else aim.value
-        click.echo(f"{tally.done} {what}, {tally.already} already, {tally.failed} failed")
-    if tally.failed or not ids:
+            treated = _treated(service, treat, id, author)
+            results.append(treated)
+            if not as_json and (treated.error or not treated.end.fresh):
+                click.echo(printable(treated.error or _already(treated.end)), err=True)
+    tally = {"done": 0, "already": 0, "failed": len(missing)}
+    for treated in results:
+        tally[treated.outcome(aim)] += 1
+    what = "edited" if aim is State.open else aim.value
+    report(
+        {**tally, "letters": [each.plain for each in results]},
+        f"{tally['done']} {what}, {tally['already']} already, {tally['failed']} failed",
+        as_json=as_json,
+    )
+    if tally["failed"] or not ids:
         raise SystemExit(1)
 
 
-def _treated(service: Any, treat: Treatment, id: int, author: Author) -> tuple[End, str | None]:
-    """What became of the letter, and why it could not be treated, if it could not."""
+def _treated(service: EDA, treat: Treatment, id: int, author: Author) -> Treated:
     try:
         with service.engine.begin() as connection:
-            return treat(connection, id, author), None
+            return Treated(treat(connection, id, author))
     except RepairError as error:
-        return End(id, None, fresh=False), str(error)
+        return Treated(End(id, None, fresh=False), str(error))
     except SQLAlchemyError as error:
-        # Whatever was not committed is undone; given again, the command does the rest.
-        return End(id, None, fresh=False), redaction.redact(f"Letter {id}: {error}")
+        # The transaction was rolled back; a repetition of the command treats the letter.
+        reason = redaction.redact(f"Letter {id}: {error}")
+        return Treated(End(id, None, fresh=False), reason)
 
 
 def _already(end: End) -> str:
@@ -372,110 +376,17 @@ def _already(end: End) -> str:
 
 
 def _progress(ids: Sequence[int], *, shown: bool) -> AbstractContextManager[Iterable[int]]:
-    """*ids*, with a bar that moves on with each, if somebody looks."""
+    """*ids*, with a progress bar on a terminal."""
     if shown and len(ids) > 1 and sys.stderr.isatty():
         return click.progressbar(ids, file=sys.stderr)
     return nullcontext(ids)
 
 
 def _paced(ids: Iterable[int], seconds: float | None) -> Iterator[int]:
-    """*ids*, not more than one in so many *seconds*."""
+    """*ids*, at most one per *seconds*."""
     due = time.monotonic()
     for each in ids:
         if seconds:
             time.sleep(max(0.0, due - time.monotonic()))
             due = max(due, time.monotonic() - seconds) + seconds
         yield each
-
-
-# ── in words ────────────────────────────────────────────────────────────────────────────────
-
-
-def _echo_all(letters: Iterable[Letter], *, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps({"letters": [_summary(each) for each in letters]}))
-        return
-    for each in letters:
-        click.echo(_line(each))
-
-
-def _line(letter: Letter) -> str:
-    error = " ".join(filter(None, (letter.error_type, letter.error)))[:SHORT_ERROR]
-    key = f"key={letter.key}" if letter.key is not None else ""
-    columns = (_time(letter.at), letter.state, letter.reason, letter.message.task, key, error)
-    return f"{letter.id:>6}  " + "  ".join(printable(each) for each in columns if each)
-
-
-def _page(letter: Letter, history: Iterable[Letter | Entry]) -> Iterator[str]:
-    """A whole letter for a reader."""
-    for name, value in _facts(letter).items():
-        yield f"{name + ':':<16}{printable('' if value is None else value)}"
-    arguments = _arguments(letter)
-    for name in ("args", "kwargs", "body"):
-        if name in arguments:
-            yield f"{name + ':':<16}{printable(arguments[name])}"
-    for name, value in sorted(letter.message.headers.items()):
-        yield f"header {printable(name)}: {printable(value)}"
-    yield ""
-    yield printable(f"{letter.error_type or 'Error'}: {letter.error}", lines=True)
-    if letter.traceback:
-        yield printable(letter.traceback, lines=True)
-    for each in history:
-        happened = _happening(each)
-        yield printable("  ".join(f"{name}={value}" for name, value in happened.items() if value))
-
-
-def _facts(letter: Letter) -> dict[str, Any]:
-    message = letter.message
-    return {
-        "id": letter.id,
-        "state": letter.state,
-        "reason": letter.reason,
-        "task": message.task,
-        "consumer": letter.consumer,
-        "message id": str(message.identity.id),
-        "revision": message.identity.revision,
-        "key": letter.key,
-        "place": message.place and f"{message.place.epoch}.{message.place.number}",
-        "queue": message.queue or message.routing_key,
-        "attempts": letter.attempts,
-        "first at": letter.first_at and _time(letter.first_at),
-        "at": _time(letter.at),
-        "correlation id": letter.correlation_id,
-        "causation id": letter.causation_id,
-        "content type": message.content_type,
-    }
-
-
-def _arguments(letter: Letter) -> dict[str, Any]:
-    """Its arguments; if they cannot be read, the beginning of the body as it is."""
-    try:
-        arguments = Arguments.of(letter.message)
-    except UnreadableBody:
-        return {"body": letter.message.body[:2000]}
-    return {"args": list(arguments.args), "kwargs": dict(arguments.kwargs)}
-
-
-def _summary(letter: Letter) -> dict[str, Any]:
-    facts = {name.replace(" ", "_"): value for name, value in _facts(letter).items()}
-    return {**facts, "error_type": letter.error_type, "error": letter.error}
-
-
-def _whole(letter: Letter) -> dict[str, Any]:
-    arguments: Mapping[str, Any] = _arguments(letter)
-    if "body" in arguments:
-        arguments = {"body": letter.message.body.decode("latin-1")}
-    readable = json.loads(kombu_json.dumps({**arguments, "headers": letter.message.headers}))
-    return {**_summary(letter), "traceback": letter.traceback, **readable}
-
-
-def _happening(each: Letter | Entry) -> dict[str, Any]:
-    if isinstance(each, Letter):
-        what = {"letter": each.id, "reason": each.reason, "error": each.error}
-        return {"at": _time(each.at), **what, "revision": each.message.identity.revision}
-    who = {"action": each.action, "actor": each.actor, "why": each.why}
-    return {"at": _time(each.at), **who, "letter": each.dead_letter, **each.detail}
-
-
-def _time(moment: datetime) -> str:
-    return moment.isoformat(timespec="seconds")

@@ -1,31 +1,25 @@
-"""``celery -A … eda housekeeping``."""
+"""``celery -A … eda housekeeping``: deletes rows that are past their retention."""
 
 from __future__ import annotations
 
-import json
-
 import click
-from celery.bin.base import CeleryCommand
 
-from celery_eda.cli.service import service_of
-from celery_eda.errors import SchemaOutdated
+from celery_eda.cli.console import Command, report, service_of
+from celery_eda.cli.options import as_json
 
 
-@click.command(cls=CeleryCommand)
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.command(cls=Command)
+@as_json
 @click.pass_context
 def housekeeping(context: click.Context, as_json: bool) -> None:
-    """Delete what is older than the settings say. Running relays do so by themselves."""
+    """Delete what is older than the settings allow. Running relays do this by themselves."""
     service = service_of(context)
-    try:
-        service.check()
-    except SchemaOutdated as error:
-        raise click.ClickException(str(error)) from error
+    service.check()
     done = service.housekeeping.finish()
     released = done.pop("released")
-    deleted = ", ".join(f"{rows} of {what}" for what, rows in done.items())
-    click.echo(
-        json.dumps({"released": released, "deleted": done})
-        if as_json
-        else f"Deleted: {deleted or 'nothing'}. Parked messages sent again: {released}."
+    deleted = ", ".join(f"{rows} of {what}" for what, rows in done.items()) or "nothing"
+    report(
+        {"released": released, "deleted": done},
+        f"Deleted: {deleted}. Parked messages sent again: {released}.",
+        as_json=as_json,
     )

@@ -1,4 +1,4 @@
-"""What the options of several commands have in common."""
+"""Options and parameter types that several commands share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOMENT = click.DateTime(
 
 
 def options(*given: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several options as one decorator."""
+    """Several options as one decorator, in the order in which `--help` shows them."""
 
     def decorate(command: Command) -> Command:
         for option in reversed(given):
@@ -29,36 +29,36 @@ def options(*given: Callable[[Command], Command]) -> Callable[[Command], Command
     return decorate
 
 
-class Rate(click.ParamType):  # type: ignore[type-arg]  # generic in later versions alone
-    """So many in a second, a minute or an hour: ``10/s``, ``30/m``, ``100/h``, ``5``."""
+class Rate(click.ParamType):  # type: ignore[type-arg]  # generic only in later versions of click
+    """A rate per second, minute or hour: ``10/s``, ``30/m``, ``100/h``, or ``5`` per second."""
 
     name = "rate"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        """Seconds between two."""
+        """The interval of the rate *value*, in seconds."""
         if isinstance(value, float):
             return value
         match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(?:/([smh]))?", value)
         if match is None or float(match[1]) <= 0:
-            self.fail(f"{value!r} is no rate. Say e.g. 10/s, 30/m or 100/h.", param, ctx)
+            self.fail(f"{value!r} is not a rate. Write e.g. 10/s, 30/m or 100/h.", param, ctx)
         return {"s": 1, "m": 60, "h": 3600}[match[2] or "s"] / float(match[1])
 
 
 class JSONValue(click.ParamType):  # type: ignore[type-arg]  # as above
-    """A JSON text of one type."""
+    """A JSON text whose value has one type."""
 
     def __init__(self, type_: type, name: str) -> None:
         self.type = type_
         self.name = name
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """What *value* says; dates and UUIDs as Celery writes them are read as such."""
+        """The value of the JSON text, with dates and UUIDs decoded as Celery encodes them."""
         if isinstance(value, self.type):
             return value
         try:
             read = kombu_json.loads(value)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            self.fail(f"no JSON: {error}", param, ctx)
+            self.fail(f"not valid JSON: {error}", param, ctx)
         if not isinstance(read, self.type):
             self.fail(
                 f"must be {self.name}, e.g. {'[7]' if self.type is list else '{}'}", param, ctx

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import json
-
 import click
-from celery.bin.base import CeleryCommand
 
-from celery_eda.cli.options import confirmed
-from celery_eda.cli.service import confirm, printable, service_of
+from celery_eda.cli.console import Command, confirm, printable, report, service_of
+from celery_eda.cli.options import as_json, confirmed
 
 
 @click.group(name="order")
 def order() -> None:
-    """The order of messages that share a key."""
+    """Manage the order of messages that share a key."""
 
 
-@order.command(cls=CeleryCommand, name="new-epoch")
+@order.command(cls=Command, name="new-epoch")
 @click.option("--stream", help="Only the messages of this task.")
 @confirmed
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@as_json
 @click.pass_context
 def new_epoch(context: click.Context, stream: str | None, yes: bool, as_json: bool) -> None:
-    """Let every count begin again: after the database was restored from a backup.
+    """Restart the numbering of every key, after the database was restored from a backup.
 
-    Numbers given since the backup are given once more otherwise, and consumers take the new
-    messages for old ones. Exit code 1 if there is no count.
+    Otherwise the numbers given since the backup would be given again, and consumers would take
+    the new messages for old ones. Exit code 1 if no key has been numbered yet.
     """
     service = service_of(context)
     what = f"of {printable(stream)}" if stream else "of all tasks"
     confirm(f"Begin a new epoch {what}? Do so only after a restore.", yes=yes)
     with service.engine.begin() as connection:
         begun = service.sequences.begin_epoch(connection, stream)
-    click.echo(json.dumps({"begun": begun}) if as_json else f"{begun} counts begin again.")
+    report({"begun": begun}, f"{begun} counts begin again.", as_json=as_json)
     if not begun:
         raise SystemExit(1)

@@ -1,12 +1,11 @@
-"""``celery -A … eda projections``: the tables made of events, looked at and made anew.
+"""``celery -A … eda projections``: lists, rebuilds, compares and swaps projections.
 
-Exit codes: 0 all is as asked, 1 they differ, or it cannot be done, 2 the command line is wrong.
+Exit codes: 0 done, 1 the tables differ or the command failed, 2 the command line is wrong.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -14,14 +13,13 @@ from typing import Any, TextIO
 from uuid import UUID
 
 import click
-from celery.bin.base import CeleryCommand
 from kombu.utils import json as kombu_json
 from sqlalchemy.exc import OperationalError
 
-from celery_eda.cli.broker import channel_of
+from celery_eda.app import EDA
+from celery_eda.cli.console import Command, channel_of, confirm, printable, report, service_of
 from celery_eda.cli.options import MOMENT, as_json, confirmed
-from celery_eda.cli.service import confirm, printable, service_of
-from celery_eda.errors import InvalidEvent, RebuildError
+from celery_eda.errors import InvalidEvent
 from celery_eda.event import Event
 from celery_eda.event_store import Choice
 from celery_eda.projecting import Difference
@@ -30,37 +28,36 @@ from celery_eda.projections import Projection, Shadow
 
 @click.group(name="projections")
 def projections() -> None:
-    """The tables that are made of events."""
+    """List, rebuild, compare and swap the tables made of events."""
 
 
-@projections.command(cls=CeleryCommand, name="list")
+@projections.command(cls=Command, name="list")
 @as_json
 @click.pass_context
 def list_(context: click.Context, as_json: bool) -> None:
-    """Show the projections of this app, and how far each is behind.
+    """List the projections of this app with their lags.
 
-    That is, while events wait for it, the age of the newest one that it has handled.
+    The lag of a projection for which events are waiting is the age of the newest event that it
+    has handled; otherwise it is 0.
     """
     service = service_of(context)
     found = [_state(context, service, each) for each in service.projections.known.values()]
     if as_json:
         click.echo(json.dumps(found))
-    for each in () if as_json else found:
-        lag = "?" if each["lag_seconds"] is None else f"{each['lag_seconds']:.1f} s"
-        waits = f"{each['waiting']} waiting, {each['parked']} parked"
-        shadow = f", its shadow is {each['shadow']}" if each["shadow"] else ""
-        click.echo(printable(f"{each['name']}: {each['table']}, {waits}, {lag} behind{shadow}"))
+    else:
+        for each in found:
+            click.echo(printable(_line(each)))
     if not found:
         click.echo("This app has no projection.", err=True)
-        sys.exit(1)
+        raise SystemExit(1)
 
 
-@projections.command(cls=CeleryCommand)
+@projections.command(cls=Command)
 @click.argument("name")
-@click.option("--from", "log", type=click.File(), help="What `events export` printed; - for stdin.")
-@click.option("--at", type=MOMENT, help="As it was then; local time. It then does not follow.")
+@click.option("--from", "log", type=click.File(), help="Output of `events export`; - for stdin.")
+@click.option("--at", type=MOMENT, help="As of this time, local; the shadow is then frozen.")
 @click.option("--skip", type=click.UUID, multiple=True, help="Leave this event out; repeatable.")
-@click.option("--anew", is_flag=True, help="Drop a shadow that is there, and begin again.")
+@click.option("--anew", is_flag=True, help="Drop an existing shadow and begin again.")
 @as_json
 @click.pass_context
 def rebuild(
@@ -72,67 +69,55 @@ def rebuild(
     anew: bool,
     as_json: bool,
 ) -> None:
-    """Make a projection anew beside the live one, as its shadow, and publish nothing.
+    """Build a shadow of a projection beside the live table; nothing is published.
 
-    The events come from this service's own store; those of others from what they exported, whole
-    categories from their beginning. Given once more it goes on, with what is new or was missing.
+    The events come from this service's own store, or from the exports of other services, which
+    must hold whole categories from their first event. Repeat the command to continue after an
+    interruption, or with newer events.
     """
     service, projection = _found(context, name)
-    shadow = Shadow.following if at is None else Shadow.frozen
-    with service.engine.connect() as connection:
-        there = service.projections.find(connection, name)
-    if there not in (None, shadow) and not anew:
-        raise click.ClickException(f"Its shadow is {there.value}. Add --anew to begin another one.")
-    if there is None or anew:
-        service.projecting.begin(projection, shadow)
+    _begin(service, projection, Shadow.following if at is None else Shadow.frozen, anew=anew)
     events = _stored(service, name) if log is None else _read(log)
     number = 0
     try:
         for number in service.projecting.feed(projection, _until(events, at), set(skip)):
             click.echo(f"{number} events", err=True)
-    except (InvalidEvent, RebuildError) as error:
-        raise click.ClickException(printable(error)) from error
     except OperationalError as error:
-        why = printable(error.orig)
-        raise click.ClickException(f"The database: {why}. Give the command again.") from error
+        reason = printable(error.orig)
+        raise click.ClickException(f"Database error: {reason}. Repeat the command.") from error
     table = projection.shadow.fullname
     done = {"events": number, "shadow": table}
-    click.echo(json.dumps(done) if as_json else printable(f"{table} is made of {number} events."))
+    report(done, f"{table} is made of {number} events.", as_json=as_json)
 
 
-@projections.command(cls=CeleryCommand)
+@projections.command(cls=Command)
 @click.argument("name")
 @as_json
 @click.pass_context
 def compare(context: click.Context, name: str, as_json: bool) -> None:
-    """Tell how the shadow differs from the live table; meanwhile no event is handled."""
+    """Compare the shadow with the live table, which handles no event meanwhile."""
     service, projection = _found(context, name)
-    try:
-        with service.engine.begin() as connection:
-            difference = service.projecting.compare(connection, projection)
-    except RebuildError as error:
-        raise click.ClickException(printable(error)) from error
-    _tell(difference, as_json=as_json)
-    sys.exit(1 if difference.rows or difference.behind else 0)
+    with service.engine.begin() as connection:
+        difference = service.projecting.compare(connection, projection)
+    _print(difference, as_json=as_json)
+    if difference.rows or difference.behind:
+        raise SystemExit(1)
 
 
-@projections.command(cls=CeleryCommand)
+@projections.command(cls=Command)
 @click.argument("name")
 @confirmed
 @as_json
 @click.pass_context
 def swap(context: click.Context, name: str, yes: bool, as_json: bool) -> None:
-    """Let the live table say what its shadow says, in one transaction, and drop the shadow."""
+    """Replace the rows of the live table with its shadow's, in one transaction, and drop it."""
     service, projection = _found(context, name)
-    confirm(f"Let {printable(projection.table.fullname)} say what its shadow says?", yes=yes)
-    try:
-        difference = service.projecting.swap(projection)
-    except RebuildError as error:
-        raise click.ClickException(printable(error)) from error
-    _tell(difference, as_json=as_json)
+    table = printable(projection.table.fullname)
+    confirm(f"Replace the rows of {table} with those of its shadow?", yes=yes)
+    _print(service.projecting.swap(projection), as_json=as_json)
 
 
-@projections.command(cls=CeleryCommand)
+@projections.command(cls=Command)
 @click.argument("name")
 @confirmed
 @click.pass_context
@@ -141,11 +126,11 @@ def discard(context: click.Context, name: str, yes: bool) -> None:
     service, projection = _found(context, name)
     confirm(f"Drop {printable(projection.shadow.fullname)}?", yes=yes)
     service.projecting.discard(projection)
-    click.echo(printable(f"{projection.shadow.fullname} is gone."))
+    click.echo(printable(f"{projection.shadow.fullname} is dropped."))
 
 
-def _found(context: click.Context, name: str) -> tuple[Any, Projection]:
-    """The service, and its projection of that *name*."""
+def _found(context: click.Context, name: str) -> tuple[EDA, Projection]:
+    """The service, and its projection called *name*."""
     service = service_of(context)
     if (projection := service.projections.known.get(name)) is None:
         names = ", ".join(sorted(service.projections.known)) or "none"
@@ -153,7 +138,19 @@ def _found(context: click.Context, name: str) -> tuple[Any, Projection]:
     return service, projection
 
 
-def _state(context: click.Context, service: Any, projection: Projection) -> dict[str, Any]:
+def _begin(service: EDA, projection: Projection, wanted: Shadow, *, anew: bool) -> None:
+    """Begin a shadow, unless an unfinished one of the *wanted* kind can be continued."""
+    with service.engine.connect() as connection:
+        existing = service.projections.find(connection, projection.name)
+    if existing is None or anew:
+        service.projecting.begin(projection, wanted)
+    elif existing is not wanted:
+        raise click.ClickException(
+            f"Its shadow is {existing.value}. Add --anew to begin another one."
+        )
+
+
+def _state(context: click.Context, service: EDA, projection: Projection) -> dict[str, Any]:
     name = projection.name
     queue = service.subscriptions.name_of(service.subscriptions.known[name])
     with channel_of(context) as channel:
@@ -175,32 +172,39 @@ def _state(context: click.Context, service: Any, projection: Projection) -> dict
     }
 
 
-def _stored(service: Any, name: str) -> Iterator[Event]:
-    """The events of its categories in this service's own store."""
+def _line(state: dict[str, Any]) -> str:
+    lag = "?" if state["lag_seconds"] is None else f"{state['lag_seconds']:.1f} s"
+    waits = f"{state['waiting']} waiting, {state['parked']} parked"
+    shadow = f", its shadow is {state['shadow']}" if state["shadow"] else ""
+    return f"{state['name']}: {state['table']}, {waits}, {lag} behind{shadow}"
+
+
+def _stored(service: EDA, name: str) -> Iterator[Event]:
+    """The stored events of the categories to which the projection *name* subscribes."""
     for category in service.subscriptions.known[name].categories:
         yield from service.event_store.follow(service.engine, Choice(category=category))
 
 
 def _read(log: TextIO) -> Iterator[Event]:
-    """The events in the lines of a *log*."""
+    """The events of *log*, one per line."""
     for number, line in enumerate(log, 1):
         try:
             yield Event.of_cloud(kombu_json.loads(line))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise InvalidEvent(f"Line {number} of the log is no event: {error}") from error
+            raise InvalidEvent(f"Line {number} of the log is not an event: {error}") from error
 
 
 def _until(events: Iterator[Event], at: datetime | None) -> Iterator[Event]:
-    """Those of *events* that were recorded until *at*."""
+    """The *events* recorded until *at*; all of them if it is None."""
     moment = at and at.astimezone()
     for event in events:
         if moment is not None and event.recorded is None:
-            raise InvalidEvent(f"Nobody has told when {event.type} {event.id} was recorded.")
+            raise InvalidEvent(f"{event.type} {event.id} does not say when it was recorded.")
         if moment is None or (event.recorded and event.recorded <= moment):
             yield event
 
 
-def _tell(difference: Difference, *, as_json: bool) -> None:
+def _print(difference: Difference, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(difference), default=str))
         return
@@ -210,4 +214,4 @@ def _tell(difference: Difference, *, as_json: bool) -> None:
         click.echo(printable(f"e.g. {', '.join(map(str, difference.examples))}"))
     if difference.behind:
         keys = ", ".join(difference.behind)
-        click.echo(printable(f"They have not handled the same events of {keys}."))
+        click.echo(printable(f"The two tables have not handled the same events of {keys}."))

@@ -1,31 +1,26 @@
-"""``celery -A … eda relay``."""
+"""``celery -A … eda relay``: sends committed messages from the outbox to the broker."""
 
 from __future__ import annotations
 
-import json
 import signal
 from dataclasses import asdict
 
 import click
-from celery.bin.base import CeleryCommand
 
-from celery_eda.cli.service import service_of
-from celery_eda.errors import SchemaOutdated
+from celery_eda.cli.console import Command, report, service_of
+from celery_eda.cli.options import as_json
 
 
-@click.command(cls=CeleryCommand)
-@click.option("--once", is_flag=True, help="Send what is due now, then end.")
-@click.option("--json", "as_json", is_flag=True, help="With --once: print figures as JSON.")
+@click.command(cls=Command)
+@click.option("--once", is_flag=True, help="Send what is due now and exit; --json is for this.")
+@as_json
 @click.pass_context
 def relay(context: click.Context, once: bool, as_json: bool) -> None:
-    """Send committed messages to the broker. Run as many as you like."""
+    """Send committed messages to the broker. Several relays may run at once."""
     service = service_of(context)
     context.obj.app.log.setup()
-    try:
-        service.check()
-        service.note_subscriptions()
-    except SchemaOutdated as error:
-        raise click.ClickException(str(error)) from error
+    service.check()
+    service.note_subscriptions()
     runner = service.relay()
     if not once:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -34,11 +29,11 @@ def relay(context: click.Context, once: bool, as_json: bool) -> None:
         runner.run()
         return
     done = runner.drain()
-    click.echo(
-        json.dumps(asdict(done))
-        if as_json
-        else f"{done.confirmed} sent, {done.dropped} dropped, {done.refused} refused, "
-        f"{done.unknown} still waiting"
+    report(
+        asdict(done),
+        f"{done.confirmed} sent, {done.dropped} dropped, {done.refused} refused, "
+        f"{done.unknown} still waiting",
+        as_json=as_json,
     )
     if done.refused or done.unknown:
         raise SystemExit(1)

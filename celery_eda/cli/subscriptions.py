@@ -1,36 +1,35 @@
-"""``celery -A … eda subscriptions``: the queues to which events come.
+"""``celery -A … eda subscriptions``: lists, declares and drops the queues of subscriptions.
 
-Exit codes: 0 all is as asked, 1 there is none or it cannot be done, 2 the command line is wrong.
+Exit codes: 0 done, 1 there is none or the command failed, 2 the command line is wrong.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import click
-from celery.bin.base import CeleryCommand
 
-from celery_eda.cli.broker import channel_of
+from celery_eda.app import EDA
+from celery_eda.cli.console import Command, channel_of, confirm, printable, service_of
 from celery_eda.cli.options import as_json, confirmed
-from celery_eda.cli.service import confirm, printable, service_of
 from celery_eda.subscriptions import PREFIX, Subscription
 
 
 @click.group(name="subscriptions")
 def subscriptions() -> None:
-    """The handlers of events, and their queues."""
+    """List, declare and drop the queues of this app's event handlers."""
 
 
-@subscriptions.command(cls=CeleryCommand, name="list")
+@subscriptions.command(cls=Command, name="list")
 @as_json
 @click.pass_context
 def list_(context: click.Context, as_json: bool) -> None:
-    """Show the subscriptions of this app, and how many messages wait for each.
+    """List the subscriptions of this app, with the number of messages waiting for each.
 
-    Also those that are gone from its code while their queues are still being filled.
+    The list includes subscriptions that were removed from the code while their queues still exist
+    and fill up.
     """
     service = service_of(context)
     found = [
@@ -39,24 +38,20 @@ def list_(context: click.Context, as_json: bool) -> None:
     ]
     if as_json:
         click.echo(json.dumps(found))
-    for each in () if as_json else found:
-        order = ", in order" if each["ordered"] else ""
-        there = f"{each['waiting']} waiting" if each["declared"] else "not declared yet"
-        patterns = " ".join(map(str, each["patterns"]))
-        gone = "; GONE from the code, drop it" if each["gone"] else ""
-        line = f"{each['task']}: {patterns}{order}; {each['queue']}: {there}{gone}"
-        click.echo(printable(line))
+    else:
+        for each in found:
+            click.echo(printable(_line(each)))
     if not found:
         click.echo("This app subscribes to nothing.", err=True)
-        sys.exit(1)
+        raise SystemExit(1)
 
 
-@subscriptions.command(cls=CeleryCommand)
+@subscriptions.command(cls=Command)
 @click.pass_context
 def declare(context: click.Context) -> None:
-    """Make the queues of this app's subscriptions, before any worker has started.
+    """Declare the queues of this app's subscriptions before any worker has started.
 
-    From then on events wait there. Workers and relays do the same.
+    From then on the queues collect events. Workers and relays also declare them at their start.
     """
     service = service_of(context)
     service.note_subscriptions()
@@ -65,20 +60,22 @@ def declare(context: click.Context) -> None:
     click.echo(f"{len(service.subscriptions.known)} subscriptions are declared.")
 
 
-@subscriptions.command(cls=CeleryCommand)
+@subscriptions.command(cls=Command)
 @click.argument("queue")
-@click.option("--force", is_flag=True, help="Even if messages wait in it, which are lost then.")
+@click.option("--force", is_flag=True, help="Even if messages wait in it; they are lost.")
 @confirmed
 @click.pass_context
 def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
-    """Delete the queue of a subscription that is gone from the code: it would fill for ever."""
+    """Delete the queue of a subscription that was removed from the code; it would only grow."""
     if not queue.startswith(PREFIX):
-        raise click.ClickException(f"{queue} is no queue of a subscription: {PREFIX}… are.")
+        raise click.ClickException(
+            f"{queue} is not the queue of a subscription; their names begin with {PREFIX!r}."
+        )
     service = service_of(context)
     if queue in service.subscriptions.by_queue:
         raise click.ClickException(
-            f"This app still subscribes by {queue}. Remove the handler first, or its worker "
-            "makes the queue again."
+            f"This app still subscribes with {queue}. Remove the handler first, or its worker "
+            "will declare the queue again."
         )
     with channel_of(context) as channel:
         waiting = service.subscriptions.waiting(channel, queue)
@@ -99,8 +96,16 @@ def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
     click.echo(f"{queue} is deleted.")
 
 
-def _gone(service: Any) -> dict[str, Subscription]:
-    """Those whose queues this service has made, and that its code has no more."""
+def _line(state: dict[str, Any]) -> str:
+    order = ", in order" if state["ordered"] else ""
+    queued = f"{state['waiting']} waiting" if state["declared"] else "not declared yet"
+    patterns = " ".join(map(str, state["patterns"]))
+    gone = "; GONE from the code, drop it" if state["gone"] else ""
+    return f"{state['task']}: {patterns}{order}; {state['queue']}: {queued}{gone}"
+
+
+def _gone(service: EDA) -> dict[str, Subscription]:
+    """Subscriptions whose queues this service has declared, but which its code no longer has."""
     with service.engine.connect() as connection:
         declared = service.declarations.all(connection)
     known = service.subscriptions.by_queue
@@ -112,7 +117,8 @@ def _states(
 ) -> Iterator[dict[str, Any]]:
     known = service_of(context).subscriptions
     for queue, subscription in sorted(by_queue.items()):
-        with channel_of(context) as channel:  # its own: RabbitMQ closes it if there is no queue
+        # One channel per queue, since RabbitMQ closes the channel if the queue does not exist.
+        with channel_of(context) as channel:
             waiting = known.waiting(channel, queue)
         if waiting is not None or not gone:
             yield {

@@ -156,7 +156,7 @@ def test_a_file_that_is_there_is_not_written_over(eda: EDA, tmp_path: Path) -> N
     refused = run(eda, "archive", str(tmp_path / "old"), "--until", TOMORROW, "--yes")
 
     assert refused.exit_code == 1
-    assert "is there already" in refused.stderr
+    assert "exists. Give the name of a new file." in refused.stderr
     assert (tmp_path / "old").read_text() == "precious"
 
 

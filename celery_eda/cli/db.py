@@ -1,4 +1,4 @@
-"""``celery -A … eda db``: the tables."""
+"""``celery -A … eda db``: creates, upgrades and checks the tables."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from importlib import import_module
 from types import ModuleType
 
 import click
-from celery.bin.base import CeleryCommand
 
-from celery_eda.cli.service import service_of
-from celery_eda.errors import SchemaOutdated
+from celery_eda.cli.console import Command, service_of
 
 
 @click.group()
 def db() -> None:
-    """The tables."""
+    """Create, upgrade and check the tables."""
 
 
-@db.command(cls=CeleryCommand)
+@db.command(cls=Command)
 @click.pass_context
 def upgrade(context: click.Context) -> None:
     """Create the tables, or bring them up to date."""
@@ -26,18 +24,15 @@ def upgrade(context: click.Context) -> None:
     click.echo("The tables are up to date.")
 
 
-@db.command(cls=CeleryCommand)
+@db.command(cls=Command)
 @click.pass_context
 def check(context: click.Context) -> None:
     """Exit with 1 if the tables are missing or out of date."""
-    try:
-        service_of(context).check()
-    except SchemaOutdated as error:
-        raise click.ClickException(str(error)) from error
+    service_of(context).check()
     click.echo("The tables are up to date.")
 
 
-@db.command(cls=CeleryCommand)
+@db.command(cls=Command)
 @click.pass_context
 def sql(context: click.Context) -> None:
     """Print the DDL, for a DBA to run."""
@@ -46,5 +41,5 @@ def sql(context: click.Context) -> None:
 
 
 def _upgrading() -> ModuleType:
-    """Alembic's part, imported when it is asked for: every `celery` command imports this module."""
+    # Alembic is slow to import, and every `celery` command imports this module.
     return import_module("celery_eda.upgrading")
