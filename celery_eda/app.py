@@ -21,7 +21,7 @@ from celery_eda.projections import Apply, Projection
 from celery_eda.reply import Replies, Reply
 from celery_eda.replying import REPLY_TASK
 from celery_eda.saga import Saga, decorator
-from celery_eda.saga_engine import NEWS_TASK
+from celery_eda.saga_engine import WAKEUP_TASK
 from celery_eda.saga_steps import Steps
 from celery_eda.settings import register
 from celery_eda.subscribing import SubscriptionDecorator
@@ -75,7 +75,7 @@ class EDA(Parts):
         )
         app.on_after_finalize.connect(self.make_reliable)
         self.task(name=REPLY_TASK)(self._take_reply)
-        self.task(name=NEWS_TASK)(self._tell_saga)
+        self.task(name=WAKEUP_TASK)(self._wake_saga)
 
     # ── publishing ──────────────────────────────────────────────────────────────────────────
 
@@ -325,7 +325,7 @@ class EDA(Parts):
         try:
             self.reading.outcome_in([correlation_id, outcome])
             request = UUID(correlation_id)
-            if self._tells_a_saga(session, request, outcome):
+            if self._is_for_saga(session, request, outcome):
                 return
             fresh = self.requests.record(session.connection(), request, outcome)
         except (UnknownRequest, ValueError) as error:
@@ -356,15 +356,15 @@ class EDA(Parts):
         """
         return decorator(self, name, version)
 
-    def _tells_a_saga(self, session: Session, request: UUID, outcome: Any) -> bool:
-        """Move a saga on, if it has asked for that reply."""
+    def _is_for_saga(self, session: Session, request: UUID, outcome: Any) -> bool:
+        """Pass the reply to the saga that sent the request; return False if there is none."""
         if not self.saga_definitions.known:
             return False
-        return self.sagas.hear(session.connection(), request, outcome)
+        return self.sagas.receive_reply(session.connection(), request, outcome)
 
-    def _tell_saga(self, session: Session, news: str, id: str, record: int) -> None:
-        """Tell a saga that its time is over, a lock is free, or a sub-saga at its end."""
-        self.sagas.tell(session.connection(), news, id, record)
+    def _wake_saga(self, session: Session, wakeup: str, id: str, record: int) -> None:
+        """Wake a saga: a time-out has passed, a lock is granted, or a sub-saga has ended."""
+        self.sagas.wake(session.connection(), wakeup, id, record)
 
     # ── repairing ───────────────────────────────────────────────────────────────────────────
 

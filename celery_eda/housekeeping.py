@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, Table, and_, exists, s
 from celery_eda.cursors import Cursors
 from celery_eda.dialects.base import Dialect
 from celery_eda.outbox import Outbox
-from celery_eda.saga_log import SagaLog
+from celery_eda.saga_log import SagaStore
 from celery_eda.settings import DAY, Settings
 from celery_eda.tables import Tables
 
@@ -47,7 +47,7 @@ class Housekeeping:
     tables: Tables
     outbox: Outbox
     cursors: Cursors
-    sagas: SagaLog
+    sagas: SagaStore
     settings: Settings
 
     def batches(self) -> Iterator[Batch]:

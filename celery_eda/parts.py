@@ -53,8 +53,8 @@ from celery_eda.retry import Policy, checked
 from celery_eda.saga_definition import Definitions
 from celery_eda.saga_engine import SagaEngine
 from celery_eda.saga_locks import SagaLocks
-from celery_eda.saga_log import SagaLog
-from celery_eda.sagas import Sagas
+from celery_eda.saga_log import SagaStore
+from celery_eda.sagas import Coordinator
 from celery_eda.sender import Sender
 from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings
@@ -299,7 +299,7 @@ class Parts:
         """What deletes what is old; relays do it beside their sending."""
         return Housekeeping(
             *(self.relay_engine, self.dialect, self.tables),
-            *(self.outbox, self.cursors, self.saga_log),
+            *(self.outbox, self.cursors, self.saga_store),
             self.settings,
         )
 
@@ -405,20 +405,23 @@ class Parts:
         return Definitions()
 
     @made_once
-    def saga_log(self) -> SagaLog:
+    def saga_store(self) -> SagaStore:
         """Each saga of this service, and what became of its parts."""
-        tables, read_error = self.tables, self.remote_errors.from_wire
-        return SagaLog(tables.sagas, tables.saga_steps, self.dialect, read_error)
+        tables = self.tables
+        return SagaStore(tables.sagas, tables.saga_steps, self.dialect, self.remote_errors)
 
     @made_once
-    def sagas(self) -> Sagas:
+    def sagas(self) -> Coordinator:
         """Moves sagas on."""
         engine = SagaEngine(
-            *(self.app, self.saga_definitions, self.saga_log),
-            *(SagaLocks(self.tables.saga_locks, self.dialect), self.requesting.ask),
-            lambda: addresses.of_service(self.service),
+            app=self.app,
+            definitions=self.saga_definitions,
+            store=self.saga_store,
+            locks=SagaLocks(self.tables.saga_locks, self.dialect),
+            request=self.requesting.ask,
+            address=lambda: addresses.of_service(self.service),
         )
-        return Sagas(engine, self.remote_errors)
+        return Coordinator(engine, self.remote_errors)
 
     @made_once
     def refusals(self) -> Refusals:

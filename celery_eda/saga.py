@@ -1,4 +1,4 @@
-"""``@eda.saga``: makes a function's description a saga that can be started."""
+"""``@eda.saga``: turns a function that describes a saga into a saga that can be started."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from uuid import uuid4
 from sqlalchemy import Connection
 
 from celery_eda.saga_definition import Definition, Definitions
-from celery_eda.saga_log import Saga as Instance
+from celery_eda.saga_log import SagaInstance
 from celery_eda.saga_steps import Steps, defined
-from celery_eda.sagas import Sagas
+from celery_eda.sagas import Coordinator
 
 
 class HasSagas(Protocol):
-    """What a saga needs of the hall."""
+    """The part of :class:`celery_eda.EDA` that a saga uses."""
 
     @property
-    def sagas(self) -> Sagas: ...
+    def sagas(self) -> Coordinator: ...
 
     @property
     def saga_definitions(self) -> Definitions: ...
@@ -32,24 +32,24 @@ class HasSagas(Protocol):
 class Saga:
     """A saga of this service, to be started, signalled and cancelled.
 
-    Each call takes part in the transaction of a *session* or connection, if one is given, or of the
-    message in progress; else it has one of its own.
+    Each call joins the transaction of *session*, if a session or connection is given, else that of
+    the message in progress. Otherwise the call has a transaction of its own.
     """
 
     eda: HasSagas
     definition: Definition
 
     def start(self, data: Mapping[str, Any], *, id: str | None = None, session: Any = None) -> str:
-        """Begin one, with what it is to know.
+        """Start a saga.
 
         Args:
-            data: what JSON can say, by name.
-            id: what it is called; by default a new UUID. With an *id* of yours, as that of the
-                order that it is about, doing it twice is harmless.
-            session: whose transaction it is to be begun in.
+            data: the initial data, by name; JSON has to be able to express them.
+            id: at most 255 bytes, by default a new UUID. With an id of your own, such as that of
+                the order, a second start has no effect.
+            session: whose transaction the saga starts in.
 
         Returns:
-            Its id.
+            The id.
         """
         id = id or str(uuid4())
         with self._connection(session) as connection:
@@ -59,31 +59,31 @@ class Saga:
     def signal(
         self, id: str, name: str, value: Any = None, *, who: str = "code", session: Any = None
     ) -> None:
-        """Give a signal that it waits for, or will.
+        """Send a signal. A signal that comes before its wait is stored for it.
 
         Raises:
-            SagaError: it waits for no such signal, has had it, or is over.
+            SagaError: the saga has no such wait, has received the signal, or has ended.
         """
         with self._connection(session) as connection:
             self.eda.sagas.signal(connection, id, name, value, who)
 
     def cancel(self, id: str, *, who: str = "code", session: Any = None) -> None:
-        """Have it undone.
+        """Compensate a running saga.
 
         Raises:
-            SagaError: it is over, or has passed its pivot.
+            SagaError: the saga has ended, or has passed its pivot.
         """
         with self._connection(session) as connection:
             self.eda.sagas.cancel(connection, id, who)
 
-    def find(self, id: str, *, session: Any = None) -> Instance:
-        """Where it is.
+    def find(self, id: str, *, session: Any = None) -> SagaInstance:
+        """Return the state and the data of a saga.
 
         Raises:
-            SagaError: there is none of that id.
+            SagaError: no saga has this id.
         """
         with self._connection(session) as connection:
-            return self.eda.sagas.log.find(connection, id)
+            return self.eda.sagas.store.find(connection, id)
 
     @contextmanager
     def _connection(self, session: Any) -> Iterator[Connection]:
@@ -92,7 +92,7 @@ class Saga:
 
 
 def decorator(eda: HasSagas, name: str, version: int) -> Callable[[Callable[[Steps], Any]], Saga]:
-    """What makes a function's description a saga."""
+    """Return the decorator that registers a described saga under *name* and *version*."""
 
     def decorate(describe: Callable[[Steps], Any]) -> Saga:
         definition = defined(name, version, describe)

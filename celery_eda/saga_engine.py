@@ -1,4 +1,4 @@
-"""Has a saga go on: looks what follows, writes that down, and sends it, in one transaction."""
+"""The engine of sagas: plans what follows, records it and sends it, in one transaction."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from celery_eda.addresses import SAGA_HEADER
 from celery_eda.errors import SagaError
 from celery_eda.limits import KEY_BYTES
 from celery_eda.reply import Reply
-from celery_eda.saga_definition import Data, Definitions, Lock, SubSaga, Wait
+from celery_eda.saga_definition import Definitions, Lock, SubSaga
 from celery_eda.saga_locks import SagaLocks
-from celery_eda.saga_log import Saga, SagaLog, State
+from celery_eda.saga_log import SagaInstance, SagaStore, State
 from celery_eda.saga_plan import (
     AwaitSignal,
     CancelSubSaga,
@@ -37,73 +37,73 @@ from celery_eda.saga_transition import Transition
 
 log = redaction.logger(__name__)
 
-#: The task that tells a saga what no reply tells: what it is, the saga's id, that of a record.
-NEWS_TASK = "celery_eda.saga_news"
+#: The task that wakes a saga. Its arguments: a :class:`Wakeup`, the saga's id, a record's id.
+WAKEUP_TASK = "celery_eda.saga_news"
 
 
-class News(str, Enum):
-    """What a saga is told: its time is over, it has a lock, its sub-saga is at its end."""
+class Wakeup(str, Enum):
+    """The reason to wake a saga. The values travel in messages."""
 
-    time = "time"
-    lock = "lock"
-    end = "end"
+    timer = "time"
+    lock_granted = "lock"
+    sub_saga_ended = "end"
 
 
 @dataclass(frozen=True)
 class SagaEngine:
-    """Moves the sagas of one service on.
+    """Advances the sagas of one service.
 
-    What they send is published right here: a scope of that transaction has to be open. Whoever has
-    a saga locked may lock its sub-sagas, never the other way round.
+    All methods publish: a publishing scope of the caller's transaction has to be open. A
+    transaction that has locked a saga may lock its sub-sagas, never the other way round.
 
     Attributes:
-        request: asks a task for a reply into this service's database.
-        address: asks for the queue of this service that such replies, and news, come to.
+        request: sends a command whose reply comes into this service's database.
+        address: returns the queue of this service for such replies and for wake-ups.
     """
 
     app: Celery
     definitions: Definitions
-    log: SagaLog
+    store: SagaStore
     locks: SagaLocks
     request: Callable[..., Reply[Any]]
     address: Callable[[], str]
 
-    def begin(self, connection: Connection, saga: Saga) -> bool:
-        """Begin *saga*; returns False, and does nothing, if there is one of that id."""
-        if not self.log.add(connection, saga):
+    def begin(self, connection: Connection, saga: SagaInstance) -> bool:
+        """Start *saga*; return False, without any effect, if its id is in use."""
+        if not self.store.add(connection, saga):
             return False
         definition = self.definitions.of(saga.name, saga.version)
-        self.go_on(Transition(connection, self.log, definition, saga, []))
+        self.advance(Transition(connection, self.store, definition, saga, []))
         return True
 
     def lock(self, connection: Connection, id: str) -> Transition:
-        """The saga *id*, to be changed.
+        """Lock the saga *id* until the transaction ends, and read it.
 
         Raises:
-            SagaError: there is none, or its definition is not in the code any more.
+            SagaError: no saga has this id, or its definition is not in the code.
         """
-        return Transition.of(connection, self.log, self.definitions, id)
+        return Transition.of(connection, self.store, self.definitions, id)
 
-    def go_on(self, transition: Transition) -> None:
+    def advance(self, transition: Transition) -> None:
         """Carry out what follows now, and save the saga's new state."""
         while transition.saga.state in (State.running, State.compensating):
-            was_undoing = transition.saga.back
-            plan = self._planned(transition)
+            was_compensating = transition.saga.back
+            plan = self._plan(transition)
             if plan is None:
                 break
-            if transition.saga.back and not was_undoing:
+            if transition.saga.back and not was_compensating:
                 continue  # the decisions of this plan belong to the way forward
-            if not self._apply(transition, plan.decisions):
+            if not self._carry_out(transition, plan.decisions):
                 break
         transition.save()
         if transition.saga.state.is_end:
-            self._leave(transition)
+            self._notify_of_end(transition)
 
     def cancel(self, transition: Transition, who: str) -> None:
-        """Have a saga undone.
+        """Compensate a saga on behalf of *who*.
 
         Raises:
-            SagaError: it is over, or there is no way back any more.
+            SagaError: the saga has ended, or has passed its pivot.
         """
         saga = transition.saga
         if saga.state.is_end or transition.pivoted:
@@ -111,30 +111,35 @@ class SagaEngine:
             raise SagaError(f"The saga {saga.id} {why}, and cannot be cancelled.")
         error = f"cancelled by {who}"
         transition.change(state=State.compensating, back=True, cancelled=True, error=error)
-        self.go_on(transition)
+        self.advance(transition)
 
     def release(self, connection: Connection, owner: str) -> None:
-        """Let go of the locks of a saga, and tell those that have them then."""
-        for heir, record in self.locks.release(connection, owner):
-            self._send(News.lock, heir, record)
+        """Release the locks of a saga, and wake the sagas that hold them next."""
+        for granted, record in self.locks.release(connection, owner):
+            self._wake(Wakeup.lock_granted, granted, record)
 
-    def _leave(self, transition: Transition) -> None:
-        """Tell those who wait for the end of a saga."""
-        saga = transition.saga
+    def _notify_of_end(self, transition: Transition) -> None:
+        """Wake the parent of a saga that has ended, or the sagas that queue for its locks."""
+        saga, connection = transition.saga, transition.connection
         if saga.record is not None:
-            self._send(News.end, self.log.saga_of(transition.connection, saga.record), saga.record)
+            parent = self.store.saga_of(connection, saga.record)
+            self._wake(Wakeup.sub_saga_ended, parent, saga.record)
         parts = transition.definition.parts.values()
         if saga.root is None and any(isinstance(each, Lock | SubSaga) for each in parts):
-            self.release(transition.connection, saga.id)
+            self.release(connection, saga.id)
 
-    def _planned(self, transition: Transition) -> Plan | None:
+    def _plan(self, transition: Transition) -> Plan | None:
         """Plan what follows, and change the saga's state accordingly; None if it is parked then."""
         saga, interpreter = transition.saga, transition.interpreter()
         try:
             with context.silenced(f"A condition of the saga {saga.name}"):
                 plan = interpreter.backward() if saga.back else interpreter.forward()
         except Exception as error:
-            log.exception("the saga %s is parked: its definition fails", saga.id)
+            log.exception(
+                "the saga %s is parked, because its definition fails. Correct the code, then run "
+                "`celery eda sagas resume`",
+                saga.id,
+            )
             _park(transition, f"its definition fails: {type(error).__name__}: {error}")
             return None
         if plan.stuck is not None:
@@ -146,125 +151,146 @@ class SagaEngine:
             _follow_forward(transition, plan)
         return None if transition.saga.state is State.parked else plan
 
-    # ── what was decided ────────────────────────────────────────────────────────────────────
+    # ── carrying out decisions ──────────────────────────────────────────────────────────────
 
-    def _apply(self, transition: Transition, decisions: Sequence[Decision]) -> bool:
-        """Do what was decided; returns whether it is worth another look at once."""
-        again = False
+    def _carry_out(self, transition: Transition, decisions: Sequence[Decision]) -> bool:
+        """Carry out *decisions*; return True if the saga can advance further at once."""
+        advances = False
         for decision in decisions:
             match decision:
+                case SendCommand(step=SubSaga() as part):
+                    self._send_to_sub_saga(transition, part, decision)
                 case SendCommand():
-                    self._ask(transition, decision)
+                    self._send_command(transition, decision)
                 case RecordChoice(kind, path, value):
                     transition.begin(Record(kind, path, status=Status.done, value=value))
                 case CancelSubSaga(record):
-                    self._stop(transition, record)
-                case TakeLock(part, path, key):
-                    again = self._hold(transition, part, path, key) or again
-                case AwaitSignal(part, path):
-                    again = self._await(transition, part, path) or again
+                    self._cancel_sub_saga(transition, record)
+                case TakeLock():
+                    advances = self._take_lock(transition, decision) or advances
+                case AwaitSignal():
+                    advances = self._await_signal(transition, decision) or advances
                 case StartTimer(part, path):
-                    self._wait(transition, Record(Kind.sleep, path), part.seconds)
+                    self._begin_waiting(transition, Record(Kind.sleep, path), part.seconds)
                 case StopWaiting(record):
                     transition.end(record, Status.dropped)
-        return again
+        return advances
 
-    def _ask(self, transition: Transition, ask: SendCommand) -> None:
-        step = ask.step
-        record = Record(Kind.undo if ask.undo else Kind.step, ask.path, ask.attempt)
-        timeout = None if ask.undo else step.timeout
-        if isinstance(step, SubSaga):
-            record = self._wait(transition, record, timeout)
-            if ask.undo:
-                self._undo_part(transition, ask.undo, record)
-            else:
-                self._begin_part(transition, step, record, ask.kwargs if step.give else ask.args[0])
-            return
-        task = step.undo if ask.undo else step.task
+    def _send_command(self, transition: Transition, command: SendCommand) -> None:
+        step = command.step
+        assert not isinstance(step, SubSaga), "a sub-saga gets no message"
+        task = step.undo if command.undo else step.task
         headers = {**step.options.get("headers", {}), SAGA_HEADER: transition.saga.id}
         options = {**step.options, "headers": headers}
-        if ask.delay:
-            options["countdown"] = ask.delay
-        reply = self.request(task, ask.args, dict(ask.kwargs), address="durable", **options)
-        self._wait(transition, record, timeout, UUID(reply.correlation_id))
+        if command.delay:
+            options["countdown"] = command.delay
+        reply = self.request(task, command.args, dict(command.kwargs), address="durable", **options)
+        self._begin_waiting(
+            transition, _record_of(command), _timeout_of(command), UUID(reply.correlation_id)
+        )
 
-    def _begin_part(
-        self, transition: Transition, part: SubSaga, record: Record, data: Data
+    def _send_to_sub_saga(
+        self, transition: Transition, part: SubSaga, command: SendCommand
     ) -> None:
-        definition, saga = part.definition, transition.saga
-        begun = Saga(
-            *(_part_id(saga, record), definition.name, definition.version, State.running),
-            *(dict(data),),
+        record = self._begin_waiting(transition, _record_of(command), _timeout_of(command))
+        if command.undo:
+            self._compensate_sub_saga(transition, command.undo, record)
+            return
+        saga = transition.saga
+        sub_saga = SagaInstance(
+            id=_sub_saga_id(saga, record),
+            name=part.definition.name,
+            version=part.definition.version,
+            state=State.running,
+            data=dict(command.kwargs if part.give else command.args[0]),
             root=saga.root or saga.id,
             record=record.id,
         )
-        self.begin(transition.connection, begun)
+        self.begin(transition.connection, sub_saga)
 
-    def _undo_part(self, transition: Transition, done: Record, record: Record) -> None:
-        """Have a sub-saga undone that is completed; one behind its pivot cannot be."""
-        part = self.lock(transition.connection, _part_id(transition.saga, done))
-        part.change(record=record.id)
-        if part.saga.state is State.completed and not part.pivoted:
-            error = f"undone with {transition.saga.id}"
-            part.change(state=State.compensating, back=True, error=error)
-        self.go_on(part)
+    def _compensate_sub_saga(self, transition: Transition, done: Record, record: Record) -> None:
+        """Compensate a completed sub-saga; one that has passed its pivot only wakes its parent."""
+        sub_saga = self.lock(transition.connection, _sub_saga_id(transition.saga, done))
+        sub_saga.change(record=record.id)
+        if sub_saga.saga.state is State.completed and not sub_saga.pivoted:
+            error = f"compensated with {transition.saga.id}"
+            sub_saga.change(state=State.compensating, back=True, error=error)
+        self.advance(sub_saga)
 
-    def _stop(self, transition: Transition, record: Record) -> None:
-        """Have a sub-saga cancelled that is on its way; what cannot be comes to its end."""
-        part = self.lock(transition.connection, _part_id(transition.saga, record))
-        if not part.saga.back and not part.saga.state.is_end:
+    def _cancel_sub_saga(self, transition: Transition, record: Record) -> None:
+        """Cancel a running sub-saga; one that has passed its pivot goes on to its end."""
+        sub_saga = self.lock(transition.connection, _sub_saga_id(transition.saga, record))
+        if not sub_saga.saga.back and not sub_saga.saga.state.is_end:
             with suppress(SagaError):
-                self.cancel(part, f"saga {transition.saga.id}")
+                self.cancel(sub_saga, f"saga {transition.saga.id}")
 
-    def _hold(self, transition: Transition, part: Lock, path: str, key: str) -> bool:
-        """Take a lock, or wait for it; True if it was free."""
-        record = self._wait(transition, Record(Kind.lock, path, value=key), part.timeout)
+    def _take_lock(self, transition: Transition, decision: TakeLock) -> bool:
+        """Acquire a lock, or queue for it; return True if the lock was free."""
+        record = self._begin_waiting(
+            transition,
+            Record(Kind.lock, decision.path, value=decision.key),
+            decision.part.timeout,
+        )
         saga = transition.saga
-        owner = saga.root or saga.id
-        if not self.locks.take(transition.connection, key, owner, saga=saga.id, record=record.id):
-            return False
-        transition.end(record, Status.done, value=key)
-        return True
+        acquired = self.locks.acquire(
+            transition.connection,
+            decision.key,
+            saga.root or saga.id,
+            saga=saga.id,
+            record=record.id,
+        )
+        if acquired:
+            transition.end(record, Status.done, value=decision.key)
+        return acquired
 
-    def _await(self, transition: Transition, part: Wait, path: str) -> bool:
-        """Wait for a signal; True if it was given before."""
+    def _await_signal(self, transition: Transition, decision: AwaitSignal) -> bool:
+        """Wait for a signal; return True if the signal came before the wait."""
+        part, path = decision.part, decision.path
         for signal in transition.records:
-            early = signal.kind is Kind.signal and signal.status is Status.open
-            if early and signal.path == part.name:
+            is_early = signal.kind is Kind.signal and signal.status is Status.open
+            if is_early and signal.path == part.name:
                 transition.end(signal, Status.done, value=signal.value)
-                transition.keep(transition.begin(_answered(path, signal.value)), signal.value)
+                wait = Record(Kind.wait, path, status=Status.done, value=signal.value)
+                transition.add_result(transition.begin(wait), signal.value)
                 return True
-        self._wait(transition, Record(Kind.wait, path), part.timeout)
+        self._begin_waiting(transition, Record(Kind.wait, path), part.timeout)
         return False
 
-    def _wait(
+    def _begin_waiting(
         self,
         transition: Transition,
         record: Record,
         seconds: float | None,
         request: UUID | None = None,
     ) -> Record:
-        """Write down something that is open, and have the saga told when its time is over."""
+        """Insert an open record, and have the saga woken after *seconds*, unless None."""
         begun = transition.begin(record, request=request, seconds=seconds)
         if seconds is not None:
-            self._send(News.time, transition.saga.id, begun.id, countdown=seconds)
+            self._wake(Wakeup.timer, transition.saga.id, begun.id, countdown=seconds)
         return begun
 
-    def _send(self, news: News, saga: str, record: int, **options: Any) -> None:
+    def _wake(self, wakeup: Wakeup, saga: str, record: int, **options: Any) -> None:
         self.app.send_task(
-            *(NEWS_TASK, (news.value, saga, record)),
+            WAKEUP_TASK,
+            (wakeup.value, saga, record),
             queue=self.address(),
             ignore_result=True,
             **options,
         )
 
 
-def _answered(path: str, value: Any) -> Record:
-    return Record(Kind.wait, path, status=Status.done, value=value)
+def _record_of(command: SendCommand) -> Record:
+    kind = Kind.undo if command.undo else Kind.step
+    return Record(kind, command.path, command.attempt)
 
 
-def _part_id(saga: Saga, record: Record) -> str:
-    """What the sub-saga of *record* is called."""
+def _timeout_of(command: SendCommand) -> float | None:
+    """The time-out of a step. Its compensation has none: nothing else could follow."""
+    return None if command.undo else command.step.timeout
+
+
+def _sub_saga_id(saga: SagaInstance, record: Record) -> str:
+    """The id of the sub-saga of *record*: readable, or a UUID if that would be too long."""
     id = f"{saga.id}/{record.path}" + (f"#{record.attempt}" if record.attempt > 1 else "")
     return id if len(id.encode()) <= KEY_BYTES else str(uuid5(NAMESPACE_URL, id))
 

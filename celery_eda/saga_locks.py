@@ -1,7 +1,7 @@
-"""What sagas have locked for others, and who waits for it, in the order in which they came.
+"""Semantic locks of sagas, and the queue for each, first come, first served.
 
-The row at place 0 of a key says who has it, and stays when that changes. Whoever comes or goes has
-it locked meanwhile, so that nobody in line is overlooked.
+Each key has a row with ticket 0 that names the holder and stays when the holder changes. Acquiring
+and releasing lock that row, so that a saga that queues meanwhile is not overlooked.
 """
 
 from __future__ import annotations
@@ -12,29 +12,31 @@ from sqlalchemy import Connection, Table, delete, insert, select, update
 
 from celery_eda.dialects.base import Dialect
 
-#: The place of whoever has the lock; those who wait stand at the ids of their records.
+#: The ticket of the holder. The ticket of a saga in the queue is the id of its waiting record.
 HELD = 0
 
 
 @dataclass(frozen=True)
 class SagaLocks:
-    """The semantic locks of one database; all in the caller's transaction."""
+    """The semantic locks of one database."""
 
     table: Table
     dialect: Dialect
 
-    def take(self, connection: Connection, key: str, owner: str, *, saga: str, record: int) -> bool:
-        """Take *key* for *owner*, or have one of its sagas wait for it.
+    def acquire(
+        self, connection: Connection, key: str, owner: str, *, saga: str, record: int
+    ) -> bool:
+        """Acquire *key* for *owner*, or queue one of its sagas for the lock.
 
         Args:
             connection: of the transition's transaction.
-            key: what is to be locked.
-            owner: the outermost saga, whose parts share what it has.
-            saga: the one that is told of it once it is free.
-            record: likewise.
+            key: to be locked.
+            owner: the id of the outermost saga, which shares its locks with its sub-sagas.
+            saga: the id of the saga to wake when the lock is granted.
+            record: the id of its record that waits for the lock.
 
         Returns:
-            Whether it has it now.
+            True if *owner* holds the lock now.
         """
         columns = self.table.c
         held = select(columns.owner).where(columns.key == key, columns.place == HELD)
@@ -47,33 +49,34 @@ class SagaLocks:
         return bool(holder == owner)
 
     def release(self, connection: Connection, owner: str) -> list[tuple[str, int]]:
-        """Let go of all that *owner* has or waits for; the next in line has it then.
+        """Release all locks of *owner*, and remove it from all queues.
 
         Returns:
-            The sagas that have got a lock by that, and the records that waited for it.
+            The ids of the sagas that hold one of the locks now, and of their waiting records.
         """
         columns = self.table.c
         keys = select(columns.key).where(columns.owner == owner).distinct()
-        heirs = []
+        granted = []
         for key in sorted(connection.scalars(keys)):
             held = (columns.key == key, columns.place == HELD)
             holder = connection.scalar(select(columns.owner).where(*held).with_for_update())
-            mine = (columns.key == key, columns.owner == owner, columns.place != HELD)
-            connection.execute(delete(self.table).where(*mine))
-            if holder == owner and (heir := self._pass_on(connection, key)) is not None:
-                heirs.append(heir)
-        return heirs
+            queued = (columns.key == key, columns.owner == owner, columns.place != HELD)
+            connection.execute(delete(self.table).where(*queued))
+            if holder == owner and (following := self._grant_next(connection, key)) is not None:
+                granted.append(following)
+        return granted
 
-    def _pass_on(self, connection: Connection, key: str) -> tuple[str, int] | None:
-        """Give *key*, whose row is locked, to the next in line, if there is one."""
+    def _grant_next(self, connection: Connection, key: str) -> tuple[str, int] | None:
+        """Grant *key*, whose row is locked, to the first saga in the queue, if there is one."""
         columns = self.table.c
         held = (columns.key == key, columns.place == HELD)
-        waiting = select(self.table).where(columns.key == key, columns.place != HELD)
-        heir = connection.execute(waiting.order_by(columns.place).limit(1)).one_or_none()
-        if heir is None:
+        queue = select(self.table).where(columns.key == key, columns.place != HELD)
+        first = connection.execute(queue.order_by(columns.place).limit(1)).one_or_none()
+        if first is None:
             connection.execute(delete(self.table).where(*held))
             return None
-        line = (columns.key == key, columns.place == heir.place)
-        connection.execute(delete(self.table).where(*line))
-        connection.execute(update(self.table).where(*held).values(owner=heir.owner, saga=heir.saga))
-        return heir.saga, heir.place
+        ticket = (columns.key == key, columns.place == first.place)
+        connection.execute(delete(self.table).where(*ticket))
+        holder = {"owner": first.owner, "saga": first.saga}
+        connection.execute(update(self.table).where(*held).values(holder))
+        return first.saga, first.place

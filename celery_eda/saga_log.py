@@ -1,12 +1,12 @@
-"""Each saga's state, and what has become of each attempt at each of its parts.
+"""The store of sagas: the state of each saga, and its history.
 
-The state and the record of what led to it are written in one transaction, with the commands that
-follow. The record is never changed but to say how something has ended: it is the saga's history.
+The state, the records that led to it and the commands that follow are written in one transaction.
+A record changes once, when its outcome is known; so the records are the history of the saga.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
@@ -18,13 +18,14 @@ from sqlalchemy import Connection, Row, Select, Table, delete, insert, select, u
 
 from celery_eda.dialects.base import Dialect
 from celery_eda.errors import SagaError
+from celery_eda.remote_errors import RemoteErrors
 from celery_eda.saga_record import Kind, Record, Status
 
 
 class State(str, Enum):
-    """Where a saga is. It ends ``completed``, ``compensated`` or ``cancelled``.
+    """The state of a saga, which ends ``completed``, ``compensated`` or ``cancelled``.
 
-    ``parked``: it cannot go on by itself, and waits for a person.
+    A ``parked`` saga waits for a person: see ``celery eda sagas resume`` and ``skip-step``.
     """
 
     running = "running"
@@ -36,22 +37,21 @@ class State(str, Enum):
 
     @property
     def is_end(self) -> bool:
-        """Whether nothing follows by itself."""
+        """True if the saga has ended."""
         return self in (State.completed, State.compensated, State.cancelled)
 
 
 @dataclass(frozen=True)
-class Saga:
-    """One instance.
+class SagaInstance:
+    """One saga that was started.
 
     Attributes:
-        name, version: of its definition.
-        data: what it knows.
-        back: whether it undoes, or did when it was parked.
-        cancelled: whether a person has it undone.
-        error: why it is parked, or was undone.
-        root: of a sub-saga, the saga that it is a part of; the outermost one.
-        record: of a sub-saga, the id of the record that waits for its end.
+        name, version: those of the definition.
+        back: True if the saga is being compensated, or was when it was parked.
+        cancelled: True if a person ordered the compensation.
+        error: the reason why the saga is parked, or was compensated.
+        root: the id of the outermost saga, of which this one is a part; None if it is no part.
+        record: the id of the record that waits for the end of this sub-saga.
     """
 
     id: str
@@ -69,8 +69,14 @@ class Saga:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One line of a saga's history: a record, when it began and ended, and who ended it."""
+class HistoryEntry:
+    """One line of a saga's history.
+
+    Attributes:
+        due: when the time-out of the record passes, or passed.
+        who: the person, or code, that ended the record; None for the outcome itself.
+        request: the id of the command.
+    """
 
     record: Record
     begun_at: datetime
@@ -81,22 +87,22 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class SagaLog:
+class SagaStore:
     """The sagas of one database.
 
     Attributes:
-        read_error: makes an error of what is written of it.
+        errors: rebuilds the errors in records.
     """
 
     sagas: Table
     steps: Table
     dialect: Dialect
-    read_error: Callable[[Any], Exception]
+    errors: RemoteErrors
 
     # ── sagas ───────────────────────────────────────────────────────────────────────────────
 
-    def add(self, connection: Connection, saga: Saga) -> bool:
-        """Write down a new one; returns False if there is one of that id."""
+    def add(self, connection: Connection, saga: SagaInstance) -> bool:
+        """Insert a new saga; return False if its id is in use."""
         values = {
             "id": saga.id,
             "name": saga.name,
@@ -106,38 +112,38 @@ class SagaLog:
         }
         return self.dialect.insert_once(connection, self.sagas, values, now="begun_at")
 
-    def lock(self, connection: Connection, id: str) -> Saga:
-        """One saga, which nobody else changes before this transaction ends.
+    def lock(self, connection: Connection, id: str) -> SagaInstance:
+        """Return one saga, locked until the transaction ends.
 
         Raises:
-            SagaError: there is none of that id.
+            SagaError: no saga has this id.
         """
         self.dialect.stop_writers(connection)
         return self._found(connection, id, self._of(id).with_for_update())
 
-    def find(self, connection: Connection, id: str) -> Saga:
-        """One saga.
+    def find(self, connection: Connection, id: str) -> SagaInstance:
+        """Return one saga.
 
         Raises:
-            SagaError: there is none of that id.
+            SagaError: no saga has this id.
         """
         return self._found(connection, id, self._of(id))
 
-    def sub_saga(self, connection: Connection, record: int) -> Saga | None:
-        """The one whose end a record waits for."""
+    def sub_saga(self, connection: Connection, record: int) -> SagaInstance | None:
+        """Return the sub-saga whose end a *record* waits for."""
         query = select(self.sagas).where(self.sagas.c.record == record)
         row = connection.execute(query).one_or_none()
         return None if row is None else _saga(row)
 
-    def sub_sagas(self, connection: Connection, root: str) -> list[Saga]:
-        """All that are parts of one, and parts of parts."""
+    def sub_sagas(self, connection: Connection, root: str) -> list[SagaInstance]:
+        """Return the sub-sagas of all depths, oldest first."""
         query = select(self.sagas).where(self.sagas.c.root == root)
         return [_saga(row) for row in connection.execute(query.order_by(self.sagas.c.begun_at))]
 
     def select(
         self, connection: Connection, state: State | None, name: str | None, limit: int
-    ) -> list[Saga]:
-        """Up to *limit* sagas, those that changed last first."""
+    ) -> list[SagaInstance]:
+        """Return up to *limit* sagas, the latest change first."""
         columns = self.sagas.c
         query = select(self.sagas).order_by(columns.changed_at.desc()).limit(limit)
         if state is not None:
@@ -146,19 +152,19 @@ class SagaLog:
             query = query.where(columns.name == name)
         return [_saga(row) for row in connection.execute(query)]
 
-    def save(self, connection: Connection, saga: Saga) -> None:
-        """Write down its state."""
+    def save(self, connection: Connection, saga: SagaInstance) -> None:
+        """Update the state of *saga*."""
         values = {**_mutable(saga), "changed_at": self.dialect.now()}
         connection.execute(update(self.sagas).where(self.sagas.c.id == saga.id).values(values))
 
     def purge(self, connection: Connection, before: datetime, limit: int) -> int:
-        """Delete up to *limit* sagas that ended *before*, with all that belongs to them.
+        """Delete up to *limit* sagas that ended *before*, with their sub-sagas and records.
 
-        A sub-saga goes with the saga that it is a part of: as long as that one is not over it may
-        have to be undone.
+        A sub-saga is deleted together with its outermost saga, which may have to compensate it
+        until then.
 
         Returns:
-            How many were deleted, sub-sagas not counted.
+            The number of sagas deleted, without sub-sagas.
         """
         columns, ends = self.sagas.c, [each.value for each in State if each.is_end]
         old = (columns.root.is_(None), columns.state.in_(ends), columns.changed_at < before)
@@ -175,35 +181,42 @@ class SagaLog:
     def _of(self, id: str) -> Select[Any]:
         return select(self.sagas).where(self.sagas.c.id == id)
 
-    def _found(self, connection: Connection, id: str, query: Select[Any]) -> Saga:
+    def _found(self, connection: Connection, id: str, query: Select[Any]) -> SagaInstance:
         if (row := connection.execute(query).one_or_none()) is None:
             raise SagaError(
-                f"There is no saga {id!r} here. `eda sagas list` shows those there are."
+                f"There is no saga {id!r} here. `eda sagas list` lists the sagas of this service."
             )
         return _saga(row)
 
     # ── records ─────────────────────────────────────────────────────────────────────────────
 
     def records(self, connection: Connection, saga: str) -> list[Record]:
-        """All records of a saga, in the order in which they were begun."""
+        """Return all records of a saga, in the order in which they began."""
         return [self._record(row) for row in self._rows(connection, saga)]
 
-    def history(self, connection: Connection, saga: str) -> list[Entry]:
-        """The same, with their times."""
+    def history(self, connection: Connection, saga: str) -> list[HistoryEntry]:
+        """Return all records of a saga with their times, in the order in which they began."""
         return [
-            Entry(self._record(row), row.begun_at, row.ended_at, row.due, row.who, row.request)
+            HistoryEntry(
+                record=self._record(row),
+                begun_at=row.begun_at,
+                ended_at=row.ended_at,
+                due=row.due,
+                who=row.who,
+                request=row.request,
+            )
             for row in self._rows(connection, saga)
         ]
 
-    def asked(self, connection: Connection, request: UUID) -> tuple[str, int] | None:
-        """The saga, and the id of the record, that a request belongs to."""
+    def awaiting(self, connection: Connection, request: UUID) -> tuple[str, int] | None:
+        """Return the ids of the saga and the record that await the reply to *request*."""
         columns = self.steps.c
         query = select(columns.saga, columns.id).where(columns.request == request)
         row = connection.execute(query).one_or_none()
         return None if row is None else (row.saga, row.id)
 
     def saga_of(self, connection: Connection, record: int) -> str:
-        """The saga that a record belongs to."""
+        """Return the id of the saga to which a *record* belongs."""
         columns = self.steps.c
         query = select(columns.saga).where(columns.id == record)
         return str(connection.execute(query).scalar_one())
@@ -218,7 +231,15 @@ class SagaLog:
         seconds: float | None = None,
         who: str | None = None,
     ) -> Record:
-        """Write down a new record, which is over in *seconds* if that is not None.
+        """Insert a new record.
+
+        Args:
+            connection: of the caller's transaction.
+            saga: the id of the saga.
+            record: to be inserted.
+            request: the id of the command.
+            seconds: until the time-out; None for no time-out.
+            who: the person, or code, behind the record.
 
         Returns:
             The record as it will be read.
@@ -250,7 +271,7 @@ class SagaLog:
         error: Mapping[str, Any] | None = None,
         who: str | None = None,
     ) -> Record:
-        """Write down how a record has ended; an *error* as it travels.
+        """Update a record with its outcome; *error* has the shape of an error in a reply.
 
         Returns:
             The record as it will be read.
@@ -275,17 +296,23 @@ class SagaLog:
     def _record(self, row: Row[Any]) -> Record:
         status = Status(row.status)
         return Record(
-            *(Kind(row.kind), row.place, row.attempt, status, row.ended),
-            *(self._value(status, row.value), bool(row.timed_out), row.id),
+            kind=Kind(row.kind),
+            path=row.place,
+            attempt=row.attempt,
+            status=status,
+            ended=row.ended,
+            value=self._value(status, row.value),
+            timed_out=bool(row.timed_out),
+            id=row.id,
         )
 
     def _value(self, status: Status, stored: str) -> Any:
         value = json.loads(stored)
         is_error = status is Status.failed and value is not None
-        return self.read_error(value["error"]) if is_error else value
+        return self.errors.from_wire(value["error"]) if is_error else value
 
 
-def _mutable(saga: Saga) -> dict[str, Any]:
+def _mutable(saga: SagaInstance) -> dict[str, Any]:
     return {
         "state": saga.state.value,
         "data": json.dumps(saga.data),
@@ -296,9 +323,18 @@ def _mutable(saga: Saga) -> dict[str, Any]:
     }
 
 
-def _saga(row: Row[Any]) -> Saga:
-    return Saga(
-        *(row.id, row.name, row.version, State(row.state), json.loads(row.data)),
-        *(bool(row.back), bool(row.cancelled), row.error, row.root, row.record),
-        *(row.begun_at, row.changed_at),
+def _saga(row: Row[Any]) -> SagaInstance:
+    return SagaInstance(
+        id=row.id,
+        name=row.name,
+        version=row.version,
+        state=State(row.state),
+        data=json.loads(row.data),
+        back=bool(row.back),
+        cancelled=bool(row.cancelled),
+        error=row.error,
+        root=row.root,
+        record=row.record,
+        begun_at=row.begun_at,
+        changed_at=row.changed_at,
     )

@@ -1,7 +1,7 @@
-"""One saga in one transaction: locked, with all that is written down of it.
+"""One saga in one transaction: locked, and read once with its records.
 
-It is read once. What is changed here is changed in the database and in what is known of it, so that
-the next look sees it.
+Every change is made in the database and in memory, so that the interpreter sees it without another
+read.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from celery_eda.saga_definition import Definition, Definitions, Part, Step, SubSaga, Wait
-from celery_eda.saga_log import Saga, SagaLog
+from celery_eda.saga_log import SagaInstance, SagaStore
 from celery_eda.saga_record import Kind, Record, Status
 from celery_eda.saga_run import Interpreter
 
 
 @dataclass
 class Transition:
-    """The saga, its definition, and the records of its parts in the order of their begin."""
+    """A locked saga, its definition, and its records in the order in which they began."""
 
     connection: Connection
-    log: SagaLog
+    store: SagaStore
     definition: Definition
-    saga: Saga
+    saga: SagaInstance
     records: list[Record]
 
     @classmethod
     def of(
-        cls, connection: Connection, log: SagaLog, definitions: Definitions, id: str
+        cls, connection: Connection, store: SagaStore, definitions: Definitions, id: str
     ) -> Transition:
-        """That of the saga *id*, which nobody else changes before the transaction ends.
+        """Lock the saga *id* until the transaction ends, and read it.
 
         Raises:
-            SagaError: there is no such saga, or its definition is not in the code any more.
+            SagaError: no saga has this id, or its definition is not in the code.
         """
-        saga = log.lock(connection, id)
+        saga = store.lock(connection, id)
         definition = definitions.of(saga.name, saga.version)
-        return cls(connection, log, definition, saga, log.records(connection, id))
+        return cls(connection, store, definition, saga, store.records(connection, id))
 
     def interpreter(self) -> Interpreter:
-        """An interpreter of the saga as it is now."""
+        """Return an interpreter of the saga as it is now."""
         return Interpreter(self.definition, self.saga.data, tuple(self.records))
 
     @property
@@ -52,25 +52,25 @@ class Transition:
         return self.interpreter().pivoted
 
     def part(self, record: Record) -> Part:
-        """The part that a record is about."""
+        """Return the part to which a record belongs."""
         return self.definition.parts[record.part]
 
     def find(self, id: int) -> Record | None:
-        """The record of that id, if there is one."""
+        """Return the record with this id; None if there is none."""
         return next((each for each in self.records if each.id == id), None)
 
     def latest(self, record: Record) -> Record:
-        """The latest record of the same kind and path."""
+        """Return the latest record of the same kind and path."""
         alike = [e for e in self.records if (e.kind, e.path) == (record.kind, record.path)]
         return alike[-1]
 
     def change(self, **what: Any) -> None:
-        """Change attributes of the saga; :meth:`save` writes them down."""
+        """Change attributes of the saga; :meth:`save` writes them to the database."""
         self.saga = replace(self.saga, **what)
 
     def save(self) -> None:
-        """Write down where the saga is."""
-        self.log.save(self.connection, self.saga)
+        """Write the saga's state to the database."""
+        self.store.save(self.connection, self.saga)
 
     def begin(
         self,
@@ -80,10 +80,10 @@ class Transition:
         seconds: float | None = None,
         who: str | None = None,
     ) -> Record:
-        """Write down a new record, which is over in *seconds* if that is not None."""
+        """Insert a new record; see :meth:`SagaStore.begin`."""
         if record.status is not Status.open:
             record = replace(record, ended=self._next_end())
-        begun = self.log.begin(
+        begun = self.store.begin(
             self.connection, self.saga.id, record, request=request, seconds=seconds, who=who
         )
         self.records.append(begun)
@@ -99,15 +99,15 @@ class Transition:
         timed_out: bool = False,
         who: str | None = None,
     ) -> None:
-        """Write down how a record has ended; an *error* as it travels."""
+        """Update a record with its outcome; see :meth:`SagaStore.end`."""
         ended = replace(
             record, status=status, ended=self._next_end(), value=value, timed_out=timed_out
         )
         at = next(n for n, each in enumerate(self.records) if each.id == record.id)
-        self.records[at] = self.log.end(self.connection, ended, error=error, who=who)
+        self.records[at] = self.store.end(self.connection, ended, error=error, who=who)
 
-    def keep(self, record: Record, value: Any) -> None:
-        """Let the saga know a result or a signal from now on, if its part says so."""
+    def add_result(self, record: Record, value: Any) -> None:
+        """Add a result or a signal to the saga's data, under the name that its part declares."""
         part = self.part(record)
         if record.kind is Kind.undo or not isinstance(part, Step | SubSaga | Wait):
             return

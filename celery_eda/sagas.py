@@ -1,8 +1,11 @@
-"""Sagas: each transition is one transaction, with the commands that it sends.
+"""The coordinator of sagas: replies, wake-ups and decisions of people advance a saga.
 
-A command is an ordinary request, its outcome an ordinary reply, and a time-out a message that waits
-in the outbox until it is due. Whichever worker gets one of them locks the saga, writes down what
-has come, looks what follows, and sends that. There is nobody whose death would matter.
+Each transition is one transaction, with the commands that it sends. A command is an ordinary
+request, its outcome an ordinary reply, and a time-out a message that waits in the outbox until it
+is due. Any worker can handle any of them: it locks the saga, records the outcome, plans what
+follows and sends that. So the death of a worker loses nothing.
+
+The pattern: the saga execution coordinator of Garcia-Molina and Salem, *Sagas* (1987).
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from celery_eda.errors import SagaError, SagaTimeout
 from celery_eda.limits import KEY_BYTES
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.saga_definition import MISSING, Definition, Wait
-from celery_eda.saga_engine import News, SagaEngine
-from celery_eda.saga_log import Saga, SagaLog, State
+from celery_eda.saga_engine import SagaEngine, Wakeup
+from celery_eda.saga_log import SagaInstance, SagaStore, State
 from celery_eda.saga_record import Kind, Record, Status
 from celery_eda.saga_transition import Transition
 
@@ -27,58 +30,81 @@ log = redaction.logger(__name__)
 
 
 @dataclass(frozen=True)
-class Sagas:
-    """What comes for the sagas of one service, in the transaction of the caller's connection."""
+class Coordinator:
+    """Coordinates the sagas of one service, in the transaction of the caller's connection."""
 
     engine: SagaEngine
     errors: RemoteErrors
 
     @property
-    def log(self) -> SagaLog:
-        return self.engine.log
+    def store(self) -> SagaStore:
+        return self.engine.store
 
     def begin(self, connection: Connection, definition: Definition, id: str, data: Any) -> bool:
-        """Begin a saga; returns False, and does nothing, if there is one of that id.
+        """Start a saga; return False, without any effect, if its id is in use.
 
         Raises:
             SagaError: the id is too long.
         """
         if len(id.encode()) > KEY_BYTES:
-            raise SagaError(f"The id {id[:40]!r}… is longer than {KEY_BYTES} bytes.")
-        saga = Saga(id, definition.name, definition.version, State.running, dict(data))
+            raise SagaError(f"The id {id[:40]!r}… is longer than {KEY_BYTES} bytes. Shorten it.")
+        saga = SagaInstance(
+            id=id,
+            name=definition.name,
+            version=definition.version,
+            state=State.running,
+            data=dict(data),
+        )
         return self.engine.begin(connection, saga)
 
-    # ── outcomes and news ───────────────────────────────────────────────────────────────────
+    # ── replies and wake-ups ────────────────────────────────────────────────────────────────
 
-    def hear(self, connection: Connection, request: UUID, outcome: Any) -> bool:
-        """Take the outcome of a command; returns False if no saga has asked.
+    def receive_reply(self, connection: Connection, request: UUID, outcome: Any) -> bool:
+        """Record the outcome of a command, and advance the saga that sent it.
 
-        One that comes after its time, or from a dead letter that was sent again, counts too: what
-        took effect after all is undone, if its saga has been.
+        A reply that comes after the time-out, or after a redrive of a dead letter, counts too: a
+        success is compensated if the saga has been.
+
+        Args:
+            connection: of the transaction that handles the reply.
+            request: the id of the command.
+            outcome: ``{"result": …}`` or ``{"error": …}``.
+
+        Returns:
+            False if no saga sent the request.
         """
-        if (asked := self.log.asked(connection, request)) is None:
+        if (awaiting := self.store.awaiting(connection, request)) is None:
             return False
-        id, record = asked
-        self._take(self.engine.lock(connection, id), record, outcome)
+        id, record = awaiting
+        self._record_outcome(self.engine.lock(connection, id), record, outcome)
         return True
 
-    def tell(self, connection: Connection, news: str, id: str, record: int) -> None:
-        """Tell a saga what a record of it has waited for; it may be too late for that."""
+    def wake(self, connection: Connection, wakeup: str, id: str, record: int) -> None:
+        """Advance a saga after a time-out, a granted lock, or the end of a sub-saga.
+
+        A wake-up for a record that has its outcome already has no effect.
+
+        Args:
+            connection: of the transaction that handles the wake-up.
+            wakeup: a value of :class:`celery_eda.saga_engine.Wakeup`.
+            id: of the saga.
+            record: the id of the record that waited.
+        """
         transition = self.engine.lock(connection, id)
-        if News(news) is News.end:
-            self._take_end(transition, record)
+        if Wakeup(wakeup) is Wakeup.sub_saga_ended:
+            self._sub_saga_ended(transition, record)
             return
         found = transition.find(record)
         if found is None or found.status is not Status.open:
             return
-        if News(news) is News.lock:
+        if Wakeup(wakeup) is Wakeup.lock_granted:
             transition.end(found, Status.done, value=found.value)
         else:
-            self._time_is_over(transition, found)
-        self.engine.go_on(transition)
+            self._timed_out(transition, found)
+        self.engine.advance(transition)
 
-    def _take(self, transition: Transition, id: int, outcome: Any) -> None:
-        """Write down the outcome of a command, or of a sub-saga, and go on."""
+    def _record_outcome(self, transition: Transition, id: int, outcome: Any) -> None:
+        """Record the outcome of a command, or of a sub-saga, and advance the saga."""
         record = transition.find(id)
         if record is None or record.status not in (Status.open, Status.failed):
             return
@@ -86,52 +112,59 @@ class Sagas:
             if record.status is Status.open or record.timed_out:
                 transition.end(record, Status.failed, error=outcome["error"])
         else:
-            if transition.latest(record) is record:
-                transition.keep(record, outcome.get("result"))
-            else:
-                log.warning(
-                    "a dead letter of the saga %s was sent again, and took effect beside the "
-                    "attempt that followed it: %s",
-                    *(transition.saga.id, record.path),
-                )
-            transition.end(record, Status.done, value=outcome.get("result"))
-        is_undone = transition.saga.state in (State.compensated, State.cancelled)
-        if is_undone and record.kind is Kind.step:  # and has something to undo after all
+            self._record_success(transition, record, outcome.get("result"))
+        is_compensated = transition.saga.state in (State.compensated, State.cancelled)
+        if is_compensated and record.kind is Kind.step:  # a late success is to be compensated too
             transition.change(state=State.compensating)
-        self.engine.go_on(transition)
+        self.engine.advance(transition)
 
-    def _take_end(self, transition: Transition, record: int) -> None:
-        """Take the end of a sub-saga for the outcome of what it was begun, or undone, by."""
-        part = self.log.sub_saga(transition.connection, record)
-        if part is None or not part.state.is_end:
+    def _record_success(self, transition: Transition, record: Record, result: Any) -> None:
+        if transition.latest(record) is record:
+            transition.add_result(record, result)
+        else:
+            log.warning(
+                "a redriven dead letter of the saga %s succeeded, after another attempt at %s had "
+                "begun: the step may have taken effect twice. Check both, and correct by hand",
+                transition.saga.id,
+                record.path,
+            )
+        transition.end(record, Status.done, value=result)
+
+    def _sub_saga_ended(self, transition: Transition, record: int) -> None:
+        """Record the end of a sub-saga as the outcome of the record that waits for it."""
+        sub_saga = self.store.sub_saga(transition.connection, record)
+        if sub_saga is None or not sub_saga.state.is_end:
             return
         found = transition.find(record)
-        undone = found is not None and found.kind is Kind.undo
-        if undone == (part.state is not State.completed):
-            outcome: dict[str, Any] = {"result": None if undone else dict(part.data)}
+        to_compensate = found is not None and found.kind is Kind.undo
+        completed = sub_saga.state is State.completed
+        if completed and not to_compensate:
+            outcome: dict[str, Any] = {"result": dict(sub_saga.data)}
+        elif not completed and to_compensate:
+            outcome = {"result": None}
         else:
-            error = SagaError(f"{part.id} is {part.state.value}: {part.error}")
+            error = SagaError(f"{sub_saga.id} is {sub_saga.state.value}: {sub_saga.error}")
             outcome = {"error": self.errors.to_wire(error)}
-        self._take(transition, record, outcome)
+        self._record_outcome(transition, record, outcome)
 
-    def _time_is_over(self, transition: Transition, record: Record) -> None:
+    def _timed_out(self, transition: Transition, record: Record) -> None:
         part = transition.part(record)
         if record.kind is Kind.sleep:
             transition.end(record, Status.done)
         elif isinstance(part, Wait) and part.default is not MISSING:
             transition.end(record, Status.done, value=part.default)
-            transition.keep(record, part.default)
+            transition.add_result(record, part.default)
         else:
             error = self.errors.to_wire(SagaTimeout(f"no outcome of {record.path} in time"))
             transition.end(record, Status.failed, error=error, timed_out=record.kind is Kind.step)
 
-    # ── people ──────────────────────────────────────────────────────────────────────────────
+    # ── decisions of people ─────────────────────────────────────────────────────────────────
 
     def signal(self, connection: Connection, id: str, name: str, value: Any, who: str) -> None:
-        """Give a signal to a saga; one that does not wait for it yet finds it when it does.
+        """Send a signal to a saga. A signal that comes before its wait is stored for it.
 
         Raises:
-            SagaError: it waits for no such signal, has had it, or is over.
+            SagaError: the saga has no such wait, has received the signal, or has ended.
         """
         transition = self.engine.lock(connection, id)
         state = transition.saga.state
@@ -141,56 +174,58 @@ class Sagas:
         waits = [e for e in transition.records if e.kind is Kind.wait and e.part == name]
         if waits and waits[-1].status is Status.open:
             transition.end(waits[-1], Status.done, value=value, who=who)
-            transition.keep(waits[-1], value)
-            self.engine.go_on(transition)
+            transition.add_result(waits[-1], value)
+            self.engine.advance(transition)
             return
-        if waits and waits[-1].path == name:  # in a loop it may be waited for once more
+        if waits and waits[-1].path == name:  # a wait inside a loop may come again
             raise SagaError(f"The saga {id} does not wait for {name!r} any more.")
         if any(each.kind is Kind.signal and each.path == name for each in transition.records):
             raise SagaError(f"The saga {id} has been given {name!r} already.")
         transition.begin(Record(Kind.signal, name, value=value), who=who)
 
     def cancel(self, connection: Connection, id: str, who: str) -> None:
-        """Have a saga undone.
+        """Compensate a saga on behalf of *who*.
 
         Raises:
-            SagaError: it is over, or there is no way back any more.
+            SagaError: the saga has ended, or has passed its pivot.
         """
         self.engine.cancel(self.engine.lock(connection, id), who)
 
     def resume(self, connection: Connection, id: str, who: str, path: str | None = None) -> None:
-        """Have what failed tried again, and go on: all of it, or what failed at *path*.
+        """Retry what failed in a parked saga, everywhere or at *path*, and advance the saga.
 
         Raises:
-            SagaError: it is not parked, or nothing failed there.
+            SagaError: the saga is not parked, or nothing failed there.
         """
-        self._treat(connection, id, path, Status.again, who)
+        self._unpark(connection, id, path, Status.again, who)
 
     def skip(self, connection: Connection, id: str, who: str, path: str) -> None:
-        """Take what failed at *path* for done, and go on.
+        """Count what failed at *path* of a parked saga as done, and advance the saga.
 
         Raises:
-            SagaError: it is not parked, or nothing failed there.
+            SagaError: the saga is not parked, or nothing failed there.
         """
-        self._treat(connection, id, path, Status.skipped, who)
+        self._unpark(connection, id, path, Status.skipped, who)
 
-    def _treat(
+    def _unpark(
         self, connection: Connection, id: str, path: str | None, status: Status, who: str
     ) -> None:
         transition = self.engine.lock(connection, id)
         saga = transition.saga
         if saga.state is not State.parked:
             raise SagaError(f"The saga {id} is {saga.state.value}, not parked: it needs nobody.")
-        kinds = (Kind.undo,) if saga.back else (Kind.step, Kind.lock, Kind.wait, Kind.undo)
-        last = {(each.kind, each.path): each for each in transition.records}
-        failed = [
-            each
-            for each in last.values()
-            if each.kind in kinds and each.status is Status.failed and path in (None, each.path)
-        ]
+        failed = [each for each in _failures(transition) if path in (None, each.path)]
         if path is not None and not failed:
             raise SagaError(f"Nothing has failed at {path!r} of the saga {id}.")
         for record in failed:
             transition.end(record, status, who=who)
         transition.change(state=State.compensating if saga.back else State.running, error=None)
-        self.engine.go_on(transition)
+        self.engine.advance(transition)
+
+
+def _failures(transition: Transition) -> list[Record]:
+    """The latest records that failed and block the saga in its direction."""
+    forward = (Kind.step, Kind.lock, Kind.wait, Kind.undo)
+    kinds = (Kind.undo,) if transition.saga.back else forward
+    latest = {(each.kind, each.path): each for each in transition.records}
+    return [each for each in latest.values() if each.kind in kinds and each.status is Status.failed]

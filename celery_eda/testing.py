@@ -1,4 +1,4 @@
-"""A saga in memory, for tests of yours: no broker, no worker, and a clock that you do not wait for.
+"""Tests of sagas in memory: no broker, no worker, and a simulated clock.
 
     test = SagaTest(order)
     test.fails("make", OutOfStock())
@@ -6,7 +6,7 @@
     assert end.state == "compensated"
     assert end.calls == ["pay", "make", "undo pay"]
 
-It is the engine itself, on a SQLite database in memory. What it decides is the same each time.
+The test runs the real engine on a SQLite database in memory, and is deterministic.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ from celery_eda.saga import Saga
 from celery_eda.saga_definition import Definition, Definitions, Step, SubSaga
 from celery_eda.saga_engine import SagaEngine
 from celery_eda.saga_locks import SagaLocks
-from celery_eda.saga_log import Entry, SagaLog
-from celery_eda.sagas import Sagas
+from celery_eda.saga_log import HistoryEntry, SagaStore
+from celery_eda.sagas import Coordinator
 from celery_eda.tables import Tables
 
-#: Transitions after which a run is given up.
+#: Transitions after which a run fails.
 MOST = 10_000
 ID, OTHER = "test", "another"
 
 
 @dataclass(frozen=True)
 class End:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
-        state: of the saga; ``running`` if it waits for what never comes.
-        calls: the steps in the order in which they were called, ``undo …`` for what undid one.
-        given: with what each was called: arguments, or the one that it has.
-        seconds: that have passed on the test's clock.
+        state: of the saga; ``running`` if the saga still waits, for a signal or a late outcome.
+        calls: the steps in the order of their calls, ``undo <step>`` for a compensation.
+        given: the keyword arguments of each call, or its only argument.
+        error: the reason why the saga was compensated or parked.
+        seconds: the time that has passed on the simulated clock.
     """
 
     state: str
@@ -56,7 +57,7 @@ class End:
     given: list[Any]
     error: str | None
     seconds: float
-    history: list[Entry]
+    history: list[HistoryEntry]
 
 
 @dataclass
@@ -64,8 +65,9 @@ class SagaTest:
     """One run of one saga.
 
     Attributes:
-        crashing: whether each transition is first done in vain, as by a worker that dies before
-            its commit, and then done again, and each message comes twice.
+        crashing: True to roll back and repeat each transition, as after the death of a worker
+            before its commit, and to deliver each message twice.
+        results: the result of each step, or a function of its arguments; see :meth:`returns`.
     """
 
     saga: Saga
@@ -82,12 +84,17 @@ class SagaTest:
         definitions = Definitions()
         for each in _with_parts(self.saga.definition):
             definitions.add(each)
-        log = SagaLog(tables.sagas, tables.saga_steps, dialect, errors.from_wire)
-        app: Any = SimpleNamespace(send_task=self._tell_later)
+        app: Any = SimpleNamespace(send_task=self._wake_later)
         self._engine, self._errors = engine, errors
-        locks = SagaLocks(tables.saga_locks, dialect)
-        moves = SagaEngine(app, definitions, log, locks, self._ask, lambda: "")
-        self._sagas = Sagas(moves, errors)
+        saga_engine = SagaEngine(
+            app=app,
+            definitions=definitions,
+            store=SagaStore(tables.sagas, tables.saga_steps, dialect, errors),
+            locks=SagaLocks(tables.saga_locks, dialect),
+            request=self._request,
+            address=lambda: "",
+        )
+        self._sagas = Coordinator(saga_engine, errors)
         self._failures: dict[str, deque[Exception | None]] = defaultdict(deque)
         self._late: set[str] = set()
         self._now = 0.0
@@ -99,28 +106,28 @@ class SagaTest:
         self._calls: list[str] = []
         self._given: list[Any] = []
 
-    # ── what is to happen ───────────────────────────────────────────────────────────────────
+    # ── the scenario ────────────────────────────────────────────────────────────────────────
 
     def returns(self, step: str, result: Any) -> None:
-        """Let *step* have this result, or what a function of its arguments says."""
+        """Set the result of *step*: a value, or a function of its arguments."""
         self.results[step] = result
 
     def fails(self, step: str, error: Exception | None = None, *, times: int = 1) -> None:
-        """Let *step*, or ``undo <step>``, fail so often before it is done."""
+        """Let *step*, or ``undo <step>``, fail *times* times before it succeeds."""
         self._failures[step].extend([error or RuntimeError(f"{step} fails")] * times)
 
     def is_late(self, step: str) -> None:
-        """Let the outcome of *step* come only when nothing else is left to happen."""
+        """Delay the outcome of *step* until nothing else is left to happen."""
         self._late.add(step)
 
     def finds_locked(self, key: str, *, seconds: float) -> None:
-        """Let another saga have the lock of *key*, for so long."""
-        take = self._sagas.engine.locks.take
-        self._do(lambda connection: take(connection, key, OTHER, saga=OTHER, record=0))
+        """Let another saga hold the lock of *key* for *seconds*."""
+        acquire = self._sagas.engine.locks.acquire
+        self._do(lambda connection: acquire(connection, key, OTHER, saga=OTHER, record=0))
         self._at(seconds, lambda connection: self._sagas.engine.release(connection, OTHER))
 
     def signals(self, name: str, value: Any = None, *, after: float = 0.0) -> None:
-        """Give a signal after so many seconds, if the saga can be given it then."""
+        """Send a signal *after* some seconds; ignored if the saga does not accept it then."""
 
         def signal(connection: Connection) -> None:
             with suppress(SagaError):
@@ -129,7 +136,7 @@ class SagaTest:
         self._at(after, signal)
 
     def cancels(self, *, after: float = 0.0) -> None:
-        """Cancel the saga after so many seconds, if it can be then."""
+        """Cancel the saga *after* some seconds; ignored if that is impossible then."""
 
         def cancel(connection: Connection) -> None:
             with suppress(SagaError):
@@ -138,17 +145,21 @@ class SagaTest:
         self._at(after, cancel)
 
     def resumes(self) -> None:
-        """Resume a saga that is parked."""
+        """Resume the parked saga: all that failed is retried."""
         self._do(lambda connection: self._sagas.resume(connection, ID, "test"))
 
     def skips(self, path: str) -> None:
-        """Skip what failed in a saga that is parked."""
+        """Count what failed at *path* of the parked saga as done."""
         self._do(lambda connection: self._sagas.skip(connection, ID, "test", path))
 
     # ── running ─────────────────────────────────────────────────────────────────────────────
 
     def run(self, data: Mapping[str, Any] | None = None) -> End:
-        """Begin the saga, if *data* are given, and go on until nothing happens any more."""
+        """Start the saga, if *data* are given, and run it until nothing more happens.
+
+        Raises:
+            AssertionError: the saga has not come to rest after 10 000 transitions.
+        """
         if data is not None:
             begin = self._sagas.begin
             self._do(lambda connection: begin(connection, self.saga.definition, ID, data))
@@ -164,15 +175,20 @@ class SagaTest:
 
     def _end(self) -> End:
         with self._engine.connect() as connection:
-            saga = self._sagas.log.find(connection, ID)
-            history = self._sagas.log.history(connection, ID)
+            saga = self._sagas.store.find(connection, ID)
+            history = self._sagas.store.history(connection, ID)
         return End(
-            *(saga.state.value, saga.data, self._calls, self._given, saga.error),
-            *(self._now, history),
+            state=saga.state.value,
+            data=saga.data,
+            calls=self._calls,
+            given=self._given,
+            error=saga.error,
+            seconds=self._now,
+            history=history,
         )
 
     def _do(self, act: Callable[[Connection], Any]) -> None:
-        """One transition; what it published happens if it is committed."""
+        """Run one transition; its messages are sent if it commits."""
         repetitions = (False, True, True) if self.crashing else (True,)
         for committed in repetitions:
             self._captured = []
@@ -191,8 +207,8 @@ class SagaTest:
             for publish in self._captured:
                 publish()
 
-    def _ask(self, task: str, args: Any, kwargs: Any, **options: Any) -> Any:
-        """Stands where a request is published."""
+    def _request(self, task: str, args: Any, kwargs: Any, **options: Any) -> Any:
+        """Stand in for the request client."""
         request = uuid4()
         step = self._tasks[task]
         self._captured.append(
@@ -200,25 +216,32 @@ class SagaTest:
         )
         return SimpleNamespace(correlation_id=str(request))
 
-    def _tell_later(self, _: str, args: Any, *, countdown: float = 0, **options: Any) -> None:
-        """Stands where a saga's news are published."""
+    def _wake_later(
+        self, _: str, args: tuple[str, str, int], *, countdown: float = 0, **options: Any
+    ) -> None:
+        """Stand in for ``app.send_task``, which sends the wake-ups."""
+        wakeup, id, record = args
 
-        def tell(connection: Connection) -> None:
-            self._sagas.tell(connection, *args)
+        def wake(connection: Connection) -> None:
+            self._sagas.wake(connection, wakeup, id, record)
 
-        self._captured.append(
-            lambda: self._at(countdown, tell) if countdown else self._replies.append(tell)
-        )
+        def send() -> None:
+            if countdown:
+                self._at(countdown, wake)
+            else:
+                self._replies.append(wake)
+
+        self._captured.append(send)
 
     def _at(self, seconds: float, act: Callable[[Connection], None]) -> None:
         heapq.heappush(self._timers, (self._now + seconds, next(self._tie), act))
 
     def _call(self, step: str, given: Any, request: UUID, options: Mapping[str, Any]) -> None:
-        """What a worker does with the command."""
+        """Stand in for the worker that handles a command."""
         delay = options.get("countdown", 0.0)
 
         def reply(connection: Connection) -> None:
-            self._sagas.hear(connection, request, outcome)
+            self._sagas.receive_reply(connection, request, outcome)
 
         self._calls.append(step)
         self._given.append(given)
@@ -237,7 +260,7 @@ class SagaTest:
 
 
 def _with_parts(definition: Definition) -> Iterator[Definition]:
-    """A definition, and those of its sub-sagas."""
+    """A definition and the definitions of its sub-sagas, at any depth."""
     yield definition
     for part in definition.parts.values():
         if isinstance(part, SubSaga):
@@ -245,10 +268,10 @@ def _with_parts(definition: Definition) -> Iterator[Definition]:
 
 
 def _tasks(definition: Definition, prefix: str = "") -> dict[str, str]:
-    """The step that calls each task; those of sub-sagas as ``name/step``.
+    """The step that calls each task, by task; a step of a sub-saga is named ``sub-saga/step``.
 
     Raises:
-        SagaError: a task belongs to two, which could not be told apart.
+        SagaError: two steps call the same task.
     """
     found: dict[str, str] = {}
     for name, part in definition.parts.items():
@@ -262,8 +285,8 @@ def _tasks(definition: Definition, prefix: str = "") -> dict[str, str]:
         for task, call in calls.items():
             if task in found:
                 raise SagaError(
-                    f"{found[task]} and {call} are both calls of {task}, so that this test could "
-                    "not tell them apart. Name a task of its own for each."
+                    f"{found[task]} and {call} are both calls of {task}, so that this test cannot "
+                    "tell them apart. Give each step a task of its own."
                 )
             found[task] = call
     return found

@@ -16,8 +16,8 @@ from sqlalchemy import Connection
 from celery_eda import saga_pictures as pictures
 from celery_eda.cli.console import Command, confirm, printable, service_of
 from celery_eda.cli.options import as_json, confirmed
-from celery_eda.saga_log import Entry, Saga, State
-from celery_eda.sagas import Sagas
+from celery_eda.saga_log import HistoryEntry, SagaInstance, State
+from celery_eda.sagas import Coordinator
 
 
 @click.group(name="sagas")
@@ -38,7 +38,7 @@ def list_(
     service = service_of(context)
     with service.engine.connect() as connection:
         wanted = None if state is None else State(state)
-        found = service.sagas.log.select(connection, wanted, name, limit)
+        found = service.sagas.store.select(connection, wanted, name, limit)
     if as_json:
         click.echo(json.dumps([_plain(each) for each in found], default=str))
     else:
@@ -57,9 +57,9 @@ def show(context: click.Context, id: str, as_json: bool) -> None:
     """Show one saga and its history: steps, attempts, waits, compensations, decisions."""
     service = service_of(context)
     with service.engine.connect() as connection:
-        saga = service.sagas.log.find(connection, id)
-        history = service.sagas.log.history(connection, id)
-        parts = service.sagas.log.sub_sagas(connection, id)
+        saga = service.sagas.store.find(connection, id)
+        history = service.sagas.store.history(connection, id)
+        parts = service.sagas.store.sub_sagas(connection, id)
     entries = [_entry(each) for each in history]
     if as_json:
         sub_sagas = [_plain(each) for each in parts]
@@ -141,7 +141,7 @@ def skip_step(context: click.Context, id: str, place: str, yes: bool) -> None:
     _act(context, lambda sagas, at: sagas.skip(at, id, getpass.getuser(), place))
 
 
-def _act(context: click.Context, act: Callable[[Sagas, Connection], None]) -> None:
+def _act(context: click.Context, act: Callable[[Coordinator, Connection], None]) -> None:
     """Call *act* in one transaction, together with the messages that the saga then sends."""
     service = service_of(context)
     with service.transaction() as session:
@@ -149,12 +149,12 @@ def _act(context: click.Context, act: Callable[[Sagas, Connection], None]) -> No
     click.echo("Done.")
 
 
-def _summary(saga: Saga) -> str:
+def _summary(saga: SagaInstance) -> str:
     error = f"; {saga.error}" if saga.error else ""
     return f"{saga.id}: {saga.name} v{saga.version}, {saga.state.value}{error}"
 
 
-def _plain(saga: Saga) -> dict[str, Any]:
+def _plain(saga: SagaInstance) -> dict[str, Any]:
     return {
         "id": saga.id,
         "name": saga.name,
@@ -176,7 +176,7 @@ def _line(entry: dict[str, Any]) -> str:
     return f"{times}  {what}{value}{who}"
 
 
-def _entry(entry: Entry) -> dict[str, Any]:
+def _entry(entry: HistoryEntry) -> dict[str, Any]:
     record = entry.record
     failed = isinstance(record.value, Exception)
     return {

@@ -108,7 +108,7 @@ def _ended(order: Any) -> int:
 def _asks(order: Any, number: int) -> bool:
     """Whether the manager is asked about an order."""
     with order.eda.engine.connect() as connection:
-        records = order.eda.sagas.log.records(connection, f"order {number}")
+        records = order.eda.sagas.store.records(connection, f"order {number}")
     return any(each.kind is Kind.wait and each.status is Status.open for each in records)
 
 

@@ -19,7 +19,7 @@ from celery_eda.inbox import Inbox, Outcome, RecordedOutcome
 from celery_eda.message import Message
 from celery_eda.outbox import Outbox
 from celery_eda.remote_errors import RemoteErrors
-from celery_eda.saga_log import Saga, SagaLog, State
+from celery_eda.saga_log import SagaInstance, SagaStore, State
 from celery_eda.saga_record import Kind, Record
 from celery_eda.settings import DAY, Settings
 from tests.databases import LOCKING, Database
@@ -42,9 +42,9 @@ def housekeeping(database: Database, outbox: Outbox, cursors: Cursors) -> Housek
     return make(database, outbox, cursors)
 
 
-def sagas_of(database: Database) -> SagaLog:
-    tables, read_error = database.tables, RemoteErrors().from_wire
-    return SagaLog(tables.sagas, tables.saga_steps, database.dialect, read_error)
+def sagas_of(database: Database) -> SagaStore:
+    tables = database.tables
+    return SagaStore(tables.sagas, tables.saga_steps, database.dialect, RemoteErrors())
 
 
 def make(
@@ -418,7 +418,7 @@ def test_sagas_go_when_they_have_been_over_for_long_with_all_that_belongs_to_the
             ("parked", State.parked, None),
             ("fresh", State.completed, None),
         ):
-            saga = Saga(id_, "order", 1, state, {}, root=root)
+            saga = SagaInstance(id_, "order", 1, state, {}, root=root)
             log.add(connection, saga)
             log.save(connection, saga)
             log.begin(connection, id_, Record(Kind.step, "pay"))

@@ -33,11 +33,11 @@ def line(database: Database, key: str) -> list[str]:
 
 def test_one_has_it_and_the_next_in_line_gets_it(database: Database, locks: SagaLocks) -> None:
     with database.engine.begin() as connection:
-        assert locks.take(connection, "seat", "a", saga="a", record=1)
-        assert not locks.take(connection, "seat", "b", saga="b/part", record=3)
-        assert not locks.take(connection, "seat", "c", saga="c", record=2)
-        assert locks.take(connection, "seat", "a", saga="a/part", record=4), "it has it already"
-        assert locks.take(connection, "other", "b", saga="b", record=5)
+        assert locks.acquire(connection, "seat", "a", saga="a", record=1)
+        assert not locks.acquire(connection, "seat", "b", saga="b/part", record=3)
+        assert not locks.acquire(connection, "seat", "c", saga="c", record=2)
+        assert locks.acquire(connection, "seat", "a", saga="a/part", record=4), "it has it already"
+        assert locks.acquire(connection, "other", "b", saga="b", record=5)
     assert line(database, "seat") == ["a", "c", "b/part"]
 
     with database.engine.begin() as connection:
@@ -55,12 +55,12 @@ def test_who_stands_in_line_while_another_goes_is_not_overlooked(
     database: Database, locks: SagaLocks
 ) -> None:
     with database.engine.begin() as connection:
-        locks.take(connection, "seat", "a", saga="a", record=1)
+        locks.acquire(connection, "seat", "a", saga="a", record=1)
     standing = threading.Event()
 
     def stand() -> None:
         with database.engine.begin() as connection:
-            assert not locks.take(connection, "seat", "b", saga="b", record=2)
+            assert not locks.acquire(connection, "seat", "b", saga="b", record=2)
             standing.set()
             time.sleep(0.5)  # the other one is to come meanwhile
 
@@ -94,7 +94,7 @@ def test_many_at_once_have_it_one_after_the_other(database: Database, locks: Sag
 
     def run(number: int) -> None:
         name = f"saga {number}"
-        mine = transition(lambda c: locks.take(c, "seat", name, saga=name, record=number + 1))
+        mine = transition(lambda c: locks.acquire(c, "seat", name, saga=name, record=number + 1))
         while mine:
             had.append(name)
             heirs = transition(lambda c: locks.release(c, name))  # noqa: B023  # called at once

@@ -17,11 +17,11 @@ from sqlalchemy.exc import DBAPIError
 from celery_eda.errors import SagaError
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.saga_definition import Definition, Definitions
-from celery_eda.saga_engine import News, SagaEngine
+from celery_eda.saga_engine import SagaEngine, Wakeup
 from celery_eda.saga_locks import SagaLocks
-from celery_eda.saga_log import SagaLog, State
+from celery_eda.saga_log import SagaStore, State
 from celery_eda.saga_steps import Steps, defined
-from celery_eda.sagas import Sagas
+from celery_eda.sagas import Coordinator
 from tests.databases import Database
 
 TIMES = 10
@@ -38,10 +38,10 @@ class Bench:
         self.definition = definition
         engine = SagaEngine(
             *(SimpleNamespace(send_task=lambda *_, **__: None), definitions),  # type: ignore[arg-type]
-            SagaLog(tables.sagas, tables.saga_steps, dialect, errors.from_wire),
+            SagaStore(tables.sagas, tables.saga_steps, dialect, errors),
             *(SagaLocks(tables.saga_locks, dialect), self._ask, lambda: ""),
         )
-        self.sagas = Sagas(engine, errors)
+        self.sagas = Coordinator(engine, errors)
 
     def _ask(self, *_: Any, **__: Any) -> Any:
         return SimpleNamespace(correlation_id=str(uuid4()))
@@ -71,7 +71,7 @@ class Bench:
 
     def state(self, id: str) -> State:
         with self.database.engine.connect() as connection:
-            return self.sagas.log.find(connection, id).state
+            return self.sagas.store.find(connection, id).state
 
     def requests(self, id: str) -> dict[str, UUID]:
         """What a saga has asked for, by the place, and whether it was to undo."""
@@ -101,14 +101,16 @@ def test_two_replies_in_the_same_moment_both_count_and_what_follows_is_asked_onc
         one, other = (bench.requests(id)[f"step {name}"] for name in ("one", "other"))
 
         bench.at_once(
-            lambda c, one=one: bench.sagas.hear(c, one, {"result": 1}),
-            lambda c, other=other: bench.sagas.hear(c, other, {"result": 2}),
-            lambda c, other=other: bench.sagas.hear(c, other, {"result": 2}),  # it comes twice
+            lambda c, one=one: bench.sagas.receive_reply(c, one, {"result": 1}),
+            lambda c, other=other: bench.sagas.receive_reply(c, other, {"result": 2}),
+            lambda c, other=other: bench.sagas.receive_reply(
+                c, other, {"result": 2}
+            ),  # it comes twice
         )
 
         assert list(bench.requests(id)) == ["step one", "step other", "step last"]
         last = bench.requests(id)["step last"]
-        bench.do(lambda c, last=last: bench.sagas.hear(c, last, {"result": 3}))
+        bench.do(lambda c, last=last: bench.sagas.receive_reply(c, last, {"result": 3}))
         assert bench.state(id) is State.completed
 
 
@@ -128,10 +130,10 @@ def test_a_time_out_a_reply_and_a_person_who_cancels_may_come_at_once(
         bench.do(lambda c, id=id: bench.sagas.begin(c, bench.definition, id, {}))
         request = bench.requests(id)["step one"]
         with database.engine.connect() as connection:
-            record = bench.sagas.log.records(connection, id)[0].id
+            record = bench.sagas.store.records(connection, id)[0].id
         acts = {
-            "the time": lambda c: bench.sagas.tell(c, News.time.value, id, record),  # noqa: B023
-            "the reply": lambda c: bench.sagas.hear(c, request, {"result": 1}),  # noqa: B023
+            "the time": lambda c: bench.sagas.wake(c, Wakeup.timer.value, id, record),  # noqa: B023
+            "the reply": lambda c: bench.sagas.receive_reply(c, request, {"result": 1}),  # noqa: B023
             "a person": lambda c: _cancelled(bench, c, id),  # noqa: B023
         }
 
@@ -139,7 +141,7 @@ def test_a_time_out_a_reply_and_a_person_who_cancels_may_come_at_once(
 
         while bench.state(id) is State.compensating:
             undo = bench.requests(id)["undo one"]
-            bench.do(lambda c, undo=undo: bench.sagas.hear(c, undo, {"result": None}))
+            bench.do(lambda c, undo=undo: bench.sagas.receive_reply(c, undo, {"result": None}))
         ends.add(bench.state(id))
         undone = "undo one" in bench.requests(id)
         assert undone == (bench.state(id) is not State.completed)

@@ -184,7 +184,7 @@ def transfer(steps: Steps) -> None:
 
 
 def _kill_at_transitions() -> None:
-    write_end, go_on, ended = Transition.end, SagaEngine.go_on, list[str]()
+    write_end, advance, ended = Transition.end, SagaEngine.advance, list[str]()
 
     def die_once(when: str) -> None:
         if any(_first_time(f"killed {when} {what}") for what in ended):
@@ -195,11 +195,11 @@ def _kill_at_transitions() -> None:
         die_once("before")
         write_end(self, record, status, **how)
 
-    def go_on_and_die(self: Any, turn: Any) -> None:
-        go_on(self, turn)
+    def advance_and_die(self: Any, transition: Any) -> None:
+        advance(self, transition)
         die_once("in")
 
-    Transition.end, SagaEngine.go_on = end_and_die, go_on_and_die  # type: ignore[method-assign]
+    Transition.end, SagaEngine.advance = end_and_die, advance_and_die  # type: ignore[method-assign]
     checkpoints.arm("delivery.received", ended.clear)
     checkpoints.arm("delivery.committed", lambda: die_once("after"))
 

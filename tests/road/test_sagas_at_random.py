@@ -141,7 +141,7 @@ def test_every_saga_ends_honestly_whoever_dies_at_whichever_transition(
             "from tests.road.bank_at_random import transfer\n"
             "from celery_eda.saga_log import State\n"
             "with eda.engine.connect() as connection:\n"
-            "    parked = eda.sagas.log.select(connection, State.parked, None, 10_000)\n"
+            "    parked = eda.sagas.store.select(connection, State.parked, None, 10_000)\n"
             "for each in parked:\n"
             "    with eda.transaction() as session:\n"
             "        eda.sagas.resume(session.connection(), each.id, 'a person')\n"

@@ -149,7 +149,7 @@ def told_again(test: SagaTest, place: str, outcome: Any) -> End:
     entry = next(each for each in test.run().history if each.record.path == place)
     assert entry.request is not None
     request = entry.request
-    test._do(lambda connection: test._sagas.hear(connection, request, outcome))
+    test._do(lambda connection: test._sagas.receive_reply(connection, request, outcome))
     return test.run()
 
 

@@ -53,7 +53,7 @@ def answer(eda: EDA, saga: str, outcome: dict[str, Any]) -> None:
     query = select(steps.c.request).where(steps.c.saga == saga, steps.c.request.is_not(None))
     with eda.transaction() as session:
         request: UUID = session.scalars(query.order_by(steps.c.id.desc()).limit(1)).one()
-        assert eda.sagas.hear(session.connection(), request, outcome)
+        assert eda.sagas.receive_reply(session.connection(), request, outcome)
 
 
 def state(eda: EDA, saga: str) -> str:
