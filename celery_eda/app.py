@@ -13,7 +13,16 @@ from celery import Celery, Signature, Task
 from sqlalchemy import Connection, Engine, Table
 from sqlalchemy.orm import Session
 
-from celery_eda import attachment, context, joining, publishing, redaction, results, schema
+from celery_eda import (
+    attachment,
+    context,
+    joined_session,
+    joining,
+    publishing,
+    redaction,
+    results,
+    schema,
+)
 from celery_eda.errors import NoDelivery, UnknownRequest
 from celery_eda.event import Event
 from celery_eda.parts import Parts
@@ -67,6 +76,7 @@ class EDA(Parts):
         app.__dict__.pop("amqp", None)
         publishing.store_outside(app)
         results.defer(app)
+        joined_session.listen()
         for name in LOGS_OF_ERRORS:
             redaction.logger(name)
         app.steps["worker"].update(("celery_eda.worker:Guard", "celery_eda.worker:EmbeddedRelay"))

@@ -1,18 +1,18 @@
-"""Captures in every session of a factory, so that existing code need not change.
+"""Captures messages in every session of a factory, so that existing code need not change.
 
 Existing code publishes before, between and after its commits, and expects Celery to send. So a
 message *shares the fate of writes*: it belongs to the session's current transaction, or to the
 next one if none is open.
 
 1. The transaction commits: the message is written in it.
-2. It wrote, or tried to, and does not commit: the message is dropped; aloud, if the session was
-   just closed or forgotten.
-3. It ends without having written: there is no fate to share, and the message is stored in a
-   short transaction of its own. Not so if it was rolled back, or closed by an exception, in a
-   session that has never committed: then the message is dropped.
+2. The transaction wrote, or tried to, and does not commit: the message is dropped. An error is
+   logged if the session was only closed or garbage-collected.
+3. The transaction ends without having written: there is no fate to share, and the message is
+   stored in a short transaction of its own. But if a session that has never committed is rolled
+   back or closed by an exception, the message is dropped.
 
-A session that is made while a message is handled brings what it published to the transaction of
-that message, and takes part in it with all its work if its engine leads to the same database.
+A session that is made while a message is handled moves its messages to the transaction of that
+message. Its own work becomes part of that transaction too, if its engine is on the same database.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import logging
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary, finalize, ref
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
-from celery_eda import context, joined_connection
+from celery_eda import context, joined_connection, joined_session
 from celery_eda.joined_connection import JoinedConnection
 from celery_eda.joined_session import JoinedSession
 from celery_eda.transaction import Store
@@ -40,7 +41,7 @@ else:
 
 log = logging.getLogger(__name__)
 
-# What these begin leaves nothing behind. WITH may go on with either.
+# Statements that begin like this write nothing. WITH may begin a query or a write.
 _READS = re.compile(
     r"(?:\s|/\*.*?\*/|--[^\n]*\n)*"
     r"(?:SELECT|SHOW|EXPLAIN|PRAGMA|VALUES|SET|BEGIN|SAVEPOINT|RELEASE|ROLLBACK"
@@ -51,13 +52,17 @@ _users: WeakKeyDictionary[Connection, ref[AttachedSession]] = WeakKeyDictionary(
 
 
 def attach(target: Any, store: Store) -> None:
-    """Capture what is published while a session of *target* is open.
+    """Capture the messages that are published while a session of *target* is open.
 
     Args:
         target: a sessionmaker, async_sessionmaker or scoped_session on the database that holds
             the outbox. Sessions made before this call are not attached.
         store: where the messages go.
+
+    Raises:
+        TypeError: *target* is none of these.
     """
+    listen()
     match target:
         case sessionmaker():
             target.class_ = _attached(target.class_, store)
@@ -69,7 +74,10 @@ def attach(target: Any, store: Store) -> None:
         case _ if hasattr(target, "session_factory"):
             attach(target.session_factory, store)
         case _:
-            raise TypeError(f"{target!r} is no sessionmaker and no scoped_session")
+            raise TypeError(
+                f"{target!r} makes no sessions. Pass a sessionmaker, async_sessionmaker or "
+                "scoped_session."
+            )
 
 
 def _attached(base: type[Session], store: Store) -> type[Session]:
@@ -83,13 +91,13 @@ def _mixed(mixin: type[Any], base: type[Any], **attributes: Any) -> type[Any]:
 
 
 class AttachedTransaction(JoinedSession):
-    """What was published in an attached session.
+    """The messages published in an attached session.
 
     Attributes:
         outer: the transaction of the message that is being handled where the session is used.
-        wrote: whether its transaction wrote, or tried to.
-        has_committed: whether the session has committed since it was opened.
-        failed: whether it is closed because of an exception.
+        wrote: True if the session's transaction wrote, or tried to.
+        has_committed: True if the session has committed since it was opened.
+        failed: True if the session is closed because of an exception.
     """
 
     def __init__(self, session: Session, store: Store) -> None:
@@ -99,7 +107,7 @@ class AttachedTransaction(JoinedSession):
         self.open()
 
     def open(self) -> None:
-        """Let publishes from here on belong to the session, unless they do already.
+        """Capture publishes from here on, unless they are captured already.
 
         A session may outlive the message that it was made for, and be used for the next one.
         """
@@ -113,27 +121,27 @@ class AttachedTransaction(JoinedSession):
         self.has_committed = self.wrote = self.failed = False
 
     def _transaction_in_progress(self) -> JoinedConnection | None:
-        """That of the message that is being handled right here."""
+        """The transaction of the message that is being handled here; None outside of any."""
         progress = context.in_progress.get()
         if progress is None or progress.finished:
             return None
         return joined_connection.join(progress.connection, self.store)
 
     def close(self) -> None:
-        """The session was closed or forgotten: settle what no transaction took along."""
+        """Settle the messages that no transaction has written: the session is closed or gone."""
         if self.scope is not None:
             self.scope.open = False
         self.end()
 
     def begin(self) -> None:
-        """Nothing: existing code may begin after it has published."""
+        """Do nothing: existing code may begin after it has published."""
 
     def enrol(self) -> None:
         if self.outer is None:
             super().enrol()
 
     def note_pending(self, session: Session) -> None:
-        """What the next flush would write counts as written."""
+        """Count pending changes, which the next flush would write, as written."""
         self.wrote = self.wrote or bool(session.new or session.dirty or session.deleted)
 
     def roll_back(self) -> None:
@@ -146,7 +154,7 @@ class AttachedTransaction(JoinedSession):
         self.wrote = False
 
     def drop(self) -> None:
-        """It did not commit: its messages share the fate of what it wrote, if it wrote."""
+        """Drop the messages if the session wrote or failed, else store them apart."""
         undone = (self.rolled_back or self.failed) and not self.has_committed
         if self.captured and not self.wrote and not undone:
             self.store_apart()
@@ -155,18 +163,18 @@ class AttachedTransaction(JoinedSession):
         self.wrote = False
 
     def store_apart(self) -> None:
-        """Store the messages apart, unless the session took part in a transaction still open."""
+        """Store the messages apart, unless the session is part of a transaction still open."""
         outer, session = self.outer, self._session()
         if session and isinstance(session.bind, Connection):
             outer = joined_connection.join(session.bind, self.store)
         if outer and outer.is_open:
-            outer.take(self)
+            outer.merge(self)
         else:
             super().store_apart()
 
 
 class AttachedSession(Session):
-    """A session that captures from when it is made until it is closed."""
+    """A session that captures messages from its creation until it is closed."""
 
     store: ClassVar[Store]
     warned: ClassVar[bool] = False
@@ -182,7 +190,7 @@ class AttachedSession(Session):
         finalize(self, self._joined.close)
 
     def get_bind(self, *arguments: Any, **options: Any) -> Engine | Connection:
-        """The connection of the message in progress, if the session's engine leads there."""
+        """The connection of the message in progress, if the engine is on the same database."""
         bind = super().get_bind(*arguments, **options)
         if (outer := self._joined.outer) is None or isinstance(bind, Connection):
             return bind
@@ -191,14 +199,14 @@ class AttachedSession(Session):
         if not type(self).warned:
             type(self).warned = True
             log.warning(
-                "%r is another database than that of the message in progress: what a session "
-                "writes there is committed apart from the message, and may be repeated.",
+                "%r is another database than that of the message in progress: a session commits "
+                "there apart from the message, so its writes may be repeated.",
                 bind.url,
             )
         return bind
 
     def rollback(self) -> None:
-        """As always; with nothing begun, too, what was published before is rolled back."""
+        """Roll back, as always; messages from before the first statement are dropped too."""
         if not self.in_transaction():
             self._joined.rolled_back = True
             self._joined.end()
@@ -222,14 +230,14 @@ class AttachedSession(Session):
             self._joined.close()
 
     def note_failure(self) -> None:
-        """Remember an exception that was not there when the session was made."""
+        """Remember an exception that was not being handled when the session was made."""
         error = sys.exc_info()[1]
         if error is not None and error is not self._handled_before:
             self._joined.failed = True
 
 
 class AttachedAsyncSession(AsyncSession):
-    """Tells its session of an exception, which that would not see in its own greenlet or task."""
+    """Reports exceptions to its session, which would not see them in its own greenlet."""
 
     sync_session: AttachedSession
 
@@ -251,24 +259,39 @@ def _is_same_database(one: Engine, other: Engine) -> bool:
 
 
 @event.listens_for(AttachedSession, "after_transaction_create")
-def _begin(session: AttachedSession, transaction: SessionTransaction) -> None:
+def on_after_transaction_create(session: AttachedSession, transaction: SessionTransaction) -> None:
+    """Capture from here on, since a closed session can be used again."""
     if transaction.parent is None:
         session._joined.open()
 
 
 @event.listens_for(AttachedSession, "after_begin")
-def _use(session: AttachedSession, transaction: SessionTransaction, connection: Connection) -> None:
+def on_after_begin(
+    session: AttachedSession, transaction: SessionTransaction, connection: Connection
+) -> None:
+    """Remember whose statements run on *connection*."""
     _users[connection] = ref(session)
 
 
 @event.listens_for(AttachedSession, "before_flush")
-def _flush(session: AttachedSession, *_: Any) -> None:
+def on_before_flush(session: AttachedSession, *_: Any) -> None:
+    """Note that the session writes."""
     session._joined.wrote = True
 
 
-@event.listens_for(Engine, "before_cursor_execute")
-def _execute(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
-    # Before, not after: a write that fails has been tried.
+@cache
+def listen() -> None:
+    """Listen to every session, engine and pool of this process from now on.
+
+    The statements of all engines pass through :func:`on_before_cursor_execute`, so it is not
+    installed before the first factory is attached.
+    """
+    joined_session.listen()
+    event.listen(Engine, "before_cursor_execute", on_before_cursor_execute)
+
+
+def on_before_cursor_execute(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
+    """Note that the session writes. Before the statement runs, since a failed write counts too."""
     session = user() if (user := _users.get(connection)) else None
     if session and session.in_transaction() and not _READS.match(statement):
         session._joined.wrote = True

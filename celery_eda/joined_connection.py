@@ -1,12 +1,13 @@
 """The messages of a Connection's transaction, written just before it commits.
 
-They are written before each savepoint too, so that the database itself undoes those of a
-savepoint. What became of the transaction is told by SQLAlchemy's events; nothing here commits or
-rolls back, but for a commit that failed on our side.
+They are written before each savepoint too, so that a rollback to a savepoint also undoes the
+messages that were published after it. SQLAlchemy's events report how the transaction ends; nothing
+here commits or rolls back, except after a write of ours that fails during the commit.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -21,7 +22,7 @@ _KEY = "celery_eda"
 
 
 def find(connection: Connection) -> JoinedConnection | None:
-    """What was published in the transaction of *connection*; None if it is not joined."""
+    """The messages of the transaction of *connection*; None if it is not joined."""
     return _joined.get(connection)
 
 
@@ -33,11 +34,11 @@ def join(connection: Connection, store: Store) -> JoinedConnection:
 
 
 class JoinedConnection(Transaction):
-    """What was published in a Connection's transaction.
+    """The messages published in a Connection's transaction.
 
     Attributes:
-        contributors: transactions that end with this one and have messages to bring.
-        ending: whether the commit is under way, so that a message is written at once.
+        contributors: transactions that end with this one and bring their messages to it.
+        ending: True while the commit is under way, when a message is written at once.
     """
 
     def __init__(self, connection: Connection, store: Store) -> None:
@@ -49,20 +50,20 @@ class JoinedConnection(Transaction):
     @property
     def connection(self) -> Connection:
         connection = self._connection()
-        assert connection is not None, "whoever publishes in it holds it"
+        assert connection is not None, "the code that publishes holds the connection"
         return connection
 
     @property
     def is_open(self) -> bool:
-        """Whether the transaction can still commit."""
+        """True if the transaction can still commit."""
         connection = self._connection()
         return connection is not None and connection.in_transaction()
 
     def capture(self, message: Message) -> None:
-        """Keep *message*. Publishing counts as the first statement of a transaction.
+        """Buffer *message*. Publishing counts as the first statement of a transaction.
 
-        Otherwise a commit would skip the message and a rollback would leave it: with nothing
-        begun, neither tells anybody.
+        With no transaction begun, SQLAlchemy would fire no event for a commit, which would skip
+        the message, and none for a rollback, which would leave it in the buffer.
         """
         if self.connection.get_transaction() is None:
             self.connection.begin()
@@ -74,13 +75,13 @@ class JoinedConnection(Transaction):
     def write(self, connection: Connection) -> None:
         super().write(connection)
         if self.written:
-            connection.info[_KEY] = self  # travels to the pool, see _return
+            connection.info[_KEY] = self  # travels to the pool, see on_checkin
 
     def write_last(self, connection: Connection) -> None:
-        """Write everything: the connection commits now."""
+        """Write all messages: the connection commits now."""
         self.ending = True
         for contributor in self.contributors:
-            self.take(contributor)
+            self.merge(contributor)
         try:
             self.write(connection)
         except BaseException:
@@ -90,7 +91,7 @@ class JoinedConnection(Transaction):
             raise
 
     def start(self) -> None:
-        """A transaction begins, so the one before is over, even if no event said so."""
+        """Begin a transaction. The one before is over, even if no event reported its end."""
         self.hand_off()
         self.forget()
 
@@ -105,50 +106,74 @@ class JoinedConnection(Transaction):
             self.hand_off()
 
 
-@event.listens_for(Engine, "begin")
-@event.listens_for(Engine, "begin_twophase")
-def _begin(connection: Connection, *_: Any) -> None:
+@cache
+def listen() -> None:
+    """Listen to every engine and every pool of this process from now on."""
+    for target, name, listener in LISTENERS:
+        event.listen(target, name, listener)
+
+
+def on_begin(connection: Connection, *_: Any) -> None:
+    """Hand off what the transaction before has committed."""
     if joined := find(connection):
         joined.start()
 
 
-@event.listens_for(Engine, "savepoint")
-def _set_savepoint(connection: Connection, *_: Any) -> None:
+def on_savepoint(connection: Connection, *_: Any) -> None:
+    """Write the messages from before the savepoint, so that a rollback to it leaves them."""
     if joined := find(connection):
         joined.write(connection)
 
 
-@event.listens_for(Engine, "commit")
-@event.listens_for(Engine, "prepare_twophase")
-def _commit(connection: Connection, *_: Any) -> None:
+def on_commit(connection: Connection, *_: Any) -> None:
+    """Write all messages. SQLAlchemy fires this event before it sends COMMIT."""
     if joined := find(connection):
         joined.write_last(connection)
 
 
-@event.listens_for(Engine, "rollback")
-@event.listens_for(Engine, "rollback_twophase")
-def _roll_back(connection: Connection, *_: Any) -> None:
+def on_rollback(connection: Connection, *_: Any) -> None:
+    """Drop all messages."""
     if joined := find(connection):
         joined.forget()
 
 
-@event.listens_for(Engine, "rollback_savepoint")
-def _roll_back_to_savepoint(connection: Connection, *_: Any) -> None:
-    # Only what is not written yet: whoever looks for the rows that are undone finds none.
+def on_rollback_to_savepoint(connection: Connection, *_: Any) -> None:
+    """Drop the messages that are not written yet.
+
+    The database undoes the written ones. Their ids stay: the sender looks for those rows and finds
+    none.
+    """
     if joined := find(connection):
         joined.captured.clear()
 
 
-@event.listens_for(Engine, "handle_error")
-def _fail(error: ExceptionContext) -> None:
-    # A COMMIT that fails is followed by no rollback.
+def on_error(error: ExceptionContext) -> None:
+    """Drop all messages if a COMMIT has failed: SQLAlchemy sends no ROLLBACK after it."""
     joined = find(error.connection) if error.connection is not None else None
     if joined and joined.ending:
         joined.forget()
 
 
-@event.listens_for(Pool, "checkin")
-def _return(dbapi_connection: Any, record: Any) -> None:
-    # No event follows a COMMIT. The connection's way back to the pool does, if nothing else.
+def on_checkin(dbapi_connection: Any, record: Any) -> None:
+    """Hand off the committed messages.
+
+    SQLAlchemy has no after-commit event for connections. The return to the pool is the first hook
+    that always runs after a COMMIT.
+    """
     if joined := record.info.pop(_KEY, None):
         joined.hand_off()
+
+
+#: Event targets, event names and listeners.
+LISTENERS: tuple[tuple[Any, str, Any], ...] = (
+    (Engine, "begin", on_begin),
+    (Engine, "begin_twophase", on_begin),
+    (Engine, "savepoint", on_savepoint),
+    (Engine, "commit", on_commit),
+    (Engine, "prepare_twophase", on_commit),
+    (Engine, "rollback", on_rollback),
+    (Engine, "rollback_twophase", on_rollback),
+    (Engine, "rollback_savepoint", on_rollback_to_savepoint),
+    (Engine, "handle_error", on_error),
+    (Pool, "checkin", on_checkin),
+)

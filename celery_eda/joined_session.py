@@ -1,11 +1,14 @@
-"""The messages of a Session's transaction, given to its connection when that commits.
+"""The messages of a Session's transaction, moved to its connection when the session commits.
 
-Until then they stay in memory: one INSERT for all, and none for a savepoint that is rolled back.
+Until then they stay in memory: one INSERT writes all of them, and a savepoint that is rolled back
+costs none.
 """
 
 from __future__ import annotations
 
 import logging
+from functools import cache
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event
@@ -22,13 +25,13 @@ log = logging.getLogger(__name__)
 Bind = Engine | Connection
 
 _joined: WeakKeyDictionary[Session, JoinedSession] = WeakKeyDictionary()
-# The connections of each open transaction, also of those that are not joined yet.
+# The connections of each open transaction, including sessions that are not joined yet.
 _used: WeakKeyDictionary[Session, WeakSet[Connection]] = WeakKeyDictionary()
 _EXPLICIT = (SessionTransactionOrigin.BEGIN, SessionTransactionOrigin.BEGIN_NESTED)
 
 
 def find(session: Session) -> JoinedSession | None:
-    """What was published in the transaction of *session*; None if it is not joined."""
+    """The messages of the transaction of *session*; None if it is not joined."""
     return _joined.get(session)
 
 
@@ -40,12 +43,12 @@ def join(session: Session, store: Store, bind: Bind | None = None) -> JoinedSess
 
 
 class JoinedSession(Transaction):
-    """What was published in a Session's transaction.
+    """The messages published in a Session's transaction.
 
     Attributes:
-        committing: whether a commit is under way, for which its connection has to be known.
-        over: whether it has committed, so that a publish is outside of it.
-        rolled_back: whether somebody asked for its end.
+        committing: True while a commit is under way, which needs the outbox's connection.
+        over: True once the transaction has committed: a publish is then outside of it.
+        rolled_back: True if the user's code asked for the rollback.
     """
 
     def __init__(self, session: Session, store: Store, bind: Bind | None = None) -> None:
@@ -53,7 +56,7 @@ class JoinedSession(Transaction):
         self._session = ref(session)
         self._bind = bind
         self._carrier: JoinedConnection | None = None
-        # How much was captured when each open savepoint began.
+        # The number of messages that were captured when each open savepoint began.
         self._marks: dict[SessionTransaction, int] = {}
         self.committing = self.over = self.rolled_back = False
         _joined[session] = self
@@ -61,13 +64,14 @@ class JoinedSession(Transaction):
     @property
     def session(self) -> Session:
         session = self._session()
-        assert session is not None, "whoever publishes in it holds it"
+        assert session is not None, "the code that publishes holds the session"
         return session
 
     def capture(self, message: Message) -> None:
-        """Keep *message*. Publishing counts as the first statement of a transaction.
+        """Buffer *message*. Publishing counts as the first statement of a transaction.
 
-        Otherwise a rollback would leave the message: with nothing begun, it tells nobody.
+        With no transaction begun, SQLAlchemy would fire no event for a rollback, and the message
+        would stay in the buffer.
         """
         self.begin()
         super().capture(message)
@@ -75,15 +79,15 @@ class JoinedSession(Transaction):
             self.enrol()
 
     def begin(self) -> None:
-        """Begin a transaction unless one is open; the database is not asked yet."""
+        """Begin a transaction unless one is open. No statement goes to the database yet."""
         if not self.session.in_transaction():
             self.session.begin()
 
     def enrol(self) -> None:
-        """Have the outbox's connection take part in the commit and the messages along.
+        """Make the outbox's connection part of the commit, and this a contributor to it.
 
         Raises:
-            TwoEngines: it would not be the only one.
+            TwoEngines: the transaction uses another engine besides.
         """
         chosen = {"bind": self._bind} if self._bind is not None else None
         connection = self.session.connection(bind_arguments=chosen)
@@ -93,10 +97,10 @@ class JoinedSession(Transaction):
         self.refuse_two_engines()
 
     def refuse_two_engines(self) -> None:
-        """See to it that the messages commit together with the work.
+        """Make sure that the messages commit together with the work.
 
         Raises:
-            TwoEngines: they would not.
+            TwoEngines: the transaction uses more than one engine.
         """
         if self._carrier and len(_used[self.session]) > 1 and not self.session.twophase:
             raise TwoEngines(
@@ -108,12 +112,12 @@ class JoinedSession(Transaction):
     # ── the session's transaction ───────────────────────────────────────────────────────────
 
     def roll_back(self) -> None:
-        """The transaction, or its innermost savepoint, is rolled back; its end follows."""
+        """Note that the transaction or its innermost savepoint is rolled back; its end follows."""
         self.committing = False
         self.rolled_back = not self.session.in_nested_transaction()
 
     def end(self) -> None:
-        """The transaction is over, one way or the other."""
+        """Settle the messages: the transaction has committed or was rolled back."""
         carrier, self._carrier = self._carrier, None
         if carrier:
             carrier.contributors.remove(self)
@@ -124,17 +128,18 @@ class JoinedSession(Transaction):
         self.committing = self.over = self.rolled_back = False
 
     def finish(self, carrier: JoinedConnection | None) -> None:
-        """It committed: give away what no connection's commit has taken along."""
+        """Pass on the messages that no connection's commit has written: the session committed."""
         if carrier and carrier.is_open:
-            carrier.take(self)  # the session took part in a Connection's transaction
+            carrier.merge(self)  # the session took part in a Connection's transaction
         elif self.captured:
             self.store_apart()
 
     def drop(self) -> None:
-        """It did not commit: drop its messages, and say so unless somebody asked for it."""
+        """Drop the messages, and log that unless the user's code asked for the rollback."""
         if self.captured and not self.rolled_back:
             log.error(
-                "a session was closed without a commit; not sent: %s",
+                "a session was closed without a commit, so its messages are not sent: %s. "
+                "Commit the session, or roll it back if that was meant.",
                 ", ".join(message.task for message in self.captured),
             )
         self.forget()
@@ -147,11 +152,11 @@ class JoinedSession(Transaction):
     # ── its savepoints ──────────────────────────────────────────────────────────────────────
 
     def set_savepoint(self, savepoint: SessionTransaction) -> None:
-        """From here on messages belong to *savepoint*."""
+        """Begin *savepoint*: messages from here on belong to it."""
         self._marks[savepoint] = len(self.captured)
 
     def release(self, savepoint: SessionTransaction) -> None:
-        """The messages of *savepoint* belong to what is around it."""
+        """Give the messages of *savepoint* to the transaction around it."""
         self._marks[savepoint] = len(self.captured)
         self.committing = False
 
@@ -160,39 +165,51 @@ class JoinedSession(Transaction):
         del self.captured[self._marks.pop(savepoint, 0) :]
 
 
-@event.listens_for(Session, "after_transaction_create")
-def _begin(session: Session, transaction: SessionTransaction) -> None:
+@cache
+def listen() -> None:
+    """Listen to every session, engine and pool of this process from now on."""
+    joined_connection.listen()
+    for name, listener, options in LISTENERS:
+        event.listen(Session, name, listener, **options)
+
+
+def on_after_transaction_create(session: Session, transaction: SessionTransaction) -> None:
+    """Mark where a savepoint begins, and set the savepoint of a session that was lent a connection.
+
+    Messages that are published in the block through the joined connection have to come after that
+    savepoint, which the session would set only with its first statement.
+    """
     joined = find(session)
     if joined and transaction.nested:
         joined.set_savepoint(transaction)
     elif not joined and _is_lent(session) and transaction.origin in _EXPLICIT:
-        # What is published in this block through the joined connection has to come after the
-        # savepoint, which the session would only set with its first statement.
         session.connection()
 
 
 def _is_lent(session: Session) -> bool:
-    """Whether *session* works on a connection that is joined itself."""
+    """True if *session* works on a connection that is joined itself."""
     return isinstance(session.bind, Connection) and bool(joined_connection.find(session.bind))
 
 
-@event.listens_for(Session, "after_begin")
-def _use(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+def on_after_begin(
+    session: Session, transaction: SessionTransaction, connection: Connection
+) -> None:
+    """Remember that the transaction uses *connection*, and refuse a second engine."""
     _used.setdefault(session, WeakSet()).add(connection)
     if joined := find(session):
         joined.refuse_two_engines()
 
 
-@event.listens_for(Session, "before_commit")
-def _commit(session: Session) -> None:
+def on_before_commit(session: Session) -> None:
+    """Make the outbox's connection part of the commit, if there are messages to write."""
     if joined := find(session):
         joined.committing = True
         if joined.captured:
             joined.enrol()
 
 
-@event.listens_for(Session, "after_commit", insert=True)
-def _succeed(session: Session) -> None:
+def on_after_commit(session: Session) -> None:
+    """Note that the savepoint was released, or that the transaction has committed."""
     if joined := find(session):
         if savepoint := session.get_nested_transaction():
             joined.release(savepoint)
@@ -200,14 +217,14 @@ def _succeed(session: Session) -> None:
             joined.over = True
 
 
-@event.listens_for(Session, "after_rollback")
-def _roll_back(session: Session) -> None:
+def on_after_rollback(session: Session) -> None:
+    """Note that the user's code has asked for a rollback."""
     if joined := find(session):
         joined.roll_back()
 
 
-@event.listens_for(Session, "after_transaction_end")
-def _end(session: Session, transaction: SessionTransaction) -> None:
+def on_after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    """Settle the messages of the savepoint or of the whole transaction."""
     joined = find(session)
     if joined and transaction.nested:
         joined.end_savepoint(transaction)
@@ -215,3 +232,14 @@ def _end(session: Session, transaction: SessionTransaction) -> None:
         _used.pop(session, None)
         if joined:
             joined.end()
+
+
+#: Event names, listeners and options. `insert` puts a listener before those of the user.
+LISTENERS: tuple[tuple[str, Any, dict[str, Any]], ...] = (
+    ("after_transaction_create", on_after_transaction_create, {}),
+    ("after_begin", on_after_begin, {}),
+    ("before_commit", on_before_commit, {}),
+    ("after_commit", on_after_commit, {"insert": True}),
+    ("after_rollback", on_after_rollback, {}),
+    ("after_transaction_end", on_after_transaction_end, {}),
+)

@@ -1,7 +1,7 @@
-"""Joins a transaction that the user opened, so that messages share its fate.
+"""Joins a transaction that the user opened, so that messages commit or roll back with it.
 
-Each Session and each Connection has one :class:`Transaction`, found from the object itself. It
-follows the work to its end, also when the block ends first.
+Each Session and each Connection has one :class:`Transaction`, found from the object itself. The
+transaction keeps its messages until its own end, even if the ``with`` block ends earlier.
 """
 
 from __future__ import annotations
@@ -26,27 +26,34 @@ def join(target: Any, store: Store, bind: Bind | None = None) -> Transaction:
     Args:
         target: a Session, scoped_session, Connection, AsyncSession or AsyncConnection.
         store: where its messages go.
-        bind: the engine of the outbox, for a session that cannot tell by itself.
+        bind: the engine of the outbox, for a session that has several.
+
+    Raises:
+        TypeError: *target* is none of these.
     """
+    joined_session.listen()
     match _events_target(target):
         case Session() as session:
             return joined_session.join(session, store, bind)
         case Connection() as connection:
             return joined_connection.join(connection, store)
-    raise TypeError(f"{target!r} is no session and no open connection")
+    raise TypeError(
+        f"{target!r} is neither a session nor an open connection. Pass a Session, scoped_session, "
+        "Connection, AsyncSession or AsyncConnection."
+    )
 
 
 def _events_target(target: Any) -> Any:
-    """The Session or Connection that a scoped or asynchronous one stands for."""
-    # By attribute: the types of sqlalchemy.ext.asyncio cannot be imported without greenlet.
+    """The Session or Connection behind a scoped or asynchronous one."""
+    # By attribute, because sqlalchemy.ext.asyncio cannot be imported without greenlet.
     if hasattr(target, "registry"):
         target = target()
     target = getattr(target, "sync_session", target)
     return getattr(target, "sync_connection", target)
 
 
-class scope(Generic[Target]):  # noqa: N801  # reads as what it is used for: a with statement
-    """``with`` or ``async with``: publishes inside the block belong to the target's transaction."""
+class scope(Generic[Target]):  # noqa: N801  # used in a with statement, like a function
+    """A ``with`` or ``async with`` block whose publishes belong to the target's transaction."""
 
     def __init__(self, target: Target, store: Store, bind: Bind | None = None) -> None:
         self._target = target

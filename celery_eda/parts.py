@@ -62,7 +62,7 @@ from celery_eda.snapshots import Snapshots
 from celery_eda.subscriptions import Subscriptions
 from celery_eda.tables import Tables
 from celery_eda.task import ReliableTask
-from celery_eda.transaction import Store, Ticket
+from celery_eda.transaction import Store, Written
 from celery_eda.transports import (
     reply_queues_of,
     seal_of,
@@ -458,7 +458,7 @@ class Parts:
             ids = self._add(connection, messages)
         self._hand_off(ids)
 
-    def _add(self, connection: Connection, messages: Sequence[Message]) -> list[Ticket]:
+    def _add(self, connection: Connection, messages: Sequence[Message]) -> list[Written]:
         """Write *messages*, each at its place among those of its key.
 
         They go into their queues if those are in this database, else to the outbox.
@@ -473,9 +473,9 @@ class Parts:
         self.requests.note(connection, messages)
         return [*ids, *queues]
 
-    def _hand_off(self, tickets: list[Ticket]) -> None:
-        ids = [each for each in tickets if isinstance(each, int)]
-        if self.shortcut and len(ids) < len(tickets):
+    def _hand_off(self, written: list[Written]) -> None:
+        ids = [each for each in written if isinstance(each, int)]
+        if self.shortcut and len(ids) < len(written):
             self.shortcut.ring()
         if ids and self.settings.send_after_commit:
             self.sender.hand_off(ids)

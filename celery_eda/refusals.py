@@ -24,7 +24,7 @@ from celery_eda.inbox import Inbox, Outcome
 from celery_eda.inspection import Refusal
 from celery_eda.limits import NAME_LENGTH
 from celery_eda.message import PROPERTIES, Message
-from celery_eda.transaction import Store, Ticket
+from celery_eda.transaction import Store, Written
 from celery_eda.transports import undelivered
 
 #: The consumer under which the inbox knows what was refused.
@@ -87,7 +87,7 @@ class Refusals:
             False if it is. Either way the message may be acknowledged.
         """
         letter, refusal, consumer = refused.letter, refused.refusal, refused.consumer
-        tickets: list[Ticket] = []
+        written: list[Written] = []
         with self.engine.begin() as connection:
             fresh = self.inbox.record_failure(connection, consumer, refused.identity, Outcome.dead)
             if fresh:
@@ -100,8 +100,8 @@ class Refusals:
                     consumer=None if consumer == CONSUMER else consumer,
                 )
                 if reply := self.answer(letter, refusal.error):
-                    tickets += self.store.add(connection, reply)
-        self.store.hand_off(tickets)
+                    written += self.store.add(connection, reply)
+        self.store.hand_off(written)
         return fresh
 
 

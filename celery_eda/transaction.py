@@ -1,8 +1,8 @@
-"""What was published in a transaction, kept until just before it commits.
+"""Messages captured in a transaction, buffered until just before it commits.
 
-Nothing is sent from here. The messages go to the outbox, or into queues of this database, with
-the caller's own commit; what is handed on after it are the ids of outbox rows, so that whoever
-sends them finds only what was really committed.
+Nothing is sent from here. The messages are written to the outbox, or into queues in this database,
+by the caller's own commit. The sender is notified after that commit, of the ids of outbox rows
+only, so that it finds no message that was not committed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from celery_eda.errors import AutocommitTransaction
 from celery_eda.identity import Identity
 from celery_eda.message import Message
 
-#: What is known of a message that was written: the id of its row in the outbox, or the name of
-#: the queue that it was put into.
-Ticket = int | str
+RowId = int
+QueueName = str
+#: Where a message was written: the id of its row in the outbox, or the name of its queue in this
+#: database.
+Written = RowId | QueueName
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,13 @@ class Store:
     """Where captured messages go.
 
     Attributes:
-        add: writes messages through a connection, returns a ticket for each.
-        hand_off: is told the tickets of what may have been committed.
+        add: writes messages through a connection; returns where each was written.
+        hand_off: notifies the sender of messages that may have been committed.
         add_apart: writes messages in a short transaction of its own, and hands them off.
     """
 
-    add: Callable[[Connection, Sequence[Message]], Sequence[Ticket]]
-    hand_off: Callable[[list[Ticket]], None]
+    add: Callable[[Connection, Sequence[Message]], Sequence[Written]]
+    hand_off: Callable[[list[Written]], None]
     add_apart: Callable[[Sequence[Message]], None]
 
 
@@ -43,30 +45,31 @@ class Transaction(Capture):
     """The messages published in one database transaction.
 
     Attributes:
-        captured: not written yet.
-        written: tickets of what is written, but not yet known to be committed.
+        captured: messages that are not written yet.
+        written: where messages were written that may not be committed yet.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.captured: list[Message] = []
-        self.written: list[Ticket] = []
-        self._heir: ref[Transaction] | None = None
+        self.written: list[Written] = []
+        self._merged_into: ref[Transaction] | None = None
 
     def capture(self, message: Message) -> None:
         self.captured.append(message)
         checkpoints.reach("publish.captured")
 
     def holds(self, identity: Identity) -> bool:
-        heir = self._heir() if self._heir else None
-        held = any(each.identity == identity for each in self.captured)
-        return held or (heir is not None and heir.holds(identity))
+        if any(each.identity == identity for each in self.captured):
+            return True
+        other = self._merged_into() if self._merged_into else None
+        return other is not None and other.holds(identity)
 
     def write(self, connection: Connection) -> None:
-        """Write what was captured, through the transaction's own connection.
+        """Write the captured messages, through the transaction's own connection.
 
-        The buffer is emptied only after the INSERT succeeded: if that fails, a second attempt
-        to commit fails too instead of committing the work without its messages.
+        The buffer is emptied only after the INSERT has succeeded: if the INSERT fails, a second
+        attempt to commit fails too instead of committing the work without its messages.
 
         Raises:
             AutocommitTransaction: there is no transaction to share.
@@ -78,30 +81,30 @@ class Transaction(Capture):
         self.captured.clear()
         checkpoints.reach("outbox.written")
 
-    def take(self, other: Transaction) -> None:
-        """Let what *other* captured belong to this transaction from now on."""
+    def merge(self, other: Transaction) -> None:
+        """Move the captured messages of *other* into this transaction."""
         self.captured += other.captured
-        other._heir = ref(self)
+        other._merged_into = ref(self)
         other.captured.clear()
 
     def forget(self) -> None:
-        """Drop everything: the transaction did not commit."""
+        """Drop all messages: the transaction did not commit."""
         self.captured.clear()
         self.written.clear()
 
     def hand_off(self) -> None:
-        """Tell the sender what was written, now that the transaction is over."""
-        ids, self.written = self.written, []
-        if ids:
+        """Notify the sender of the written messages, now that the transaction is over."""
+        written, self.written = self.written, []
+        if written:
             checkpoints.reach("publish.committed")
-            self.store.hand_off(ids)
+            self.store.hand_off(written)
 
 
 def refuse_autocommit(connection: Connection) -> None:
-    """See to it that *connection* has a transaction to share.
+    """Make sure that *connection* has a transaction to share.
 
     Raises:
-        AutocommitTransaction: it commits every statement by itself.
+        AutocommitTransaction: the connection commits every statement by itself.
     """
     pooled = connection.connection
     if pooled.dbapi_connection is None:

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError
 
-from celery_eda import outbox as outbox_module
+from celery_eda import message_rows
 from celery_eda.identity import Identity
 from celery_eda.message import Message
 from celery_eda.outbox import Outbox
@@ -227,7 +227,7 @@ def test_a_producer_whose_clock_is_wrong_sets_the_right_delay(
         def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
             return datetime.now(tz) + error
 
-    monkeypatch.setattr(outbox_module, "datetime", WrongClock)
+    monkeypatch.setattr(message_rows, "datetime", WrongClock)
     written(database, outbox, message(due=in_seconds(2) + error))
 
     early = claimable(database, outbox)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
@@ -35,6 +37,36 @@ def sessions(service: Service) -> sessionmaker[Session]:
 
 class Mishap(Exception):
     """Something that existing code does not expect."""
+
+
+LISTENING = """
+from celery_eda import EDA, attachment, joined_connection, joined_session
+from celery import Celery
+from sqlalchemy import Engine, event
+from sqlalchemy.orm import Session, sessionmaker
+
+def listening():
+    of_transactions = [
+        *((target, name, each) for target, name, each in joined_connection.LISTENERS),
+        *((Session, name, each) for name, each, _ in joined_session.LISTENERS),
+    ]
+    of_statements = (Engine, "before_cursor_execute", attachment.on_before_cursor_execute)
+    return [sum(event.contains(*each) for each in of_transactions), event.contains(*of_statements)]
+
+imported = listening()
+eda = EDA(Celery("shop", set_as_current=False))
+made = listening()
+attachment.attach(sessionmaker(), None)
+print(imported, made, listening())
+"""
+
+
+def test_importing_installs_no_listener_and_only_an_attached_factory_one_of_statements() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", LISTENING], capture_output=True, text=True, check=True
+    )
+
+    assert ran.stdout.strip() == "[0, False] [16, False] [16, True]"
 
 
 # ── thirteen everyday idioms ────────────────────────────────────────────────────────────────
@@ -470,7 +502,7 @@ def test_attaching_twice_is_attaching_once(
 
 
 def test_anything_else_cannot_be_attached(service: Service) -> None:
-    with pytest.raises(TypeError, match="no sessionmaker"):
+    with pytest.raises(TypeError, match="makes no sessions"):
         attachment.attach(service.engine, service.store)
 
 

@@ -677,7 +677,7 @@ def test_a_scoped_session_is_resolved_at_entry(service: Service) -> None:
 
 
 def test_anything_else_is_refused(service: Service) -> None:
-    with pytest.raises(TypeError, match="no session"):
+    with pytest.raises(TypeError, match="neither a session"):
         joining.scope(service.engine, service.store)
 
 
