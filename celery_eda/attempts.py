@@ -40,14 +40,16 @@ class Attempts:
         ).scalar_one()
         return deliveries
 
-    def note(self, connection: Connection, consumer: str, identity: Identity, cause: str) -> None:
-        """Note why the delivery in progress has no outcome, until the next one is counted."""
+    def record_cause(
+        self, connection: Connection, consumer: str, identity: Identity, cause: str
+    ) -> None:
+        """Record why the delivery in progress has no outcome, until the next one is counted."""
         if not self._insert(connection, consumer, identity, deliveries=0, cause=cause):
-            noting = update(self.table).where(is_attempt(self.table)).values(cause=cause)
-            connection.execute(noting, attempt(consumer, identity))
+            recording = update(self.table).where(is_attempt(self.table)).values(cause=cause)
+            connection.execute(recording, attempt(consumer, identity))
 
     def cause(self, connection: Connection, consumer: str, identity: Identity) -> str | None:
-        """Why the last delivery had no outcome, if that was noted."""
+        """The recorded reason why the last delivery had no outcome, if there is one."""
         query = select(self.table.c.cause).where(is_attempt(self.table))
         cause: str | None = connection.scalar(query, attempt(consumer, identity))
         return cause

@@ -1,44 +1,40 @@
-"""From the broker to the ack: admit, handle, commit; then Celery acknowledges.
+"""The delivery of a message to a reliable task: admit, handle, commit; then Celery acknowledges.
 
 The inbox row, the handler's rows and the messages it published are committed together, before
-the acknowledgement. A copy that comes later finds the row and takes no effect.
+the acknowledgement. A copy that arrives later finds the inbox row and has no effect.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from celery import Task
-from celery.exceptions import (
-    Ignore,
-    MaxRetriesExceededError,
-    Reject,
-    Retry,
-    TaskRevokedError,
-)
+from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_eda import checkpoints, context, handling
 from celery_eda.attempts import TIME_LIMIT, Attempts
+from celery_eda.continuation import (
+    Continuation,
+    Dead,
+    Done,
+    GiveBack,
+    HandOn,
+    Refuse,
+    RunAgain,
+    TryAgain,
+    classify,
+    lost,
+)
 from celery_eda.cursors import Turn
 from celery_eda.dead_letters import Reason
 from celery_eda.delivery import Delivery
-from celery_eda.dialects.base import LostRace
-from celery_eda.errors import (
-    NoNextAttempt,
-    OutOfSequence,
-    PublishingForbidden,
-    TimeLimit,
-    Unwanted,
-    WorkersLost,
-)
+from celery_eda.errors import Unwanted
 from celery_eda.failures import Failures
 from celery_eda.handling import HandlerResult
 from celery_eda.identity import VERDICT, Identity
@@ -47,27 +43,19 @@ from celery_eda.order import TurnKeeper
 from celery_eda.patience import Transient, TransientErrors
 from celery_eda.replying import Responder
 from celery_eda.retry import Policy
-from celery_eda.unit_of_work import UnitsOfWork
-
-log = logging.getLogger(__name__)
+from celery_eda.unit_of_work import UnitOfWork, UnitsOfWork
 
 T = TypeVar("T")
-
-#: About these no policy is asked: the handler has decided, or it is not to blame.
-DECIDED = (
-    *(Ignore, Reject, MaxRetriesExceededError),
-    *(MemoryError, Transient, LostRace, OutOfSequence, PublishingForbidden, Unwanted),
-)
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """The consuming side of one service: the idempotent consumer on its own database.
+    """The consuming side of one service: an idempotent consumer on the service's own database.
 
     Attributes:
         max_deliveries: redeliveries without an outcome after which a message is a dead letter.
-        policy: what decides on further attempts of tasks without a policy of their own; None for
-            no further attempt.
+        policy: decides on further attempts of tasks without a policy of their own; None for no
+            further attempt.
     """
 
     engine: Engine
@@ -82,114 +70,60 @@ class Consumer:
     policy: Policy | None = None
 
     def deliver(self, task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Let *task* take effect once, however often its message comes.
+        """Handle the message that *task* is called for; it takes effect once, whatever its copies.
 
         Returns:
             The handler's result, or the recorded one if an earlier copy took effect.
 
         Raises:
             Ignore: an earlier copy ended otherwise; nothing is left to do.
-            Retry: the attempt failed, its effects are undone, and the next one is on its way.
-            Reject: the broker shall bring it again, because the handler says so or because the
-                database has been away for too long; or it is a dead letter that may go.
-            Exception: the handler's own, for good; the message is a dead letter.
+            Retry: the attempt failed, its effects are rolled back, the next one is in the outbox.
+            Reject: the broker is to redeliver the message, because the handler says so or because
+                the database has been away for too long; or it is to drop it, a dead letter now.
+            Exception: the handler's own; it failed for good and the message is a dead letter.
         """
         checkpoints.reach("delivery.received")
         try:
             delivery = Delivery.of(task)
         except ValueError as error:
-            delivery = Delivery.malformed(task)
-            self._persist(self.failures.dead_letter, delivery, Reason.malformed, error)
-            raise
+            delivery, malformed = Delivery.malformed(task), Dead(Reason.malformed, error)
+            self._despite_outages(delivery, self._conclude, error, malformed)
         if delivery.redelivered:
-            self._persist(self._count, delivery)
-        return answer(delivery, self._persist(self._attempt, delivery, args, kwargs))
+            self._despite_outages(delivery, self._count)
+        ending = self._despite_outages(delivery, self._attempt, args, kwargs)
+        return result_for_celery(delivery, ending)
 
     def _attempt(
         self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> HandlerResult | RecordedOutcome:
-        """One attempt: it takes effect, or its failure is recorded and its effects are undone."""
-        try:
-            return self._handle_or_hand_on(delivery, args, kwargs)
-        except (Ignore, Retry, Transient):
-            raise
-        except LostRace as error:
-            raise Transient from error
-        except Unwanted as error:
-            self._refuse(delivery, str(error))
-            raise Ignore(f"it is {error}") from error
-        except MemoryError as error:
-            # Celery's main process raises it again and would never acknowledge.
-            raise Reject(error, requeue=True) from error
-        except Reject as reject:
-            if self.transient_errors.is_transient(reject.reason):
-                raise Transient from reject.reason
-            if not reject.requeue:
-                # Redis drops a rejected message (kombu, QoS.reject), so it is recorded first.
-                self.failures.dead_letter(delivery, Reason.rejected, reject)
-            raise
-        except OutOfSequence as error:
-            self.failures.dead_letter(delivery, Reason.out_of_sequence, error)
-            raise
-        except Exception as error:
-            if self.transient_errors.is_transient(error):
-                raise Transient from error
-            reason = Reason.exhausted if delivery.retries else Reason.failed
-            self.failures.dead_letter(delivery, reason, error)
-            raise
-
-    def _handle_or_hand_on(
-        self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> HandlerResult | RecordedOutcome:
-        """Take effect, or leave it to the next attempt, if handler or policy ask for one."""
+        """Make one attempt: it takes effect, or it is rolled back and what follows is recorded."""
         try:
             return self._handle(delivery, args, kwargs)
-        except Retry as retry:
-            if self.transient_errors.is_transient(retry.exc):
-                raise Transient from retry.exc
-            attempt = context.in_progress.get()
-            if attempt is None or attempt.next_attempt is None:
-                raise NoNextAttempt(
-                    f"{delivery.consumer} raised Retry, but nothing was published that could be "
-                    "the next attempt. Say `raise self.retry()` in a task with bind=True."
-                ) from retry
-            self.failures.hand_on(delivery, attempt.next_attempt)
-            raise
-        except DECIDED:
-            raise
         except Exception as error:
-            if self.transient_errors.is_transient(error) or not (
-                due := self._next_try(delivery, error)
-            ):
-                raise
-            self.failures.try_again(delivery, due)
-            raise Retry(exc=error, when=due) from error
-
-    def _next_try(self, delivery: Delivery, error: Exception) -> datetime | None:
-        """When the policy wants the next attempt; None if it gives up, or fails itself."""
-        if not (policy := delivery.task.retry_policy or self.policy):
-            return None
-        try:
-            delay = policy(delivery.retries + 1, error)
-            if delay is None:
-                return None
-            return datetime.now(timezone.utc) + timedelta(seconds=max(0.0, float(delay)))
-        except Exception:
-            log.exception("the retry policy of %s[%s] fails, which gives up", *delivery.names)
-            return None
+            policy = delivery.task.retry_policy or self.policy
+            progress = context.in_progress.get()
+            next_attempt = progress.next_attempt if progress else None
+            continuation = classify(
+                delivery,
+                error,
+                self.transient_errors,
+                policy=policy,
+                next_attempt=next_attempt,
+            )
+            self._conclude(delivery, error, continuation)
 
     def _handle(
         self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> HandlerResult | RecordedOutcome:
-        """The last stretch of the road, in one transaction: admit, handle, commit."""
+        """Handle the message in one transaction: admit, handle, record, commit."""
         with self.units.begin(delivery) as unit:
             turn, cursor = self.turns.turn_of(unit)
             if turn is Turn.later:
                 return HandlerResult(ignored=self.turns.park(unit))
             message = (unit.connection, delivery.consumer, delivery.identity)
-            if handled := self.inbox.admit(*message):
-                self.responder.repeat(unit, handled)
-                return handled
+            if recorded := self.inbox.admit(*message):
+                self._reply_again(unit, recorded)
+                return recorded
             if turn is Turn.past:
                 return HandlerResult(ignored=self.turns.pass_over(delivery, cursor))
             if verdict := delivery.request.get(VERDICT):
@@ -197,7 +131,7 @@ class Consumer:
             checkpoints.reach("inbox.admitted")
             ending = handling.run(delivery.task, args, kwargs)
             unit.flush()
-            self.responder.answer(unit, ending)
+            self._reply(unit, ending)
             checkpoints.reach("delivery.handled")
             outcome = Outcome.skipped if ending.ignored else Outcome.done
             self.inbox.record(*message, outcome, ending.recorded)
@@ -207,65 +141,111 @@ class Consumer:
         unit.outgoing.hand_off()
         return ending
 
-    def _refuse(self, delivery: Delivery, verdict: str) -> None:
-        """Bury a message that is expired or revoked; as with Celery, no errback hears of it."""
-        delivery.request.errbacks = None
-        self.failures.dead_letter(delivery, Reason(verdict), TaskRevokedError(verdict))
-        handling.report_revocation(delivery.task, verdict)
+    def _conclude(
+        self, delivery: Delivery, error: Exception, continuation: Continuation
+    ) -> NoReturn:
+        """Record what follows from a failed attempt; raise what Celery has to know of it."""
+        match continuation:
+            case HandOn(next_attempt):
+                with self._or_else_dead(delivery):
+                    self.failures.hand_on(delivery, next_attempt)
+                raise error
+            case TryAgain(due):
+                with self._or_else_dead(delivery):
+                    self.failures.try_again(delivery, due)
+                raise Retry(exc=error, when=due) from error
+            case RunAgain(cause):
+                raise Transient from cause
+            case GiveBack():
+                raise Reject(error, requeue=True) from error
+            case Refuse(verdict):
+                delivery.request.errbacks = None  # as with Celery, which calls none of them
+                self.failures.dead_letter(delivery, Reason(verdict), TaskRevokedError(verdict))
+                handling.report_revocation(delivery.task, verdict)
+                raise Ignore(f"the message is {verdict}") from error
+            case Dead(reason, failure):
+                self.failures.dead_letter(delivery, reason, failure)
+                raise failure
+            case Done():
+                raise error
+
+    @contextmanager
+    def _or_else_dead(self, delivery: Delivery) -> Iterator[None]:
+        """A block that records a next attempt; without that record the message fails for good."""
+        try:
+            yield
+        except Exception as error:
+            self._conclude(delivery, error, classify(delivery, error, self.transient_errors))
+
+    def _reply(self, unit: UnitOfWork, ending: HandlerResult) -> None:
+        """Reply to a request with the handler's result, unless another task will reply."""
+        if unit.progress.replier:
+            return
+        if ending.ignored:
+            self.responder.fail(unit.delivery, ending.ignored)
+        else:
+            self.responder.succeed(unit.delivery, ending.result)
+
+    def _reply_again(self, unit: UnitOfWork, recorded: RecordedOutcome) -> None:
+        """Reply to a copy of a request as to the first one, if that has ended."""
+        delivery = unit.delivery
+        if delivery.reply_to is None or recorded.outcome not in (Outcome.done, Outcome.dead):
+            return
+        value = handling.decoded(delivery.task, recorded.result)
+        if recorded.outcome is Outcome.done:
+            self.responder.succeed(delivery, value)
+        elif isinstance(value, Exception):
+            self.responder.fail(delivery, value)
+        unit.commit()
+        unit.outgoing.hand_off()
 
     def _count(self, delivery: Delivery) -> None:
-        """Count a redelivery on its own; one too many and the message is a dead letter."""
+        """Count a redelivery, in a transaction of its own; one too many is a dead letter."""
         with self.engine.begin() as connection:
             if self.inbox.find(connection, delivery.consumer, delivery.identity):
                 return
             cause = self.attempts.cause(connection, delivery.consumer, delivery.identity)
-            lost = self.attempts.count(connection, delivery.consumer, delivery.identity)
+            deliveries = self.attempts.count(connection, delivery.consumer, delivery.identity)
         checkpoints.reach("delivery.started")
-        if lost > self.max_deliveries and cause == TIME_LIMIT:
-            limit = TimeLimit(f"{lost} deliveries had no outcome, the last within its time limit")
-            self.failures.dead_letter(delivery, Reason.time_limit, limit)
-            raise limit
-        if lost > self.max_deliveries:
-            error = WorkersLost(f"{lost} deliveries of this message had no outcome")
-            self.failures.dead_letter(delivery, Reason.lost_worker, error)
-            raise error
+        if deliveries > self.max_deliveries:
+            dead = lost(deliveries, cause)
+            self._conclude(delivery, dead.error, dead)
 
-    def note_time_limit(self, consumer: str, headers: Mapping[str, Any]) -> None:
-        """Note that the delivery in progress of a message ended with its hard time limit.
+    def record_time_limit(self, consumer: str, headers: Mapping[str, Any]) -> None:
+        """Record that the delivery in progress of a message ended with its hard time limit.
 
-        It only gives the dead letter, if it comes to that, its reason.
+        Should the message become a dead letter, this is its reason.
         """
         identity = Identity.of_headers(headers) or Identity.of_foreign(
             headers["id"], headers.get("retries") or 0, headers.get("replaced_task_nesting") or 0
         )
         with suppress(SQLAlchemyError), self.engine.begin() as connection:
             if not self.inbox.find(connection, consumer, identity):
-                self.attempts.note(connection, consumer, identity, TIME_LIMIT)
+                self.attempts.record_cause(connection, consumer, identity, TIME_LIMIT)
 
-    def _forgive(self, delivery: Delivery) -> None:
-        """Forget the redeliveries counted so far: no worker was lost with the next one."""
-        with suppress(SQLAlchemyError), self.engine.begin() as connection:
-            self.attempts.forget(connection, delivery.consumer, delivery.identity)
-
-    def _persist(self, step: Callable[..., T], delivery: Delivery, *arguments: Any) -> T:
+    def _despite_outages(self, delivery: Delivery, step: Callable[..., T], *arguments: Any) -> T:
+        """Take *step*, again and again while the database is busy or away."""
         return self.transient_errors.retry(
             partial(step, delivery, *arguments), forgive=partial(self._forgive, delivery)
         )
 
+    def _forgive(self, delivery: Delivery) -> None:
+        """Forget the redeliveries counted so far: the next one is not due to a lost worker."""
+        with suppress(SQLAlchemyError), self.engine.begin() as connection:
+            self.attempts.forget(connection, delivery.consumer, delivery.identity)
 
-def answer(delivery: Delivery, end: HandlerResult | RecordedOutcome) -> Any:
-    """What Celery gets to know: of a copy, what came of the message before.
+
+def result_for_celery(delivery: Delivery, ending: HandlerResult | RecordedOutcome) -> Any:
+    """The result of a delivery: the handler's, or for a copy what the first one ended with.
 
     Raises:
         Ignore: there is no result.
-        Exception: the handler's own, once more: the worker that should have told the result
-            backend of it was lost.
+        Exception: the recorded error, since the worker that should have reported it was lost.
     """
-    task = delivery.task
-    if isinstance(end, HandlerResult):
-        return end.answer()
-    if end.outcome is Outcome.done:
-        return handling.replay_recorded(task, end.result)
-    if end.outcome is Outcome.dead and delivery.redelivered and end.result is not None:
-        raise handling.replay_recorded(task, end.result)
-    raise Ignore(f"this attempt has been recorded as {end.outcome.value}")
+    if isinstance(ending, HandlerResult):
+        return ending.result_or_raise()
+    if ending.outcome is Outcome.done:
+        return handling.replay_recorded(delivery.task, ending.result)
+    if ending.outcome is Outcome.dead and delivery.redelivered and ending.result is not None:
+        raise handling.replay_recorded(delivery.task, ending.result)
+    raise Ignore(f"this attempt has been recorded as {ending.outcome.value}")

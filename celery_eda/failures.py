@@ -1,13 +1,11 @@
-"""How an attempt ends that takes no effect: in the next attempt, or as a dead letter."""
+"""The record of a failed attempt, committed with what follows: the next one or a dead letter."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
-from celery import Task
 from celery.exceptions import Ignore, Reject
 
 from celery_eda import handling, redaction
@@ -17,6 +15,7 @@ from celery_eda.inbox import Inbox, Outcome
 from celery_eda.message import Message
 from celery_eda.order import TurnKeeper
 from celery_eda.patience import TRANSIENT_DELAY, Transient, TransientErrors
+from celery_eda.repairers import RepairTasks
 from celery_eda.replying import Responder
 from celery_eda.transaction import Transaction
 from celery_eda.unit_of_work import UnitOfWork, UnitsOfWork
@@ -26,11 +25,7 @@ log = redaction.logger(__name__)
 
 @dataclass(frozen=True)
 class Failures:
-    """Records failed attempts, each in one transaction with what follows from it.
-
-    Attributes:
-        seek_repair: publishes the task that may repair a dead letter, if the error has one.
-    """
+    """Records failed attempts, each in one transaction with what follows from it."""
 
     inbox: Inbox
     dead_letters: DeadLetters
@@ -38,22 +33,22 @@ class Failures:
     turns: TurnKeeper
     responder: Responder
     transient_errors: TransientErrors
-    seek_repair: Callable[[Task, Exception, int], None]
+    repair_tasks: RepairTasks
 
-    def hand_on(self, delivery: Delivery, following: Message) -> None:
+    def hand_on(self, delivery: Delivery, next_attempt: Message) -> None:
         """Record a failed attempt together with the message of the next one.
 
         Raises:
             Ignore: another copy of the same attempt has recorded its end.
         """
         with self.units.begin(delivery) as unit:
-            self._close(unit, Outcome.retried)
-            unit.outgoing.capture(following)
+            self._record(unit, Outcome.retried)
+            unit.outgoing.capture(next_attempt)
             unit.commit()
         unit.outgoing.hand_off()
 
     def try_again(self, delivery: Delivery, due: datetime) -> None:
-        """Record a failed attempt; the same message, as it came, is the next one.
+        """Record a failed attempt; the same message, sent again at *due*, is the next one.
 
         Raises:
             Ignore: another copy of the same attempt has recorded its end.
@@ -67,25 +62,27 @@ class Failures:
 
         Raises:
             Ignore: another copy of the same attempt has recorded its end.
-            Reject: the dead letter could not be kept; the broker keeps the message.
+            Reject: the dead letter could not be written; the broker is to redeliver the message.
         """
         try:
             outgoing = self._record_death(delivery, reason, error)
         except (Ignore, Transient):
             raise
         except Exception as failure:
-            if self.transient_errors.is_transient(failure):
+            if self.transient_errors.includes(failure):
                 raise
-            log.exception("%s[%s] fails, and no dead letter can be written", *delivery.names)
-            time.sleep(TRANSIENT_DELAY[1])  # it comes back at once
+            log.exception(
+                "%s[%s] failed, but its dead letter cannot be written; the broker redelivers it",
+                *delivery.names,
+            )
+            time.sleep(TRANSIENT_DELAY[1])  # the redelivery comes at once
             raise Reject(failure, requeue=True) from failure
         log.error("dead letter: %s[%s] %s", *delivery.names, reason.value)
         outgoing.hand_off()
 
     def _record_death(self, delivery: Delivery, reason: Reason, error: Exception) -> Transaction:
-        task = delivery.task
         with self.units.begin(delivery) as unit:
-            self._close(unit, Outcome.dead, handling.recorded(task, error))
+            self._record(unit, Outcome.dead, handling.recorded(delivery.task, error))
             letter = self.dead_letters.add(
                 unit.connection,
                 delivery.as_message(),
@@ -97,35 +94,38 @@ class Failures:
             )
             self._publish_errbacks(unit, error)
             self.responder.fail(delivery, error)
-            self._seek_repair(unit, error, letter)
+            self._publish_repair(unit, error, letter)
             self.turns.block_or_skip(unit)
             unit.commit()
         return unit.outgoing
 
-    def _seek_repair(self, unit: UnitOfWork, error: Exception, letter: int) -> None:
-        """Publish a repair, if there is one; if that fails, the letter waits for a person."""
+    def _publish_repair(self, unit: UnitOfWork, error: Exception, letter: int) -> None:
+        """Publish the repair, if the task has one; without it the letter waits for a person."""
         try:
-            self.seek_repair(unit.delivery.task, error, letter)
+            self.repair_tasks.seek(unit.delivery.task, error, letter)
         except Exception:
-            log.exception("no repair of %s[%s] can be published", *unit.delivery.names)
+            log.exception(
+                "the repair of %s[%s] cannot be published; its dead letter stays open",
+                *unit.delivery.names,
+            )
 
     def _publish_errbacks(self, unit: UnitOfWork, error: Exception) -> None:
-        """Call or publish the errbacks; one that fails does not cost the dead letter."""
-        task = unit.delivery.task
-        if not task.request.errbacks:
+        """Call or publish the errbacks; an error in one of them does not cost the dead letter."""
+        request = unit.delivery.request
+        if not request.errbacks:
             return
         try:
             with unit.connection.begin_nested():
-                handling.publish_errbacks(task, error)
+                handling.publish_errbacks(unit.delivery.task, error)
                 unit.flush()
         except Exception as failure:
-            if self.transient_errors.is_transient(failure):
+            if self.transient_errors.includes(failure):
                 raise
-            log.exception("an errback of %s[%s] fails", *unit.delivery.names)
-            task.request.errbacks = None
+            log.exception("an errback of %s[%s] failed, none is called", *unit.delivery.names)
+            request.errbacks = None
 
-    def _close(self, unit: UnitOfWork, outcome: Outcome, recorded: bytes | None = None) -> None:
-        """Record how an attempt ended that takes no effect.
+    def _record(self, unit: UnitOfWork, outcome: Outcome, recorded: bytes | None = None) -> None:
+        """Record the outcome of an attempt that has no effect.
 
         Raises:
             Ignore: another copy of the same attempt has recorded its end.

@@ -1,8 +1,8 @@
-"""Running the user's function, and publishing what Celery would publish after it.
+"""The call of the user's function, and the messages that Celery would publish after it.
 
 Celery's worker publishes links and the next task of a chain once a task has returned, outside
-any transaction. Here they are published as part of the handling, so that they are committed
-together with the handler's work, and Celery finds nothing left to do.
+any transaction. Here they are published inside it: they commit together with the handler's work,
+and Celery finds nothing left to do.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HandlerResult:
-    """How a handler ended: with a *result*, or *ignored*, its part done by another task.
+    """The end of a handler that did not fail.
 
-    ``recorded`` is the result as the result backend encodes it, None if nobody will ask for it.
+    Attributes:
+        result: returned by the handler.
+        recorded: the result as the result backend encodes it, None if it will not be needed.
+        ignored: raised by the handler instead, because another task does its part, say.
     """
 
     result: Any = None
     recorded: bytes | None = None
     ignored: Ignore | None = None
 
-    def answer(self) -> Any:
+    def result_or_raise(self) -> Any:
         """The result.
 
         Raises:
@@ -46,7 +49,7 @@ class HandlerResult:
 
 
 def run(task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> HandlerResult:
-    """Run the handler and publish its links and the next task of its chain."""
+    """Call the handler; publish its links and the next task of its chain."""
     try:
         result = task.handle(*args, **kwargs)
     except Ignore as ignored:
@@ -56,8 +59,9 @@ def run(task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> HandlerResul
 
 
 def recorded(task: Task, result: Any) -> bytes | None:
-    """A result, or an error, as a later copy will need it: for the result backend, a chord, or
-    whoever waits for a reply.
+    """A result or an error, encoded for a later copy of the message.
+
+    None if the copy will not need it: for the result backend, a chord, or a reply.
     """
     backend, request = task.backend, task.request
     ignored = request.ignore_result or isinstance(backend, DisabledBackend)
@@ -70,7 +74,7 @@ def recorded(task: Task, result: Any) -> bytes | None:
 
 
 def replay_recorded(task: Task, recorded: bytes | None) -> Any:
-    """The result or error of an earlier copy; what should follow it has been published already."""
+    """The result or error of an earlier copy, whose links are not to be published again."""
     request = task.request
     request.callbacks = request.errbacks = None
     results.repeat_chord_part(task)
@@ -81,7 +85,7 @@ def replay_recorded(task: Task, recorded: bytes | None) -> Any:
 
 
 def decoded(task: Task, recorded: bytes | None) -> Any:
-    """What :func:`recorded` has kept: a result, or an exception that the task failed with."""
+    """The inverse of :func:`recorded`: a result, or the exception that the task failed with."""
     backend = task.backend
     if recorded is None:
         return None
@@ -117,13 +121,15 @@ def publish_next(task: Task, result: Any) -> None:
 
 
 def report_revocation(task: Task, reason: str) -> None:
-    """Tell the result backend, as Celery would, that *task* is expired or revoked."""
+    """Report to the result backend, as Celery would, that the call is expired or revoked."""
     request = task.request
     store = not request.ignore_result or task.store_errors_even_if_ignored
     try:
         task.backend.mark_as_revoked(request.id, reason, request=request, store_result=store)
     except Exception:
-        log.exception("nobody could be told that %s[%s] is %s", task.name, request.id, reason)
+        log.exception(
+            "the result backend does not know that %s[%s] is %s", task.name, request.id, reason
+        )
 
 
 def publish_errbacks(task: Task, error: Exception) -> None:

@@ -1,7 +1,7 @@
-"""The messages of one key, one after the other, at the consumer: each takes effect in its turn.
+"""The order of the messages of one key at the consumer: each takes effect in its turn.
 
-What comes early is parked; whoever handles its predecessor sends it again, in the same
-transaction. A message without a key passes here untouched.
+A message that is early is parked. The one that handles its predecessor sends it again, in the
+same transaction. A message without a key passes untouched.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ log = redaction.logger(__name__)
 
 @dataclass(frozen=True)
 class TurnKeeper:
-    """Whose turn it is among the messages of a key, and what follows when that has had its end."""
+    """Knows whose turn it is among the messages of a key, and gives the next one its turn."""
 
     cursors: Cursors
 
     def turn_of(self, unit: UnitOfWork) -> tuple[Turn, Cursor]:
-        """Whether it is the message's turn, and the cursor that said so."""
+        """The turn of the message, now, later or past, and the cursor that it was read from."""
         delivery = unit.delivery
         if (position := delivery.position) is None:
             return Turn.now, Cursor()
@@ -35,37 +35,40 @@ class TurnKeeper:
         return cursor.turn(position), cursor
 
     def park(self, unit: UnitOfWork) -> Ignore:
-        """Keep a message that came before its predecessor, and commit; nothing else is left to do.
+        """Park a message that came before its predecessor, and commit.
+
+        Returns:
+            The exception that tells Celery to do no more.
 
         Raises:
-            LostRace: its turn has come meanwhile.
-            OutOfSequence: another message waits at its place.
+            LostRace: the message's turn has come meanwhile.
+            OutOfSequence: another message is parked at the same position.
         """
         delivery, position = unit.delivery, unit.delivery.position
-        assert position is not None, "only what has a place can be early"
+        assert position is not None, "only a message with a position can be early"
         message = delivery.as_message()
         try:
             parked = self.cursors.park(unit.connection, delivery.consumer, position, message)
         except PlaceTaken as error:
-            raise OutOfSequence("another message waits at its place") from error
+            raise OutOfSequence("another message is parked at the same position") from error
         if not parked:
             raise LostRace
         unit.commit()
-        log.info("%s[%s] waits for its predecessor", *delivery.names)
+        log.info("%s[%s] is parked until its predecessor has been handled", *delivery.names)
         return Ignore("parked until its predecessor has taken effect")
 
     def pass_over(self, delivery: Delivery, cursor: Cursor) -> Ignore:
-        """What comes after its turn, and is no copy, has no effect; nor is it lost in silence.
+        """End a message that comes after its turn and is no copy; it has no effect.
 
         Raises:
-            OutOfSequence: it was for this consumer.
+            OutOfSequence: the message was meant for this consumer, so a dead letter keeps it.
         """
         if delivery.position and cursor.joined_after(delivery.position):
             return Ignore("sent before this consumer joined")
-        raise OutOfSequence("another message has taken its place")
+        raise OutOfSequence("another message has been handled in its position")
 
     def advance(self, unit: UnitOfWork, cursor: Cursor) -> None:
-        """Let the next message have its turn; if it is parked, send it again.
+        """Give the next message of the key its turn; send it again if it is parked.
 
         Raises:
             LostRace: the *cursor* has moved meanwhile; the transaction is void.
@@ -78,7 +81,7 @@ class TurnKeeper:
             unit.outgoing.capture(released)
 
     def block_or_skip(self, unit: UnitOfWork) -> None:
-        """Hold the key of a message that failed for good, or let it go on, as its task says."""
+        """Block the key of a message that failed for good, or go on with it, as its task says."""
         delivery, position = unit.delivery, unit.delivery.position
         if position is None:
             return

@@ -13,7 +13,7 @@ from celery import Celery
 from kombu.utils.imports import symbol_by_name
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 
-from celery_eda import addresses, compression, joining, results
+from celery_eda import addresses, compression, results
 from celery_eda.attempts import Attempts
 from celery_eda.audit import Audit
 from celery_eda.consumer import Consumer
@@ -334,7 +334,7 @@ class Parts:
     def consumer(self) -> Consumer:
         """Makes deliveries take effect once."""
         attempts = Attempts(self.tables.attempts, self.dialect)
-        units = UnitsOfWork(self.engine, self.dialect, attempts, self.store, joining.join)
+        units = UnitsOfWork(self.engine, self.dialect, attempts, self.store)
         turns = TurnKeeper(self.cursors)
         transient_errors = TransientErrors(self.dialect, self.settings.outage_patience)
         return Consumer(
@@ -344,8 +344,13 @@ class Parts:
             units=units,
             turns=turns,
             failures=Failures(
-                *(self.inbox, self.dead_letters, units, turns, self.responder, transient_errors),
-                seek_repair=self.repair_tasks.seek,
+                inbox=self.inbox,
+                dead_letters=self.dead_letters,
+                units=units,
+                turns=turns,
+                responder=self.responder,
+                transient_errors=transient_errors,
+                repair_tasks=self.repair_tasks,
             ),
             responder=self.responder,
             transient_errors=transient_errors,
@@ -426,8 +431,7 @@ class Parts:
     @made_once
     def refusals(self) -> Refusals:
         """Keeps the messages that no task gets to see."""
-        answer, store = self.responder.to_refused, self.store
-        return Refusals(self.engine, self.inbox, self.dead_letters, answer, store)
+        return Refusals(self.engine, self.inbox, self.dead_letters, self.responder, self.store)
 
     def is_reliable(self, task: str) -> bool:
         """Whether the task of this name is handled exactly once."""

@@ -1,4 +1,7 @@
-"""While the database is away or busy: the same step again, for a while."""
+"""Errors after which the same delivery may well succeed: the database was busy or away.
+
+The step that met one is repeated here, with growing pauses, before the broker is bothered.
+"""
 
 from __future__ import annotations
 
@@ -17,62 +20,62 @@ log = redaction.logger(__name__)
 
 T = TypeVar("T")
 
-#: Seconds between two tries of a transaction that lost against another, or of a database away.
+#: Seconds between two tries, the first and the longest.
 TRANSIENT_DELAY = (0.02, 2.0)
 
 
 class Transient(Exception):
-    """The database was away or busy; the same delivery may well succeed when made again."""
+    """The database was busy or away, as ``__cause__`` says; the step may be repeated."""
 
 
 @dataclass(frozen=True)
 class TransientErrors:
-    """Tells what will pass from what will not, and waits for it.
+    """Recognizes transient errors of one database, and repeats what failed with one.
 
     Attributes:
-        seconds: how long a delivery is made again before the broker gets it back.
+        seconds: how long a step is repeated before the broker gets the message back.
     """
 
     dialect: Dialect
     seconds: float
 
     def retry(self, step: Callable[[], T], forgive: Callable[[], None]) -> T:
-        """Take *step*; while the database is away or busy, take it again.
+        """Run *step*; run it again for as long as it fails with a transient error.
 
         Args:
-            step: does nothing by halves: it commits, or it leaves nothing.
-            forgive: called before giving up on a busy database, where nobody is to blame.
+            step: commits, or leaves nothing behind.
+            forgive: called before giving up on a busy database, which is no fault of the message.
 
         Raises:
-            Reject: the database has been away for too long; the broker shall bring it again.
+            Reject: the time is up; the broker is to redeliver the message.
         """
-        give_up = time.monotonic() + self.seconds
+        deadline = time.monotonic() + self.seconds
         for delay in delays(*TRANSIENT_DELAY):
             try:
                 return step()
             except Exception as error:
-                if not isinstance(error, Transient) and not self.is_transient(error):
+                if not isinstance(error, Transient) and not self.includes(error):
                     raise
                 cause = error.__cause__ if isinstance(error, Transient) else error
-                if time.monotonic() + delay > give_up:
+                if time.monotonic() + delay > deadline:
                     if self._is_busy(cause):
                         forgive()
                     raise Reject(cause, requeue=True) from cause
-                log.warning("delivery is made again in %.2f s: %r", delay, cause)
+                log.warning("delivery is repeated in %.2f s: %r", delay, cause)
             time.sleep(delay)
         raise AssertionError("delays() has no end")
 
-    def is_transient(self, error: object) -> bool:
-        """Whether *error*, or what it came from, is the database's and will pass."""
+    def includes(self, error: object) -> bool:
+        """True if *error*, or an error that it came from, is a transient one."""
         return self._is_busy(error) or any(map(self.dialect.is_outage, _causes(error)))
 
     def _is_busy(self, error: object) -> bool:
-        """Whether *error* came from others who were in the way, so that nobody is to blame."""
+        """True if another transaction was in the way, so that the message is not to blame."""
         return any(map(self.dialect.is_transient, _causes(error)))
 
 
 def _causes(error: object) -> Iterator[BaseException]:
-    """*error*, if it is one, and what it came from."""
+    """*error*, if it is an exception, and the exceptions that it came from."""
     while isinstance(error, BaseException):
         yield error
         error = error.__cause__ or error.__context__

@@ -6,7 +6,7 @@ again all the same, the inbox knows it by what it consists of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -24,6 +24,7 @@ from celery_eda.inbox import Inbox, Outcome
 from celery_eda.inspection import Refusal
 from celery_eda.limits import NAME_LENGTH
 from celery_eda.message import PROPERTIES, Message
+from celery_eda.replying import Responder
 from celery_eda.transaction import Store, Written
 from celery_eda.transports import undelivered
 
@@ -70,14 +71,13 @@ class Refusals:
     """Keeps what is refused.
 
     Attributes:
-        answer: makes the reply to a refused request; empty if nobody waits for one.
-        store: the outbox, for it.
+        store: the outbox, for the reply to a refused request.
     """
 
     engine: Engine
     inbox: Inbox
     dead_letters: DeadLetters
-    answer: Callable[[Message, Exception], Sequence[Message]]
+    responder: Responder
     store: Store
 
     def keep(self, refused: RefusedMessage) -> bool:
@@ -99,7 +99,7 @@ class Refusals:
                     attempts=1,
                     consumer=None if consumer == CONSUMER else consumer,
                 )
-                if reply := self.answer(letter, refusal.error):
+                if reply := self.responder.refuse(letter, refusal.error):
                     written += self.store.add(connection, reply)
         self.store.hand_off(written)
         return fresh

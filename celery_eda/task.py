@@ -86,10 +86,12 @@ class ReliableRequest(Request):
         state.task_ready(self)
         log.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
         self.reject(requeue=True)
-        note = partial(self._app.eda.consumer.note_time_limit, self.task.name, self._request_dict)
+        record = partial(
+            self._app.eda.consumer.record_time_limit, self.task.name, self._request_dict
+        )
         # The process is still there, and may hold the only write lock of its database.
         call_soon = getattr(get_event_loop(), "call_soon", None)
-        call_soon(note) if call_soon else note()
+        call_soon(record) if call_soon else record()
 
     def _success_was_stored(self) -> bool:
         """Never: Celery would acknowledge the message of a lost worker that told its result.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, event
 
-from celery_eda import context
+from celery_eda import context, joining
 from celery_eda.attempts import Attempts
 from celery_eda.context import InProgress
 from celery_eda.delivery import Delivery
@@ -24,26 +24,26 @@ class UnitsOfWork:
 
     Attributes:
         store: the outbox, for what handlers publish.
-        join: the transaction that captures what is published through a connection.
     """
 
     engine: Engine
     dialect: Dialect
     attempts: Attempts
     store: Store
-    join: Callable[[Connection, Store], Transaction]
 
     @contextmanager
     def begin(self, delivery: Delivery) -> Iterator[UnitOfWork]:
-        """A transaction that captures what is published in it; undone unless it is committed.
+        """Begin a transaction that captures what is published in it.
+
+        The block commits it by :meth:`UnitOfWork.commit`; else it is rolled back at the end.
 
         Raises:
-            Transient: the database went away.
+            Transient: the connection to the database broke.
         """
         with self.engine.connect() as connection:
             progress = InProgress(delivery, connection.begin())
             context.in_progress.set(progress)
-            outgoing = self.join(connection, self.store)
+            outgoing = joining.join(connection, self.store)
             try:
                 with context.scope_of(outgoing, inherited=True):
                     yield UnitOfWork(delivery, progress, outgoing, self.dialect, self.attempts)
@@ -57,7 +57,11 @@ class UnitsOfWork:
 
 @dataclass(frozen=True)
 class UnitOfWork:
-    """The transaction of one message."""
+    """The transaction of one message.
+
+    Attributes:
+        outgoing: the messages published in the transaction.
+    """
 
     delivery: Delivery
     progress: InProgress
@@ -70,28 +74,28 @@ class UnitOfWork:
         return self.progress.connection
 
     def flush(self) -> None:
-        """Write what user code left in the session; its transaction must still be the message's.
+        """Write the pending changes of the handler's session, in the message's transaction.
 
         Raises:
-            BrokenTransaction: it would not be committed together with the inbox row.
+            BrokenTransaction: the handler's work can no longer commit together with the inbox row.
         """
         progress, consumer = self.progress, self.delivery.consumer
         if self.dialect.is_aborted(self.connection):
             raise BrokenTransaction(
-                f"A statement of {consumer} failed and the handler went on, but the "
-                "database has given up the transaction. Put what may fail into "
+                f"A statement of {consumer} failed and the handler went on, but the database has "
+                "aborted the transaction. Put statements that may fail into "
                 "`with session.begin_nested():`."
             )
         if progress.session is not None and progress.transaction.is_active:
             progress.session.commit()
         if not progress.transaction.is_active:
             raise BrokenTransaction(
-                f"{consumer} rolled back the transaction of its own message, or a flush "
-                "that failed did. Put what may fail into `with session.begin_nested():`."
+                f"{consumer} rolled back the transaction of its own message, or a failed flush "
+                "did. Put statements that may fail into `with session.begin_nested():`."
             )
 
     def commit(self) -> None:
-        """Commit the outcome, what the handler wrote, and what it published, together."""
+        """Commit the outcome, the handler's rows and its messages, all or nothing."""
         if self.delivery.redelivered:
             self.attempts.forget(self.connection, self.delivery.consumer, self.delivery.identity)
         self.outgoing.write(self.connection)
@@ -107,5 +111,6 @@ def _refuse_commit(connection: Connection) -> None:
         connection.connection.rollback()
         raise BrokenTransaction(
             "A handler committed the transaction of its own message: if the worker died now, the "
-            "rest would never be done. It is committed when the handler ends; leave that out."
+            "rest of the handler would never run. Remove the commit; the transaction is committed "
+            "when the handler returns."
         )

@@ -99,7 +99,7 @@ def trade_under_fire(
 
     expect_hits(struck, f"processes killed while {total} trades on {among} accounts were under way")
     expect_order(road, patience)
-    expect_hits(road.logged("waits for its predecessor"), "messages parked")
+    expect_hits(road.logged("is parked until its predecessor"), "messages parked")
 
 
 @on_all
