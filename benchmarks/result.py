@@ -15,8 +15,16 @@ import psutil
 from benchmarks import figures
 
 PACKAGES = (
-    *("celery", "kombu", "amqp", "redis", "sqlalchemy", "psycopg", "celery-eda"),
-    *("django-celery-outbox", "faststream-outbox", "procrastinate"),
+    "celery",
+    "kombu",
+    "amqp",
+    "redis",
+    "sqlalchemy",
+    "psycopg",
+    "celery-eda",
+    "django-celery-outbox",
+    "faststream-outbox",
+    "procrastinate",
 )
 #: How busy the machine may be just before a goal, in percent; above that the run is disturbed.
 QUIET = 25.0

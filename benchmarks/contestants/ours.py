@@ -89,8 +89,9 @@ for number in range(int(environment("SUBSCRIPTIONS") or 0)):
     eda.on("bench.#", name=f"bench.hear{number}")(note)
 
 
-for step in checkpoints.STEPS if environment("STEPS") else ():
-    checkpoints.arm(step, partial(marks.told, step))
+if environment("STEPS"):
+    for step in checkpoints.STEPS:
+        checkpoints.arm(step, partial(marks.told, step))
 
 
 # ── requests ────────────────────────────────────────────────────────────────────────────────────
@@ -342,11 +343,31 @@ def handle_bare(count: int) -> None:
 VERBS: dict[str, Any] = {
     each.__name__: each
     for each in (
-        *(ask, ask_slowly, flood, fill, fill_beside_work, work, start_after_commit),
-        *(settle, waiting, drain, relay_until_told, fill_and_notify),
-        *(publish_starts, occupy, take_bare),
-        *(handle, handle_bare, keep_order, claim_and_clear),
-        *(emit, emit_together, subscribe, heard, read_page, fold_stream),
+        ask,
+        ask_slowly,
+        flood,
+        fill,
+        fill_beside_work,
+        work,
+        start_after_commit,
+        settle,
+        waiting,
+        drain,
+        relay_until_told,
+        fill_and_notify,
+        publish_starts,
+        occupy,
+        take_bare,
+        handle,
+        handle_bare,
+        keep_order,
+        claim_and_clear,
+        emit,
+        emit_together,
+        subscribe,
+        heard,
+        read_page,
+        fold_stream,
     )
 }
 

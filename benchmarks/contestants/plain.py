@@ -178,8 +178,15 @@ def start_at_once(count: int, pause: float) -> list[list[float]]:
 VERBS: dict[str, Any] = {
     each.__name__: each
     for each in (
-        *(ask, flood, ask_over_temporary_queues),
-        *(fill, fill_beside_work, work, start_at_once, chains, publish_starts),
+        ask,
+        flood,
+        ask_over_temporary_queues,
+        fill,
+        fill_beside_work,
+        work,
+        start_at_once,
+        chains,
+        publish_starts,
     )
 }
 

@@ -178,8 +178,16 @@ def published(count: int) -> list[int]:
 VERBS: dict[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
-        *(capture_by_celery, capture_nothing, write_one, write_as_arrays, write_by_driver),
-        *(write_compressed, read, make_frames, send_one_by_one, published),
+        capture_by_celery,
+        capture_nothing,
+        write_one,
+        write_as_arrays,
+        write_by_driver,
+        write_compressed,
+        read,
+        make_frames,
+        send_one_by_one,
+        published,
     )
 }
 # What it returns is not for the pipe.

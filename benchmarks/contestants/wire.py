@@ -190,8 +190,12 @@ def publish_with_kombu(count: int) -> int:
 VERBS: dict[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
-        *(declare, empty, write_confirmed, send_tasks),
-        *(push, publish_with_kombu),
+        declare,
+        empty,
+        write_confirmed,
+        send_tasks,
+        push,
+        publish_with_kombu,
     )
 }
 

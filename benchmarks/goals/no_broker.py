@@ -205,7 +205,8 @@ def _queues_beside_old(
 def _ages(stage: Stage, marks: Marks, young: Queue, old: Queue) -> list[float]:
     """How much an old transaction slows a queue down, by turns with one that has none beside it."""
     rates = _rates(stage, {"young": young, "old": old}, marks, OLD_ROUNDS)
-    return figures.ratios(*([one for _, one in rates[name]] for name in ("young", "old")))
+    young_rates, old_rates = ([rate for _, rate in rates[name]] for name in ("young", "old"))
+    return figures.ratios(young_rates, old_rates)
 
 
 def _growth(stage: Stage, kind: str, waiting: int) -> tuple[Check, dict[str, float]]:

@@ -27,10 +27,17 @@ class PrivateBroker:
         port = _free_port()
         self.url = f"redis://127.0.0.1:{port}/0"
         folder.mkdir()
-        command = [
-            *(self.program, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)),
-            *("--save", "", "--appendonly", "yes", "--appendfsync", "always"),
-        ]
+        options = {
+            "bind": "127.0.0.1",
+            "port": str(port),
+            "dir": str(folder),
+            "save": "",
+            "appendonly": "yes",
+            "appendfsync": "always",
+        }
+        command: list[str | Path] = [self.program]
+        for name, value in options.items():
+            command += [f"--{name}", value]
         self.process = Process("broker", command, os.environ, folder / "log")
 
     def wait_until_ready(self) -> None:
