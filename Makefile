@@ -1,4 +1,5 @@
-# make demo | test | lint | soak | bench: each sets itself up in .venv, and again only when setup.cfg changes.
+# make demo | test | lint | soak | bench: each installs what it needs, again only after setup.cfg changes.
+# `bench` has an environment of its own: with the peers' Django beside them, tests fail.
 
 CANDIDATES := $(foreach minor,13 12 11 10,\
 	python3.$(minor) $(wildcard $(HOME)/.pyenv/versions/3.$(minor).*/bin/python)) python3
@@ -18,11 +19,9 @@ test: lint .venv/test .venv-oldest/test
 	.venv/bin/python -m pytest $(PARALLEL)
 	.venv-oldest/bin/python -m pytest $(PARALLEL) $(wildcard $(CORE))
 
-# Most tests wait for processes. The hash seed: pytest-celery keeps its parameters in sets, and the
-# test processes have to agree on their order.
-# Each process takes a stretch of the tests, with its fixtures, and then from what others have left.
+# Four processes on any machine, since most tests wait for other processes. With `worksteal` each
+# test process runs a stretch of neighbouring tests, which share fixtures, then helps the others.
 PARALLEL = -q -n 4 --dist worksteal
-test soak: export PYTHONHASHSEED = 0
 
 CORE = $(addprefix tests/unit/test_,$(addsuffix .py,joining attachment delivery order transaction \
 	settings message inspection replying requesting)) tests/road/test_whole_road.py
@@ -39,11 +38,11 @@ soak: .venv/test
 # SCALE multiplies the number of messages and rows: S7 reaches the sizes of its goal with 10.
 SCALE = 1
 bench: export PYTHONHASHSEED = 0
-bench: .venv/bench
-	.venv/bin/python -m benchmarks all --scale $(SCALE)
+bench: .venv-bench/bench
+	.venv-bench/bin/python -m benchmarks all --scale $(SCALE)
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info
+	rm -rf .venv .venv-bench .venv-oldest build dist *.egg-info
 
 .venv/demo: setup.cfg .venv/bin/python
 	.venv/bin/python -m pip install --quiet --editable .
@@ -53,8 +52,8 @@ clean:
 	.venv/bin/python -m pip install --quiet --editable '.[test,lint]'
 	touch $@
 
-.venv/bench: setup.cfg .venv/bin/python
-	.venv/bin/python -m pip install --quiet --editable '.[bench]'
+.venv-bench/bench: setup.cfg .venv-bench/bin/python
+	.venv-bench/bin/python -m pip install --quiet --editable '.[bench]'
 	touch $@
 
 .venv-oldest/test: setup.cfg .venv-oldest/bin/python
@@ -64,10 +63,13 @@ clean:
 .venv/bin/python:
 	$(call make_venv,$(NEWEST),.venv)
 
+.venv-bench/bin/python:
+	$(call make_venv,$(NEWEST),.venv-bench)
+
 .venv-oldest/bin/python:
 	$(call make_venv,$(OLDEST),.venv-oldest)
 
-# Debian's python3 comes without ensurepip, which venv needs.
+# Debian's python3 has no ensurepip, which venv needs; virtualenv does without.
 define make_venv
 	@test -n "$(1)" || { echo "Python 3.10 or newer is needed: install python3 and python3-venv."; exit 1; }
 	$(1) -c 'import ensurepip' 2>/dev/null && $(1) -m venv $(2) \
