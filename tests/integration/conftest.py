@@ -15,7 +15,14 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from pytest_celery import CeleryTestBroker, CeleryTestSetup, RabbitMQTestBroker
+from pytest_celery import (
+    ALL_CELERY_BACKENDS,
+    ALL_CELERY_BROKERS,
+    CeleryTestBackend,
+    CeleryTestBroker,
+    CeleryTestSetup,
+    RabbitMQTestBroker,
+)
 from sqlalchemy import select
 
 from celery_eda import EDA, upgrading
@@ -29,6 +36,26 @@ from tests.integration.nodes import (
 )
 from tests.servers import docker
 from tests.servers.hosts import LocalProcess
+
+# ── parameters ──────────────────────────────────────────────────────────────────────────────
+
+# pytest-celery keeps them in sets, whose order depends on the hash seed of the process; the
+# processes of pytest-xdist have to collect the same tests in the same order.
+
+
+@pytest.fixture(params=sorted(ALL_CELERY_BROKERS))
+def celery_broker(request: pytest.FixtureRequest) -> Iterator[CeleryTestBroker]:
+    broker: CeleryTestBroker = request.getfixturevalue(request.param)
+    yield broker
+    broker.teardown()
+
+
+@pytest.fixture(params=sorted(ALL_CELERY_BACKENDS))
+def celery_backend(request: pytest.FixtureRequest) -> Iterator[CeleryTestBackend]:
+    backend: CeleryTestBackend = request.getfixturevalue(request.param)
+    yield backend
+    backend.teardown()
+
 
 # ── containers ──────────────────────────────────────────────────────────────────────────────
 
