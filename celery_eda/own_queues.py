@@ -13,7 +13,8 @@ from celery import bootsteps
 from kombu import Queue
 from kombu.common import ignore_errors
 
-from celery_eda.subscriptions import FORGOTTEN, Subscription
+from celery_eda.event_queues import EXPIRES
+from celery_eda.subscriptions import Subscription
 
 #: How often a worker says that it is still there, in the time after which it is forgotten.
 RENEWALS = 4
@@ -48,7 +49,7 @@ class OwnQueues(bootsteps.StartStopStep):
         consumer.call_soon(self._consume)
         if self.private:
             self.renewing = consumer.timer.call_repeatedly(
-                FORGOTTEN / RENEWALS, consumer.call_soon, (self._renew,)
+                EXPIRES / RENEWALS, consumer.call_soon, (self._renew,)
             )
 
     def _consume(self) -> None:
@@ -100,10 +101,10 @@ def _subscribed(app: Any) -> Iterator[tuple[Queue, Subscription]]:
     for name, subscription in sorted(subscriptions.by_queue.items()):
         if chosen is None or chosen.pop(name, None) is not None:
             queues.pop(name, None)  # which Celery has made of the option
-            yield subscriptions.queue_of(subscription), subscription
+            yield app.eda.event_queues.queue_of(subscription), subscription
 
 
 def _private(app: Any, worker: str) -> Iterator[tuple[Queue, Subscription]]:
     """Those that every worker has of its own, whatever ``-Q`` says."""
-    for subscription in app.eda.subscriptions.private.values():
-        yield app.eda.subscriptions.queue_for(subscription, worker), subscription
+    for subscription in app.eda.subscriptions.per_worker.values():
+        yield app.eda.event_queues.queue_for(subscription, worker), subscription

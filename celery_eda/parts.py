@@ -23,6 +23,7 @@ from celery_eda.declarations import Declarations
 from celery_eda.dialects import Dialect, dialect_of
 from celery_eda.emitting import Emitting
 from celery_eda.errors import ConfigurationError, UnsafeSetting
+from celery_eda.event_queues import EventQueues
 from celery_eda.event_store import EventStore
 from celery_eda.event_types import EventTypes
 from celery_eda.failures import Failures
@@ -253,7 +254,12 @@ class Parts:
     @made_once
     def subscriptions(self) -> Subscriptions:
         """Who wants which events."""
-        return Subscriptions(lambda: self.service, self._queue_arguments)
+        return Subscriptions(lambda: self.service)
+
+    @made_once
+    def event_queues(self) -> EventQueues:
+        """The queues of the subscriptions on the broker."""
+        return EventQueues(self.subscriptions, self._queue_arguments)
 
     @made_once
     def declarations(self) -> Declarations:
@@ -440,7 +446,7 @@ class Parts:
     def is_named(self, task: str) -> bool:
         """Whether ``eda_tasks`` names the task, and it is none that every worker has to call."""
         named = any(fnmatchcase(task, pattern) for pattern in self.settings.tasks)
-        return named and task not in self.subscriptions.private
+        return named and task not in self.subscriptions.per_worker
 
     # ── sending ─────────────────────────────────────────────────────────────────────────────
 

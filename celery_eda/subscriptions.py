@@ -1,8 +1,8 @@
-"""Who wants which events: one durable queue for each handler, bound to the exchange of events.
+"""The subscriptions of an app: its handlers of events, and the events that each one handles.
 
-An event comes to the queue of every subscription whose patterns choose it. There it is made a call
-of that subscription's own task, so that each one retries, lags and fails alone, on the same road
-as any other message.
+The broker copies an event to the queue of every subscription with a matching pattern. The worker
+rewrites each copy into a call of the subscription's own task, so that each subscription retries,
+lags and fails on its own.
 """
 
 from __future__ import annotations
@@ -12,21 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid5
 
-from amqp.exceptions import NotFound
-from kombu import Exchange, Queue, binding
-from kombu.transport import virtual
-
 from celery_eda import topics
 from celery_eda.errors import ConfigurationError
-from celery_eda.event import EVENT_EXCHANGE, EVENT_TASK, OF_ONE_WORKER
+from celery_eda.event import EVENT_TASK, OF_ONE_WORKER
 from celery_eda.identity import ORDER_HEADER
 from celery_eda.limits import NAME_LENGTH
 
-#: What the names of the queues begin with, before the service and the task.
+#: The prefix of the queues' names, before the service and the task.
 PREFIX = "eda.on."
-#: Seconds after which the queue of a worker that never came to take from it is gone.
-FORGOTTEN = 60.0
-EXCHANGE = Exchange(EVENT_EXCHANGE, type="topic")
 
 
 @dataclass(frozen=True)
@@ -35,11 +28,11 @@ class Subscription:
 
     Attributes:
         task: the name of its task.
-        patterns: which events it handles.
-        ordered: whether those of one category and key take effect one after the other.
-        all: whether an ordered one also takes the events of the category that it does not want.
-        every_worker: whether each worker gets what happens while it runs, instead of one of them
-            what happens at any time.
+        patterns: of the names of the events to handle.
+        ordered: True to handle the events of one category and key one after the other.
+        all: True if an ordered handler is also called with the other events of its categories.
+        every_worker: True if each running worker gets a copy of each event; a worker that is not
+            running gets none. Otherwise one worker gets it, now or later.
     """
 
     task: str
@@ -49,14 +42,15 @@ class Subscription:
     every_worker: bool = False
 
     def wants(self, name: str) -> bool:
-        """Whether it handles the event *name*."""
+        """True if a pattern matches the event *name*."""
         return any(topics.matches(pattern, name) for pattern in self.patterns)
 
     @property
     def bindings(self) -> tuple[str, ...]:
-        """The patterns of what comes to its queue.
+        """The binding keys of its queue.
 
-        An ordered one is told of all events of a category, since they are counted together.
+        An ordered subscription receives all events of its categories, since the sequence numbers
+        count them together.
         """
         if not self.ordered:
             return self.patterns
@@ -64,7 +58,7 @@ class Subscription:
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """What is before the first dot of its patterns."""
+        """The categories of its patterns, sorted."""
         return tuple(sorted({topics.category_of(pattern) for pattern in self.patterns}))
 
 
@@ -73,112 +67,73 @@ class Subscriptions:
     """The subscriptions of one app.
 
     Attributes:
-        service: asks for the app's name among the services.
-        arguments: asks for those with which the broker makes the queues.
-        known: those that last, by the names of their tasks.
-        private: those of every worker, likewise.
+        service: returns the name of the service.
+        known: subscriptions with a durable queue, by task.
+        per_worker: subscriptions with a queue for each worker, by task.
     """
 
     service: Callable[[], str]
-    arguments: Callable[[], dict[str, Any]]
     known: dict[str, Subscription] = field(default_factory=dict)
-    private: dict[str, Subscription] = field(default_factory=dict)
+    per_worker: dict[str, Subscription] = field(default_factory=dict)
 
     def add(self, subscription: Subscription) -> None:
-        """Let events come to *subscription*.
+        """Register *subscription*.
 
         Raises:
-            ConfigurationError: it has no pattern, or what is in order is left open.
-            InvalidEvent: something else is given for a pattern.
+            ConfigurationError: there is no pattern, or *ordered* is used without a category or
+                together with *every_worker*.
+            InvalidEvent: a pattern is malformed.
         """
         if not subscription.patterns:
             raise ConfigurationError(
-                f"{subscription.task} subscribes to nothing. Give the events that it handles: "
+                f"{subscription.task} subscribes to no event. Name the events to handle: "
                 "`@eda.on('order.*')`."
             )
         for pattern in map(topics.checked_pattern, subscription.patterns):
             if subscription.ordered and topics.category_of(pattern) in ("*", "#"):
                 raise ConfigurationError(
-                    f"{subscription.task} wants {pattern!r} in order, and order is kept within a "
-                    "category. Begin the pattern with one, as in 'order.#', or leave ordered out."
+                    f"{subscription.task} wants {pattern!r} in order, but only the events of one "
+                    "category have an order. Begin the pattern with a category, as in 'order.#', "
+                    "or leave out ordered."
                 )
         if subscription.every_worker and subscription.ordered:
             raise ConfigurationError(
                 f"{subscription.task} wants events in order in every worker, but a worker misses "
-                "those of before. Leave out ordered or every_worker."
+                "the events before its start. Leave out ordered or every_worker."
             )
-        kept = self.private if subscription.every_worker else self.known
-        kept[subscription.task] = subscription
+        registered = self.per_worker if subscription.every_worker else self.known
+        registered[subscription.task] = subscription
 
     def name_of(self, subscription: Subscription, worker: str = "") -> str:
-        """The name of its queue; that of one *worker*, if every worker has its own.
+        """Return the name of the queue of *subscription*, or of its queue for one *worker*.
 
         Raises:
-            ConfigurationError: it is too long.
+            ConfigurationError: the name is longer than 255 bytes.
         """
         name = f"{PREFIX}{self.service()}.{subscription.task}"
         if subscription.every_worker:
             name = f"{OF_ONE_WORKER}{self.service()}.{subscription.task}.{worker}"
         if len(name.encode()) > NAME_LENGTH:
             raise ConfigurationError(
-                f"{name} is too long for a queue: {NAME_LENGTH} bytes are the most. "
+                f"{name} is too long for a queue: the limit is {NAME_LENGTH} bytes. "
                 "Give the subscription a shorter name: `@eda.on(…, name=…)`."
             )
         return name
 
     @property
     def by_queue(self) -> dict[str, Subscription]:
-        """All of them, by the names of their queues."""
+        """The subscriptions with a durable queue, by the name of the queue."""
         return {self.name_of(each): each for each in self.known.values()}
 
-    def queue_of(self, subscription: Subscription) -> Queue:
-        """Its queue; declaring that makes it, the exchange, and what binds them."""
-        return Queue(
-            self.name_of(subscription),
-            bindings=[binding(EXCHANGE, routing_key=each) for each in subscription.bindings],
-            queue_arguments=self.arguments(),
-        )
-
-    def queue_for(self, subscription: Subscription, worker: str) -> Queue:
-        """The queue that a *worker* has to itself, and that goes with it."""
-        return Queue(
-            self.name_of(subscription, worker),
-            bindings=[binding(EXCHANGE, routing_key=each) for each in subscription.bindings],
-            auto_delete=True,
-            expires=FORGOTTEN,
-        )
-
-    def declare(self, channel: Any) -> None:
-        """Make the exchange and all queues. Repeating it is harmless."""
-        EXCHANGE.bind(channel).declare()
-        for each in self.known.values():
-            self.queue_of(each).bind(channel).declare()
-
-    def waiting(self, channel: Any, queue: str) -> int | None:
-        """How many messages wait in a *queue*; None if nobody has declared it."""
-        if isinstance(channel, virtual.Channel):
-            EXCHANGE.bind(channel).declare()
-            if queue not in {bound for _, _, bound in channel.get_table(EVENT_EXCHANGE)}:
-                return None
-            return int(channel._size(queue))
-        try:
-            return int(channel.queue_declare(queue, passive=True).message_count)
-        except NotFound:
-            return None
-
-    def drop(self, channel: Any, queue: str) -> None:
-        """Delete a *queue*, with what is in it and what binds it. Repeating it is harmless."""
-        if isinstance(channel, virtual.Channel):
-            EXCHANGE.bind(channel).declare()
-            for pattern, _, bound in channel.get_table(EVENT_EXCHANGE):
-                if bound == queue:  # kombu takes away the bindings that it has seen
-                    channel.queue_bind(queue, EVENT_EXCHANGE, pattern)
-        channel.queue_delete(queue)
-
     def address(self, message: Any, subscription: Subscription, queue: str) -> None:
-        """Make *message*, kombu's, that came to the *queue* of *subscription*, a call of its task.
+        """Rewrite *message*, from the *queue* of *subscription*, into a call of its task.
 
-        From then on it has that queue for its origin, where its retries and redrives go.
+        Retries and redrives of the message go to *queue* alone, not to the exchange.
+
+        Args:
+            message: kombu's.
+            subscription: the consumer.
+            queue: where the message came from.
         """
         if not isinstance(message.delivery_info, dict):
             return
@@ -193,8 +148,8 @@ class Subscriptions:
 
 
 def _own_id(headers: Mapping[str, Any], subscription: Subscription) -> Any:
-    """Celery's id of the call, which has to differ from those of the other subscriptions."""
+    """The task id of the call, unique to the subscription; the same for each copy of the event."""
     try:
         return str(uuid5(UUID(headers["id"]), subscription.task))
     except (KeyError, TypeError, ValueError, AttributeError):
-        return headers.get("id")  # whoever looks at the message next refuses it
+        return headers.get("id")  # malformed: the inspection refuses the message

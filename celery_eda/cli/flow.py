@@ -69,5 +69,5 @@ def asyncapi(context: click.Context, version: str) -> None:
 
 def _flow_of(service: EDA) -> Flow:
     subscriptions = service.subscriptions
-    listening = [*subscriptions.known.values(), *subscriptions.private.values()]
+    listening = [*subscriptions.known.values(), *subscriptions.per_worker.values()]
     return Flow.of(service.app, service.service, listening)

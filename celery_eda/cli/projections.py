@@ -154,7 +154,7 @@ def _state(context: click.Context, service: EDA, projection: Projection) -> dict
     name = projection.name
     queue = service.subscriptions.name_of(service.subscriptions.known[name])
     with channel_of(context) as channel:
-        waiting = service.subscriptions.waiting(channel, queue) or 0
+        waiting = service.event_queues.waiting(channel, queue) or 0
     with service.engine.connect() as connection:
         shadow = service.projections.find(connection, name)
         parked = service.cursors.waiting(connection, name)

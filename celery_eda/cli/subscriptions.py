@@ -56,7 +56,7 @@ def declare(context: click.Context) -> None:
     service = service_of(context)
     service.note_subscriptions()
     with channel_of(context) as channel:
-        service.subscriptions.declare(channel)
+        service.event_queues.declare(channel)
     click.echo(f"{len(service.subscriptions.known)} subscriptions are declared.")
 
 
@@ -78,7 +78,7 @@ def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
             "will declare the queue again."
         )
     with channel_of(context) as channel:
-        waiting = service.subscriptions.waiting(channel, queue)
+        waiting = service.event_queues.waiting(channel, queue)
     if waiting is None:
         with service.engine.begin() as connection:
             service.declarations.forget(connection, queue)
@@ -90,7 +90,7 @@ def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
         )
     confirm(f"Delete {printable(queue)}?", yes=yes)
     with channel_of(context) as channel:
-        service.subscriptions.drop(channel, queue)
+        service.event_queues.drop(channel, queue)
     with service.engine.begin() as connection:
         service.declarations.forget(connection, queue)
     click.echo(f"{queue} is deleted.")
@@ -115,11 +115,11 @@ def _gone(service: EDA) -> dict[str, Subscription]:
 def _states(
     context: click.Context, by_queue: dict[str, Subscription], *, gone: bool
 ) -> Iterator[dict[str, Any]]:
-    known = service_of(context).subscriptions
+    queues = service_of(context).event_queues
     for queue, subscription in sorted(by_queue.items()):
         # One channel per queue, since RabbitMQ closes the channel if the queue does not exist.
         with channel_of(context) as channel:
-            waiting = known.waiting(channel, queue)
+            waiting = queues.waiting(channel, queue)
         if waiting is not None or not gone:
             yield {
                 "task": subscription.task,

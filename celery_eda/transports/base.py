@@ -241,7 +241,7 @@ def declare(app: Any, channel: Any, name: str) -> None:
         KeyError: there is no such queue, and the app does not create missing ones.
     """
     if name == EVENT_EXCHANGE:
-        app.eda.subscriptions.declare(channel)
+        app.eda.event_queues.declare(channel)
         return
     queue = app.amqp.queues[name]
     entity = queue.exchange if isinstance(queue, Broadcast) else queue

@@ -14,6 +14,7 @@ from kombu import Exchange, Queue
 
 from celery_eda import addresses
 from celery_eda.event import EVENT_EXCHANGE
+from celery_eda.event_queues import EventQueues
 from celery_eda.subscriptions import Subscription, Subscriptions
 from celery_eda.transports import SafeConnection
 from celery_eda.transports.base import CONFIRMED, Pipelined, Transport, publish_with
@@ -120,7 +121,7 @@ class TestEveryWorker:
     def test_a_list_takes_events_for_as_long_as_its_worker_says_that_it_is_there(
         self, redis_url: str, client: redis.Redis, transport: Transport
     ) -> None:
-        mine = Subscriptions(lambda: "shop", dict).queue_for(
+        mine = EventQueues(Subscriptions(lambda: "shop"), dict).queue_for(
             Subscription("cache", ("order.#",), every_worker=True), "one@here"
         )
         event = letter(None, exchange=EVENT_EXCHANGE, routing_key="order.placed")

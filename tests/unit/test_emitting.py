@@ -250,7 +250,7 @@ def test_the_queue_of_an_ordered_subscription_gets_the_whole_category(shop: Shop
     def unordered(event: Event) -> None: ...
 
     queues = {
-        queue: [each.routing_key for each in shop.eda.subscriptions.queue_of(each).bindings]
+        queue: [each.routing_key for each in shop.eda.event_queues.queue_of(each).bindings]
         for queue, each in shop.eda.subscriptions.by_queue.items()
     }
     assert {queue: sorted(keys) for queue, keys in queues.items()} == {
@@ -262,7 +262,7 @@ def test_the_queue_of_an_ordered_subscription_gets_the_whole_category(shop: Shop
 @pytest.mark.parametrize(
     ("patterns", "options", "error", "words"),
     [
-        ((), {}, ConfigurationError, "subscribes to nothing"),
+        ((), {}, ConfigurationError, "subscribes to no event"),
         (("order placed",), {}, InvalidEvent, "no pattern"),
         (("*.placed",), {"ordered": True}, ConfigurationError, "within a category"),
         (("#",), {"ordered": True}, ConfigurationError, "within a category"),
