@@ -7,13 +7,15 @@ does not look like one of these is none.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from enum import Enum
 from secrets import token_hex
 from typing import Any
 
 #: The header of a request that says where its reply goes.
 REPLY_HEADER = "eda_reply_to"
+#: The task that a reply calls, with a correlation id and an outcome.
+REPLY_TASK = "celery_eda.reply"
 #: The header of a command that says which saga it belongs to.
 SAGA_HEADER = "eda_saga"
 
@@ -72,3 +74,35 @@ def of_headers(headers: Mapping[str, Any]) -> str | None:
     if isinstance(address, str) and (is_volatile(address) or is_durable(address)):
         return address
     raise ValueError(f"malformed {REPLY_HEADER} header")
+
+
+def write_to_successor(address: str, task_id: str, message: Any) -> bool:
+    """Write *address* into the successor of the task *task_id* that a task *message* contains.
+
+    The successor is the message itself if it replaces the task, or else what it will publish
+    later: the last task of a chain, or the body of a chord.
+
+    Returns:
+        True if there is a successor, which will then reply in place of the task.
+    """
+    if message.headers["id"] == task_id and message.headers["replaced_task_nesting"]:
+        message.headers[REPLY_HEADER] = address
+        return True
+    embedded = message.body[2]
+    found = [
+        options
+        for signature in (*(embedded["chain"] or ()), embedded["chord"])
+        for options in _options_of(signature, task_id)
+    ]
+    for options in found:
+        options["headers"] = {**(options.get("headers") or {}), REPLY_HEADER: address}
+    return bool(found)
+
+
+def _options_of(signature: Any, task_id: str) -> Iterator[MutableMapping[str, Any]]:
+    """Options of the signature with the id *task_id* within *signature*, at any depth."""
+    match signature:
+        case {"kwargs": {"tasks": [*_, last]}} | {"kwargs": {"body": Mapping() as last}}:
+            yield from _options_of(last, task_id)
+        case {"options": {"task_id": given} as options} if given == task_id:
+            yield options

@@ -23,12 +23,12 @@ from celery_eda import (
     results,
     schema,
 )
+from celery_eda.addresses import REPLY_TASK
 from celery_eda.errors import NoDelivery, UnknownRequest
 from celery_eda.event import Event
 from celery_eda.parts import Parts
 from celery_eda.projections import Apply, Projection
 from celery_eda.reply import Replies, Reply
-from celery_eda.replying import REPLY_TASK
 from celery_eda.saga import Saga, decorator
 from celery_eda.saga_engine import WAKEUP_TASK
 from celery_eda.saga_steps import Steps

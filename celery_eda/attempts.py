@@ -7,15 +7,43 @@ delivery of a message costs nothing here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Connection, Table, delete, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Table,
+    and_,
+    bindparam,
+    delete,
+    select,
+    update,
+)
 
 from celery_eda.dialects.base import Dialect
 from celery_eda.identity import Identity
-from celery_eda.tables import attempt, is_attempt
 
 #: The cause of a loss: the handler overran its hard time limit.
 TIME_LIMIT = "time limit"
+
+
+def is_attempt(table: Table) -> ColumnElement[bool]:
+    """The condition that a row of *table*, inbox or attempts, belongs to an :func:`attempt`."""
+    columns = table.c
+    return and_(
+        columns.consumer == bindparam("its_consumer"),
+        columns.message_id == bindparam("its_message"),
+        columns.revision == bindparam("its_revision"),
+    )
+
+
+def attempt(consumer: str, identity: Identity) -> dict[str, Any]:
+    """Parameters for :func:`is_attempt`: one consumer's attempt at one message."""
+    return {
+        "its_consumer": consumer,
+        "its_message": identity.id,
+        "its_revision": identity.revision,
+    }
 
 
 @dataclass(frozen=True)

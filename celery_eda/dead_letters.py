@@ -6,7 +6,6 @@ in exactly one place. It is *open* until somebody redrives, skips or discards it
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -20,12 +19,10 @@ from sqlalchemy import select as select_rows
 from celery_eda import message_rows, redaction
 from celery_eda.arguments import Arguments
 from celery_eda.dialects.base import Dialect
+from celery_eda.error_text import text_of, traceback_of
 from celery_eda.errors import UnreadableBody
 from celery_eda.limits import NAME_LENGTH
 from celery_eda.message import Message
-
-#: Characters of an error's text and of its traceback that are kept.
-LONGEST_ERROR = 10_000
 
 
 class Reason(str, Enum):
@@ -231,25 +228,6 @@ class DeadLetters:
         connection.execute(
             update(self.table).where(self.table.c.id == id).values(state=state.value)
         )
-
-
-def text_of(error: BaseException | str, secrets: Sequence[str] = ()) -> str:
-    """The text of *error*, bounded and redacted; an exception's ``__str__`` may itself fail."""
-    try:
-        text = str(error)
-    except Exception:
-        text = f"<{type(error).__qualname__} without a readable text>"
-    # Redacted before it is cut: half a secret is not recognised as one.
-    return redaction.storable(redaction.redact(text, secrets)[:LONGEST_ERROR])
-
-
-def traceback_of(error: BaseException | str, secrets: Sequence[str] = ()) -> str | None:
-    """Where *error* came from: lines of code, without the values of local variables."""
-    if isinstance(error, str):
-        return None
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    kept = frames[-redaction.LONGEST_TEXT :]
-    return redaction.storable(redaction.redact(kept, secrets)[-LONGEST_ERROR:])
 
 
 def _secrets(message: Message) -> list[str]:

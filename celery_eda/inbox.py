@@ -14,9 +14,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, Table, Update, bindparam, func, select, update
 
+from celery_eda.attempts import attempt, is_attempt
 from celery_eda.dialects.base import Dialect, LostRace
 from celery_eda.identity import Identity
-from celery_eda.tables import attempt, is_attempt
 
 
 class Outcome(str, Enum):

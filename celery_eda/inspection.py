@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from codecs import lookup
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from json import JSONDecodeError
 from typing import Any
@@ -20,11 +19,10 @@ from kombu.exceptions import ContentDisallowed, DecodeError
 from kombu.serialization import SKIP_DECODE
 
 from celery_eda import addresses
-from celery_eda.dead_letters import Reason
 from celery_eda.errors import Malformed, TooLarge, Undecodable
 from celery_eda.identity import Identity, Position
 from celery_eda.limits import NAME_LENGTH, Limits
-from celery_eda.transports.base import UNREADABLE
+from celery_eda.message import UNREADABLE
 
 #: Characters of an id, an address or another name; of texts for people.
 LONGEST_NAME = NAME_LENGTH
@@ -43,29 +41,10 @@ EMBEDDED = ("callbacks", "errbacks", "chain", "chord")
 _RESERVED = frozenset(name for name in dir(Context) if callable(getattr(Context, name)))
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why a message must not be handled; ``error`` says it in words, and quotes nothing."""
+def inspect(message: Any, limits: Limits) -> Malformed | None:
+    """The reason why kombu's *message* must not be handled; None if it may be.
 
-    reason: Reason
-    error: Exception
-
-    @classmethod
-    def of(cls, error: Exception) -> Refusal:
-        """The refusal of a message that *error* came from."""
-        if isinstance(error, TooLarge):
-            return cls(Reason.too_large, error)
-        if isinstance(error, Undecodable):
-            return cls(Reason.undecodable, error)
-        if isinstance(error, Malformed):
-            return cls(Reason.malformed, error)
-        return cls(Reason.undecodable, undecodable(error))
-
-
-def inspect(message: Any, limits: Limits) -> Refusal | None:
-    """Look at *message*, kombu's; None if it may be handled.
-
-    Its body is decoded here, as Celery would decode it, and kept by kombu for Celery.
+    The body is decoded as Celery would decode it; kombu caches the result for Celery.
     """
     try:
         _check_size(message, limits)
@@ -75,9 +54,9 @@ def inspect(message: Any, limits: Limits) -> Refusal | None:
         _check_nesting(message, payload, limits.nesting)
         _check_call(payload)
     except Malformed as error:
-        return Refusal.of(error)
+        return error
     except Exception as error:
-        return Refusal(Reason.malformed, Malformed(f"it cannot be read: {type(error).__name__}"))
+        return Malformed(f"it cannot be read: {type(error).__name__}")
     return None
 
 

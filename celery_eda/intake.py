@@ -21,18 +21,17 @@ from kombu.common import ignore_errors
 
 from celery_eda import compression
 from celery_eda.dead_letters import Reason
+from celery_eda.error_text import loggable
 from celery_eda.errors import Malformed
-from celery_eda.inspection import Refusal, inspect
+from celery_eda.inspection import inspect
 from celery_eda.limits import Limits
-from celery_eda.refusals import RefusedMessage, given_up, refused, unread
+from celery_eda.refusals import Refusal, RefusedMessage, given_up, refused, unread
 from celery_eda.retry import delays
 from celery_eda.transports import undelivered
 from celery_eda.transports.base import KeepsMalformed
 
 log = logging.getLogger(__name__)
 
-#: Characters of a name, or of words, in a line of the log.
-LONGEST_IN_LOG = 200
 #: Seconds between two tries to write down what was refused, while the database is away.
 WAIT = (0.5, 10.0)
 #: Seconds between two looks at what a channel has set aside, and how many are taken at once.
@@ -105,8 +104,8 @@ class Intake(bootsteps.StartStopStep):
         handle = self._create_task_handler(*args, **kwargs)
 
         def handle_if_sound(message: Any) -> None:
-            if refusal := inspect(message, self.limits):
-                self.refuse(message, refusal)
+            if malformed := inspect(message, self.limits):
+                self.refuse(message, Refusal.of(malformed))
                 return
             try:
                 handle(message)
@@ -159,7 +158,7 @@ class Intake(bootsteps.StartStopStep):
             try:
                 self._keep(*each)
             except Exception as error:
-                log.error("a dead letter cannot be written yet: %s", printable(repr(error)))
+                log.error("a dead letter cannot be written yet: %s", loggable(repr(error)))
                 self.waiting.append(each)
                 if self.is_away(error):
                     break
@@ -181,7 +180,7 @@ class Intake(bootsteps.StartStopStep):
                     _tell(what)
                 channel.forget_malformed(payload)
         except Exception as error:
-            log.warning("what is malformed stays set aside: %s", printable(repr(error)))
+            log.warning("what is malformed stays set aside: %s", loggable(repr(error)))
 
     def _keep(self, message: Any, what: RefusedMessage) -> None:
         fresh = self.refusals.keep(what)
@@ -199,7 +198,7 @@ class Intake(bootsteps.StartStopStep):
         try:
             self._tell_of_unknown_task(message)
         except Exception as error:
-            log.error("nobody could be told of an unknown task: %s", printable(repr(error)))
+            log.error("nobody could be told of an unknown task: %s", loggable(repr(error)))
 
     def _tell_of_unknown_task(self, message: Any) -> None:
         task_id, name = message.headers["id"], message.headers["task"]
@@ -227,11 +226,5 @@ def _is_reserved(message: Any) -> bool:
 
 
 def _tell(what: RefusedMessage) -> None:
-    task, refusal = printable(what.letter.task), what.refusal
-    log.error("dead letter: %s %s: %s", task, refusal.reason.value, printable(str(refusal.error)))
-
-
-def printable(text: str) -> str:
-    """*text* on one bounded line: what could break the line, or paint it, is escaped."""
-    cut = text[:LONGEST_IN_LOG] + ("…" if len(text) > LONGEST_IN_LOG else "")
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in cut)
+    task, refusal = loggable(what.letter.task), what.refusal
+    log.error("dead letter: %s %s: %s", task, refusal.reason.value, loggable(str(refusal.error)))

@@ -17,6 +17,8 @@ from celery_eda.identity import Identity, Lane, Position
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+#: The only header of a message whose own could not be decoded: the error, and its bytes as Base64.
+UNREADABLE = "eda_unreadable"
 #: Properties that travel with a message when it is sent again. Its ``expiration`` would let the
 #: broker drop it unseen.
 PROPERTIES = frozenset(

@@ -20,7 +20,7 @@ from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import Queue
 from kombu.utils.imports import symbol_by_name
 
-from celery_eda import context, ordering, replying, results
+from celery_eda import addresses, context, ordering, results
 from celery_eda.addresses import REPLY_HEADER
 from celery_eda.errors import OutsideTransaction
 from celery_eda.identity import HEADERS, Identity, Lane
@@ -146,7 +146,7 @@ class CapturingAMQP(AMQP):
         if progress is None or progress.finished:
             return False
         delivery = progress.delivery
-        return delivery.reply_to is not None and replying.hand_on(
+        return delivery.reply_to is not None and addresses.write_to_successor(
             delivery.reply_to, delivery.task_id, message
         )
 

@@ -8,10 +8,10 @@ from uuid import UUID
 
 from kombu.serialization import prepare_accept_content
 
+from celery_eda.addresses import REPLY_TASK
 from celery_eda.inspection import inspect
 from celery_eda.limits import Limits
 from celery_eda.remote_errors import RemoteErrors
-from celery_eda.replying import REPLY_TASK
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class ReplyReader:
         if message is None:
             raise ValueError("no message")
         message.accept = self.accept
-        if refusal := inspect(message, self.limits):
-            raise ValueError(str(refusal.error))
+        if malformed := inspect(message, self.limits):
+            raise ValueError(str(malformed))
         if message.headers["task"] != REPLY_TASK:
             raise ValueError("a message of another task than that of replies")
         return self.outcome_in(message.payload[0])

@@ -16,12 +16,13 @@ from uuid import UUID, uuid5
 from kombu.utils import json
 from sqlalchemy import Engine
 
-from celery_eda.dead_letters import DeadLetters, Reason, text_of
-from celery_eda.errors import Malformed, WorkersLost
+from celery_eda.dead_letters import DeadLetters, Reason
+from celery_eda.error_text import text_of
+from celery_eda.errors import Malformed, TooLarge, Undecodable, WorkersLost
 from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.identity import Identity
 from celery_eda.inbox import Inbox, Outcome
-from celery_eda.inspection import Refusal
+from celery_eda.inspection import undecodable
 from celery_eda.limits import NAME_LENGTH
 from celery_eda.message import PROPERTIES, Message
 from celery_eda.replying import Responder
@@ -49,6 +50,29 @@ _OF_TRANSPORT = frozenset(
         *("delivery_info", "delivery_tag"),
     )
 )
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The reason why a message is not handled.
+
+    Attributes:
+        error: describes the reason without quoting the message.
+    """
+
+    reason: Reason
+    error: Exception
+
+    @classmethod
+    def of(cls, error: Exception) -> Refusal:
+        """The refusal of a message that raised *error* when it was inspected or decoded."""
+        if isinstance(error, TooLarge):
+            return cls(Reason.too_large, error)
+        if isinstance(error, Undecodable):
+            return cls(Reason.undecodable, error)
+        if isinstance(error, Malformed):
+            return cls(Reason.malformed, error)
+        return cls(Reason.undecodable, undecodable(error))
 
 
 @dataclass(frozen=True)

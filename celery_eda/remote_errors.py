@@ -13,7 +13,7 @@ from typing import Any
 from celery import exceptions
 
 from celery_eda import errors, redaction
-from celery_eda.dead_letters import text_of, traceback_of
+from celery_eda.error_text import text_of, traceback_of
 from celery_eda.errors import RemoteError
 
 #: Characters at most: of the name of a type, and of all arguments together.

@@ -6,7 +6,7 @@ asked, such as another attempt or a replacement, gets the reply address and repl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -15,15 +15,12 @@ from celery import Celery
 from kombu import Queue
 
 from celery_eda import addresses, context, redaction
-from celery_eda.addresses import REPLY_HEADER
+from celery_eda.addresses import REPLY_TASK
 from celery_eda.context import Collected
 from celery_eda.delivery import Delivery
 from celery_eda.identity import Identity
 from celery_eda.message import Message
 from celery_eda.remote_errors import RemoteErrors
-
-#: Name of the task that a reply is a call of, with a correlation id and an outcome.
-REPLY_TASK = "celery_eda.reply"
 
 
 @dataclass(frozen=True)
@@ -98,35 +95,3 @@ class Responder:
 def _identity(request: Identity, consumer: str) -> Identity:
     """The identity of the reply to one attempt at a request, the same for every copy of it."""
     return Identity.of_foreign(f"{request.id} {consumer}", request.revision, 0)
-
-
-def hand_on(address: str, task_id: str, message: Any) -> bool:
-    """Write the reply *address* into a task *message* that takes the place of the task *task_id*.
-
-    The address goes into the message itself if that replaces the task, else into the signature
-    inside it that will: the last one of a chain, or the body of a chord.
-
-    Returns:
-        True if the message has such a place.
-    """
-    if message.headers["id"] == task_id and message.headers["replaced_task_nesting"]:
-        message.headers[REPLY_HEADER] = address
-        return True
-    embedded = message.body[2]
-    found = [
-        options
-        for signature in (*(embedded["chain"] or ()), embedded["chord"])
-        for options in _options(signature, task_id)
-    ]
-    for options in found:
-        options["headers"] = {**(options.get("headers") or {}), REPLY_HEADER: address}
-    return bool(found)
-
-
-def _options(signature: Any, task_id: str) -> Iterator[MutableMapping[str, Any]]:
-    """The options of the task inside *signature*, however complex, that will have this id."""
-    match signature:
-        case {"kwargs": {"tasks": [*_, last]}} | {"kwargs": {"body": Mapping() as last}}:
-            yield from _options(last, task_id)
-        case {"options": {"task_id": given} as options} if given == task_id:
-            yield options

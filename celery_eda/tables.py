@@ -20,13 +20,9 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     String,
     Table,
-    and_,
-    bindparam,
 )
-from sqlalchemy.sql import ColumnElement
 
 from celery_eda.column_types import Bytes, Identifier, LongText, MessageId, Moment, Name
-from celery_eda.identity import Identity
 from celery_eda.limits import KEY_BYTES, NAME_LENGTH
 
 _OPTIONS: dict[str, Any] = {
@@ -467,25 +463,6 @@ def _attempt_columns() -> tuple[Column[Any], ...]:
         Column("message_id", MessageId, nullable=False),
         Column("revision", Integer, nullable=False),
     )
-
-
-def is_attempt(table: Table) -> ColumnElement[bool]:
-    """Whether a row, of the inbox or the attempts table, is that of an :func:`attempt`."""
-    columns = table.c
-    return and_(
-        columns.consumer == bindparam("its_consumer"),
-        columns.message_id == bindparam("its_message"),
-        columns.revision == bindparam("its_revision"),
-    )
-
-
-def attempt(consumer: str, identity: Identity) -> dict[str, Any]:
-    """The parameters that name one consumer's attempt at one message."""
-    return {
-        "its_consumer": consumer,
-        "its_message": identity.id,
-        "its_revision": identity.revision,
-    }
 
 
 def _message_columns() -> tuple[Column[Any], ...]:

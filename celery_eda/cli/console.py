@@ -12,6 +12,7 @@ from celery.bin.base import CeleryCommand
 from kombu.exceptions import OperationalError
 
 from celery_eda.app import EDA
+from celery_eda.error_text import printable
 from celery_eda.errors import EDAError
 
 #: Seconds to wait for a connection to the broker.
@@ -76,18 +77,3 @@ def confirm(question: str, *, yes: bool) -> None:
 def report(figures: Any, text: str, *, as_json: bool) -> None:
     """Print *figures* as JSON if *as_json*, else *text* on one line."""
     click.echo(json.dumps(figures, default=str) if as_json else printable(text))
-
-
-def printable(text: object, *, lines: bool = False) -> str:
-    """*text* with control characters escaped, but for line ends if *lines*."""
-    try:
-        text = str(text)
-    except RecursionError:
-        text = "(nested too deeply to be shown)"
-    return "".join(
-        each if each.isprintable() or (lines and each == "\n") else _escaped(each) for each in text
-    )
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "backslashreplace").decode()

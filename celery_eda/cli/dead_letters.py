@@ -26,9 +26,10 @@ from celery_eda import redaction
 from celery_eda.app import EDA
 from celery_eda.audit import Author
 from celery_eda.cli import letters_view as view
-from celery_eda.cli.console import Command, confirm, printable, report, service_of
+from celery_eda.cli.console import Command, confirm, report, service_of
 from celery_eda.cli.options import MOMENT, JSONValue, Rate, as_json, options
 from celery_eda.dead_letters import Filter, Letter, State
+from celery_eda.error_text import printable
 from celery_eda.errors import RepairError
 from celery_eda.identity import ORDER_HEADER
 from celery_eda.repair import End, edited, in_order

@@ -19,8 +19,9 @@ import click
 from kombu.utils import json as kombu_json
 
 from celery_eda.app import EDA
-from celery_eda.cli.console import Command, confirm, printable, report, service_of
+from celery_eda.cli.console import Command, confirm, report, service_of
 from celery_eda.cli.options import MOMENT, Rate, as_json, confirmed, options
+from celery_eda.error_text import printable
 from celery_eda.event import Event
 from celery_eda.event_store import Choice
 

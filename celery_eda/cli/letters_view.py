@@ -11,8 +11,8 @@ from kombu.utils import json as kombu_json
 
 from celery_eda.arguments import Arguments
 from celery_eda.audit import Entry
-from celery_eda.cli.console import printable
 from celery_eda.dead_letters import Letter
+from celery_eda.error_text import printable
 from celery_eda.errors import UnreadableBody
 
 #: Characters of an error shown in a list.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from celery_eda.cli.console import Command, confirm, printable, report, service_of
+from celery_eda.cli.console import Command, confirm, report, service_of
 from celery_eda.cli.options import as_json, confirmed
+from celery_eda.error_text import printable
 
 
 @click.group(name="order")

@@ -17,8 +17,9 @@ from kombu.utils import json as kombu_json
 from sqlalchemy.exc import OperationalError
 
 from celery_eda.app import EDA
-from celery_eda.cli.console import Command, channel_of, confirm, printable, report, service_of
+from celery_eda.cli.console import Command, channel_of, confirm, report, service_of
 from celery_eda.cli.options import MOMENT, as_json, confirmed
+from celery_eda.error_text import printable
 from celery_eda.errors import InvalidEvent
 from celery_eda.event import Event
 from celery_eda.event_store import Choice

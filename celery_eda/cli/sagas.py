@@ -14,8 +14,9 @@ import click
 from sqlalchemy import Connection
 
 from celery_eda import saga_pictures as pictures
-from celery_eda.cli.console import Command, confirm, printable, service_of
+from celery_eda.cli.console import Command, confirm, service_of
 from celery_eda.cli.options import as_json, confirmed
+from celery_eda.error_text import printable
 from celery_eda.saga_log import HistoryEntry, SagaInstance, State
 from celery_eda.sagas import Coordinator
 

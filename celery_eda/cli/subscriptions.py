@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 from celery_eda.app import EDA
-from celery_eda.cli.console import Command, channel_of, confirm, printable, service_of
+from celery_eda.cli.console import Command, channel_of, confirm, service_of
 from celery_eda.cli.options import as_json, confirmed
+from celery_eda.error_text import printable
 from celery_eda.subscriptions import PREFIX, Subscription
 
 

@@ -15,9 +15,6 @@ from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.identity import Identity
 from celery_eda.message import Message
 
-#: In place of its headers, those of a message whose own could not be read: why, and its octets.
-UNREADABLE = "eda_unreadable"
-
 
 class Verdict(Enum):
     """What became of one message."""

@@ -17,8 +17,8 @@ from kombu.transport import base, virtual
 from kombu.utils.json import loads
 from sqlalchemy import exc
 
+from celery_eda.message import UNREADABLE
 from celery_eda.queues import BY_NAME, Lease
-from celery_eda.transports.base import UNREADABLE
 from celery_eda.transports.database_broker import Broker, waiting
 from celery_eda.transports.database_taker import Busy, Taker
 

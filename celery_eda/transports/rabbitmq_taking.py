@@ -16,7 +16,7 @@ from amqp.method_framing import frame_handler
 from amqp.serialization import decode_properties_basic, dumps
 from kombu.transport import pyamqp
 
-from celery_eda.transports.base import UNREADABLE
+from celery_eda.message import UNREADABLE
 
 #: Of a frame: the header of a message's content, with its properties.
 HEADER = 2

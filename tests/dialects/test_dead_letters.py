@@ -8,7 +8,8 @@ import pytest
 from sqlalchemy import select, update
 
 from celery_eda import message_rows
-from celery_eda.dead_letters import LONGEST_ERROR, DeadLetters, Filter, Letter, Reason, State
+from celery_eda.dead_letters import DeadLetters, Filter, Letter, Reason, State
+from celery_eda.error_text import LONGEST_ERROR
 from celery_eda.identity import Lane, Position
 from celery_eda.message import Message
 from tests.databases import Database

@@ -21,8 +21,9 @@ from sqlalchemy import insert, update
 from sqlalchemy.orm import Session
 
 from celery_eda import Event, RetryPolicy, checkpoints
+from celery_eda.addresses import REPLY_TASK
 from celery_eda.errors import SagaError
-from celery_eda.replying import REPLY_TASK, Responder
+from celery_eda.replying import Responder
 from celery_eda.saga_definition import Data
 from celery_eda.saga_engine import SagaEngine
 from celery_eda.saga_steps import Steps

@@ -13,12 +13,13 @@ from kombu.transport import redis
 from sqlalchemy import Connection as DatabaseConnection
 
 from celery_eda import handling, publishing, relay, results
+from celery_eda.addresses import REPLY_TASK
 from celery_eda.attempts import Attempts
 from celery_eda.identity import Identity, Position
 from celery_eda.inbox import Inbox
 from celery_eda.intake import Intake
 from celery_eda.outbox import Outbox
-from celery_eda.replying import REPLY_TASK, Responder
+from celery_eda.replying import Responder
 from celery_eda.task import ReliableRequest, ReliableTask
 from celery_eda.transports import confirm_channel, frames
 from celery_eda.transports.base import CONFIRMED

@@ -16,8 +16,8 @@ from kombu import Connection
 from redis import Redis as Client
 
 from celery_eda import EDA, addresses
+from celery_eda.addresses import REPLY_TASK
 from celery_eda.errors import RequestTimeout
-from celery_eda.replying import REPLY_TASK
 from celery_eda.worker import RelayThread
 from tests.road import asking
 from tests.road.asking import ask

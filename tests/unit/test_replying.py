@@ -12,12 +12,11 @@ from celery.exceptions import Ignore, Reject
 from sqlalchemy import insert
 
 from celery_eda import RetryPolicy, addresses, results
-from celery_eda.addresses import REPLY_HEADER
+from celery_eda.addresses import REPLY_HEADER, REPLY_TASK
 from celery_eda.arguments import Arguments
 from celery_eda.errors import RemoteError
 from celery_eda.message import Message
 from celery_eda.reading import ErrorOutcome
-from celery_eda.replying import REPLY_TASK
 from tests.unit.test_delivery import Slot, slot, unique
 
 __all__ = ["slot"]

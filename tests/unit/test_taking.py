@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from celery_eda.transports.base import UNREADABLE
+from celery_eda.message import UNREADABLE
 from celery_eda.transports.rabbitmq_taking import tolerant
 from tests.road.hostile import unreadable_octets
 
