@@ -1,0 +1,305 @@
+"""All names of celery_eda that the samples touch and that are not public."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from enum import Enum
+from typing import Any
+
+from kombu.utils.json import dumps
+from sqlalchemy import Connection, Table, select
+
+from celery_eda import (
+    EDA,
+    addresses,
+    checkpoints,
+    event,
+    message,
+    outbox,
+    refusals,
+    saga_engine,
+    upgrading,
+)
+from celery_eda.attempts import Attempts
+from celery_eda.dead_letters import Filter
+from celery_eda.dialects import postgresql_presence
+from celery_eda.message import Identity, Lane, Message, Position
+from celery_eda.remote_errors import RemoteErrors
+from celery_eda.replying import REPLY_TASK
+from celery_eda.snapshots import Snapshot, Snapshots
+from celery_eda.subscriptions import EXCHANGE
+from celery_eda.tables import Tables
+from celery_eda.transports import redis_taking, undelivered
+
+# ── what a program's helpers do ─────────────────────────────────────────────────────────────
+
+
+def create_tables(eda: EDA) -> None:
+    """Make the tables of a service."""
+    upgrading.upgrade(eda.engine, eda.tables)
+
+
+def tables_of(eda: EDA) -> tuple[Table, ...]:
+    """Those tables, without that of the version."""
+    return eda.tables.all
+
+
+def send_due(eda: EDA) -> None:
+    """Send all that is due, as a relay does."""
+    done = eda.relay().drain()
+    assert not done.refused, done
+    assert not done.unknown, done
+
+
+def note_subscriptions(eda: EDA) -> None:
+    """Write down whose queues are made, as a worker does when it starts."""
+    eda.note_subscriptions()
+
+
+def address_event(eda: EDA, received: Any, queue: str) -> None:
+    """Make a *received* event a call of the subscription that has this *queue*."""
+    if subscription := eda.subscriptions.by_queue.get(queue):
+        eda.subscriptions.address(received, subscription, queue)
+
+
+def add_snapshot(eda: EDA, stream: str, name: str, version: int, state: Any) -> None:
+    """Keep a snapshot of a stream's fold, as :meth:`EDA.fold` does after some events."""
+    with eda.engine.begin() as connection:
+        last = list(eda.event_store.stream(connection, stream))[version - 1]
+        assert last.recorded, "it comes from the store"
+        made = Snapshot(version, state)
+        _snapshots(eda).add(connection, stream, name, made, last.recorded)
+
+
+def keep_unreadable(eda: EDA, payload: bytes) -> None:
+    """Make a dead letter of what is no message, as a worker does."""
+    eda.refusals.keep(refusals.unread(payload))
+
+
+def give_positions(eda: EDA) -> None:
+    """Give the events their positions, as their readers do."""
+    eda.event_store.give_positions(eda.engine)
+
+
+# ── rows, as they are read ──────────────────────────────────────────────────────────────────
+
+
+def values(eda: EDA) -> dict[str, Any]:
+    """What the rows of all tables say, by what it is and in plain values."""
+    with eda.engine.connect() as connection:
+        read = {name: list(of(eda, connection)) for name, of in _READERS.items()}
+    plain: dict[str, Any] = json.loads(json.dumps(read, default=_plain))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case bytes():
+            return value.decode("latin-1")
+        case Enum():
+            return value.value
+        case BaseException():
+            return [type(value).__qualname__, *map(str, value.args)]
+    return json.loads(dumps(value))
+
+
+def _rows(connection: Connection, table: Table) -> Iterable[Any]:
+    return connection.execute(select(table).order_by(*table.primary_key.columns)).all()
+
+
+def of_message(read: Message) -> dict[str, Any]:
+    """What a message says."""
+    position = read.place
+    return {
+        "identity": [read.identity.id, read.identity.revision],
+        "task": read.task,
+        "body": read.body,
+        "content": [read.content_type, read.content_encoding],
+        "headers": read.headers,
+        "properties": read.properties,
+        "route": [read.exchange, read.routing_key, read.queue],
+        "prerequisites": read.preparation,
+        "position": position and of_position(position),
+        "reply to": addresses.of_headers(read.headers),
+    }
+
+
+def of_position(position: Position) -> list[Any]:
+    """Where a message is in the order of its key."""
+    lane = position.lane
+    return [lane.source, lane.stream, lane.key, position.epoch, position.number, position.previous]
+
+
+def _outbox(eda: EDA, connection: Connection) -> Iterable[Any]:
+    return [of_message(outbox.from_row(row)) for row in _rows(connection, eda.tables.outbox)]
+
+
+def _inbox(eda: EDA, connection: Connection) -> Iterable[Any]:
+    for row in _rows(connection, eda.tables.inbox):
+        identity = Identity(row.message_id, row.revision)
+        handled = eda.inbox.find(connection, row.consumer, identity)
+        assert handled, row
+        yield row.consumer, row.message_id, row.revision, handled.outcome, handled.result
+
+
+def _attempts(eda: EDA, connection: Connection) -> Iterable[Any]:
+    attempts = Attempts(eda.tables.attempts, eda.dialect)
+    for row in _rows(connection, eda.tables.attempts):
+        identity = Identity(row.message_id, row.revision)
+        # It is rolled back.
+        deliveries = attempts.count(connection, row.consumer, identity)
+        yield row.consumer, row.message_id, row.revision, deliveries
+
+
+def _dead_letters(eda: EDA, connection: Connection) -> Iterable[Any]:
+    for each in eda.dead_letters.select(connection, Filter()):
+        yield {**vars(each), "message": of_message(each.message)}
+
+
+def _audit(eda: EDA, connection: Connection) -> Iterable[Any]:
+    ids = {row.message_id for row in _rows(connection, eda.tables.audit)}
+    for message_id in sorted(ids):
+        for each in eda.audit.of_message(connection, message_id):
+            yield message_id, asdict(each)
+
+
+def _sequences(eda: EDA, connection: Connection) -> Iterable[Any]:
+    for row in _rows(connection, eda.tables.sequences):
+        version = eda.sequences.version(connection, row.stream, row.key)
+        yield row.stream, row.key, row.epoch, row.last, version
+
+
+def _cursors(eda: EDA, connection: Connection) -> Iterable[Any]:
+    for row in _rows(connection, eda.tables.cursors):
+        lane = Lane(row.source, row.stream, row.key)
+        cursor = eda.cursors.find(connection, row.consumer, lane)
+        at = (cursor.epoch, cursor.last, cursor.held, cursor.parked)
+        yield row.consumer, row.source, row.stream, row.key, at
+
+
+def _parked(eda: EDA, connection: Connection) -> Iterable[Any]:
+    for row in _rows(connection, eda.tables.parked):
+        yield row.consumer, of_message(outbox.from_row(row))
+
+
+def _requests(eda: EDA, connection: Connection) -> Iterable[Any]:
+    for row in _rows(connection, eda.tables.requests):
+        outcome = eda.requests.outcome(connection, row.correlation_id)
+        yield row.correlation_id, row.task, outcome
+
+
+def _events(eda: EDA, connection: Connection) -> Iterable[Any]:
+    return map(vars, eda.event_store.read(connection))
+
+
+def _streams(eda: EDA, connection: Connection) -> Iterable[Any]:
+    for stream in ("order.7", "order.8", "stock.spoon"):
+        for each in eda.event_store.stream(connection, stream):
+            yield stream, each.version, each.id
+
+
+def _snapshots(eda: EDA) -> Snapshots:
+    return Snapshots(eda.tables.snapshots, eda.dialect)
+
+
+def _latest_snapshots(eda: EDA, connection: Connection) -> Iterable[Any]:
+    for row in _rows(connection, eda.tables.snapshots):
+        snapshot = _snapshots(eda).latest(connection, f"{row.category}.{row.key}", row.name)
+        assert snapshot, row
+        yield row.category, row.key, row.name, snapshot.version, snapshot.state
+
+
+def _declarations(eda: EDA, connection: Connection) -> Iterable[Any]:
+    for queue, each in eda.declarations.all(connection).items():
+        yield queue, each.task, each.patterns
+
+
+def _projections(eda: EDA, connection: Connection) -> Iterable[Any]:
+    for row in _rows(connection, eda.tables.projections):
+        yield row.name, eda.projections.find(connection, row.name)
+
+
+def _sagas(eda: EDA, connection: Connection) -> Iterable[Any]:
+    for row in _rows(connection, eda.tables.sagas):
+        yield vars(eda.saga_log.find(connection, row.id))
+
+
+def _saga_histories(eda: EDA, connection: Connection) -> Iterable[Any]:
+    for row in _rows(connection, eda.tables.sagas):
+        for each in eda.saga_log.history(connection, row.id):
+            record = each.record
+            did = (record.kind, record.place, record.attempt, record.status, record.ended)
+            then = (record.value, record.timed_out, record.id)
+            yield row.id, did, then, each.begun_at, each.ended_at, each.due, each.who, each.request
+
+
+def _saga_locks(eda: EDA, connection: Connection) -> Iterable[Any]:
+    for row in _rows(connection, eda.tables.saga_locks):
+        yield row.key, row.place, row.owner, row.saga
+
+
+_READERS: dict[str, Callable[[EDA, Connection], Iterable[Any]]] = {
+    "outbox": _outbox,
+    "inbox": _inbox,
+    "attempts": _attempts,
+    "dead letters": _dead_letters,
+    "audit": _audit,
+    "sequences": _sequences,
+    "cursors": _cursors,
+    "parked": _parked,
+    "requests": _requests,
+    "events": _events,
+    "streams": _streams,
+    "snapshots": _latest_snapshots,
+    "declarations": _declarations,
+    "projections": _projections,
+    "sagas": _sagas,
+    "saga histories": _saga_histories,
+    "saga locks": _saga_locks,
+}
+
+
+# ── names that are stored or travel ─────────────────────────────────────────────────────────
+
+
+def names(eda: EDA) -> dict[str, Any]:
+    """Every name that another version has to know too."""
+    tables = Tables.on()
+    return {
+        "tasks": {
+            "event": event.EVENT_TASK,
+            "reply": REPLY_TASK,
+            "saga news": saga_engine.NEWS_TASK,
+            "all": sorted(name for name in eda.app.tasks if name.startswith("celery_eda.")),
+        },
+        "exchanges": {
+            "events": [event.EVENT_EXCHANGE, EXCHANGE.name, EXCHANGE.type],
+            "undelivered": undelivered.EXCHANGE,
+        },
+        "queues": {
+            "undelivered": [undelivered.queue_of("shop").name, undelivered.limits(3, "shop")],
+            "replies": eda.requests.address,
+            "process": addresses.of_process()[:-32],
+            "repair": eda.settings.repair_queue,
+            "subscriptions": sorted(eda.subscriptions.by_queue),
+            "of one worker": event.OF_ONE_WORKER,
+        },
+        "headers": [
+            message.ID_HEADER,
+            message.REVISION_HEADER,
+            message.ORDER_HEADER,
+            message.REPLAY_HEADER,
+            addresses.REPLY_HEADER,
+            addresses.SAGA_HEADER,
+        ],
+        "redis keys": [redis_taking.MALFORMED],
+        # Python's own differ from version to version.
+        "errors": sorted(each for each in RemoteErrors()._types if each.startswith("celery")),
+        "consumer of what nobody reads": refusals.CONSUMER,
+        "channels": postgresql_presence.channel_of(tables),
+        "steps": checkpoints.STEPS,
+        "tables": {table.name: [column.name for column in table.columns] for table in tables.all},
+        "foreign identity": str(Identity.of_foreign("a task", 1, 2).id),
+    }
