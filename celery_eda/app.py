@@ -24,6 +24,7 @@ from celery_eda import (
     schema,
 )
 from celery_eda.addresses import REPLY_TASK
+from celery_eda.decorator import TaskDecorator
 from celery_eda.errors import NoDelivery, UnknownRequest
 from celery_eda.event import Event
 from celery_eda.parts import Parts
@@ -34,7 +35,7 @@ from celery_eda.saga_engine import WAKEUP_TASK
 from celery_eda.saga_steps import Steps
 from celery_eda.settings import register
 from celery_eda.subscribing import SubscriptionDecorator
-from celery_eda.task import TaskDecorator, finishing, made_reliable
+from celery_eda.task import made_reliable, run_async
 
 register()
 T = TypeVar("T")
@@ -416,7 +417,7 @@ class EDA(Parts):
         self.repair_tasks.refuse_second(repaired, repairer)
 
         def decorate(function: Callable[..., Any]) -> Any:
-            decide = finishing(self.task.with_session(function))
+            decide = run_async(self.task.with_session(function))
 
             @wraps(function, assigned=("__module__", "__doc__"))
             def repair(letter: int) -> str:

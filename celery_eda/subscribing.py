@@ -14,6 +14,7 @@ from sqlalchemy import Table
 from sqlalchemy.orm import Session
 
 from celery_eda import context
+from celery_eda.decorator import TaskDecorator
 from celery_eda.errors import ConfigurationError
 from celery_eda.event import Event
 from celery_eda.event_types import EventTypes
@@ -21,7 +22,7 @@ from celery_eda.identity import ORDER_HEADER, REPLAY_HEADER
 from celery_eda.projecting import Projecting
 from celery_eda.projections import Apply, Projection, Projections
 from celery_eda.subscriptions import Subscription, Subscriptions
-from celery_eda.task import TaskDecorator, finishing
+from celery_eda.task import run_async
 
 #: Options of a task that a subscription decides on itself.
 OURS = frozenset(("bind", "key", "ignore_result"))
@@ -98,7 +99,7 @@ class SubscriptionDecorator:
                     f"{task} is called in every worker, in no transaction, so there is no session "
                     "for it. Leave out the parameter, or every_worker."
                 )
-            handle = finishing(eda.task.with_session(function))
+            handle = run_async(eda.task.with_session(function))
 
             def receive(event: Event) -> Any:
                 event = eda.event_types.restored(event)

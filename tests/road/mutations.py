@@ -20,7 +20,8 @@ from celery_eda.inbox import Inbox
 from celery_eda.intake import Intake
 from celery_eda.outbox import Outbox
 from celery_eda.replying import Responder
-from celery_eda.task import ReliableRequest, ReliableTask
+from celery_eda.request import ReliableRequest
+from celery_eda.task import ReliableTask
 from celery_eda.transports import confirm_channel, frames
 from celery_eda.transports.base import CONFIRMED
 
