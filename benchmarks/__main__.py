@@ -20,13 +20,17 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks"
 
 @click.command()
 @click.argument("goal", type=click.Choice([*GOALS, "all"]))
-@click.option("--scale", default=1.0, show_default=True, help="Times as many messages and rows.")
-@click.option("--json", "as_json", is_flag=True, help="Nothing but JSON.")
-@click.option("--page", type=Path, default=PAGE, help="Where `all` writes its table and plots.")
+@click.option(
+    "--scale", default=1.0, show_default=True, help="Factor for the number of messages and rows."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
+@click.option(
+    "--page", type=Path, default=PAGE, help="The folder for the table and plots of `all`."
+)
 def main(goal: str, scale: float, as_json: bool, page: Path) -> None:
     """Measure one GOAL, or all."""
     lines = []
-    # Told to end, it takes its servers and their files with it.
+    # SystemExit on SIGTERM lets the stage stop its servers and delete their files.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with Stage() as stage:
         for name in GOALS if goal == "all" else [goal]:
@@ -41,7 +45,7 @@ def main(goal: str, scale: float, as_json: bool, page: Path) -> None:
 
 
 def measured(stage: Stage, goal: str, scale: float) -> dict[str, Any]:
-    """The line of one goal; what stopped its script stands in it."""
+    """The JSON line of one goal; it holds the error if the script failed."""
     machine = result.machine()
     try:
         return GOALS[goal].measure(stage, scale).line(machine)
@@ -53,7 +57,7 @@ def measured(stage: Stage, goal: str, scale: float) -> dict[str, Any]:
 
 
 def summary(line: dict[str, Any]) -> str:
-    """What a person wants to see of it."""
+    """A line for a person."""
     said = [f"{line['goal']}: {GOALS[line['goal']].says}", f"  {line.get('why') or ''}"]
     for check in line.get("checks", []):
         sign = "≥" if check["at_least"] else "≤"

@@ -1,4 +1,4 @@
-"""A process that does what is measured, told so line by line, so that all are measured alike."""
+"""The process of a contestant, driven line by line, so that all are measured alike."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typing_extensions import Self
 
 from tests.servers.hosts import PROJECT
 
-#: Seconds that a contestant has to leave.
+#: Seconds within which a contestant has to exit.
 GOODBYE = 10.0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one call took, by the contestant's own clocks.
+    """The cost of one call, by the contestant's own clocks.
 
     Attributes:
-        value: what it returned.
-        seconds: from its beginning to its end.
-        cpu: seconds of CPU of the whole process meanwhile, all threads.
-        machine: the same of all processes, servers among them.
+        value: the returned value.
+        seconds: the elapsed time.
+        cpu: seconds of CPU of the process, all threads.
+        machine: seconds of CPU of all processes of the machine, servers included.
     """
 
     value: Any
@@ -37,11 +37,11 @@ class Measured:
 
 
 class ContestantFailed(Exception):
-    """A contestant ended, or raised; shows what it said."""
+    """A contestant exited or raised; the message has its output."""
 
 
 class Contestant:
-    """``python -m benchmarks.contestants.<module>``, which ends with this process."""
+    """``python -m benchmarks.contestants.<module>``, which exits with this process."""
 
     def __init__(self, module: str, environment: Mapping[str, str], log: Path) -> None:
         self.module = module
@@ -75,12 +75,12 @@ class Contestant:
             self._process.wait()
 
     def do(self, verb: str, *arguments: Any) -> Measured:
-        """Have it do something, and wait for that."""
+        """Call *verb*, and wait for the result."""
         self.begin(verb, *arguments)
         return self.end()
 
     def begin(self, verb: str, *arguments: Any) -> None:
-        """Have it do something, and go on; :meth:`end` waits."""
+        """Start a call of *verb*; :meth:`end` waits for the result."""
         assert self._process.stdin
         try:
             self._process.stdin.write(json.dumps([verb, arguments]) + "\n")
@@ -89,16 +89,16 @@ class Contestant:
             """It is gone, and :meth:`end` says so."""
 
     def tell(self) -> None:
-        """Tell it, in the middle of what it does, to come to an end."""
+        """Ask the running call to finish."""
         assert self._process.stdin
         self._process.stdin.write("\n")
         self._process.stdin.flush()
 
     def end(self) -> Measured:
-        """What came of what it began.
+        """The result of the call that :meth:`begin` started.
 
         Raises:
-            ContestantFailed: it could not.
+            ContestantFailed: the call failed.
         """
         assert self._process.stdout
         answer = self._process.stdout.readline()

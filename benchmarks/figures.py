@@ -1,4 +1,4 @@
-"""What many runs say: medians, how far they spread, and ratios of runs that belong together."""
+"""Statistics of many runs: medians, spreads, and ratios within one round."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Sequence
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle one of *values*."""
+    """The median of *values*."""
     return statistics.median(values)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest of *values* that at least *share* (0 to 1) of them do not exceed."""
+    """The nearest-rank percentile of *values*; *share* is between 0 and 1."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
-    """The ratio of each pair: what one round measured of both."""
+    """The ratio of each pair, measured in the same round."""
     return [a / b for a, b in zip(over, under, strict=True)]
 
 

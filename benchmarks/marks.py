@@ -1,4 +1,4 @@
-"""The moments at which tasks started, told by the workers themselves."""
+"""The times at which tasks started, as reported by the workers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from typing_extensions import Self
 
-#: Seconds to wait for marks that do not come.
+#: Seconds to wait for missing marks.
 PATIENCE = 60.0
 #: The worker's own end waits in the socket's queue, which is short: somebody has to read it.
 LONGEST = 64
 
 
 class Marks:
-    """Hears ``benchmarks.contestants.marks`` on a socket, in a thread that does nothing else.
+    """Receives ``benchmarks.contestants.marks`` on a socket, in a thread of its own.
 
-    Moments are those of ``time.monotonic``, which all processes of a machine share.
+    Times are those of ``time.monotonic``, which all processes of a machine share.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,12 +37,12 @@ class Marks:
             last.sendto(b"", self.path)
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Forget all marks."""
         with self._changed:
             self._moments = {}
 
     def of(self, count: int) -> dict[int, float]:
-        """The moments by number, as soon as there are *count* of them.
+        """The times by number, as soon as there are *count* of them.
 
         Raises:
             TimeoutError: some are missing.
@@ -53,10 +53,10 @@ class Marks:
             return dict(self._moments)
 
     def when(self, number: int) -> float:
-        """The moment at which the task with that *number* started, as soon as it has.
+        """The time at which the task with this *number* started, as soon as it has.
 
         Raises:
-            TimeoutError: it does not.
+            TimeoutError: the task has not started.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: number in self._moments, PATIENCE):

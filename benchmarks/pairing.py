@@ -1,4 +1,4 @@
-"""Runs of several cases, interleaved, so that what disturbs the machine disturbs all of them."""
+"""Interleaved runs of several cases, so that a disturbance of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 def interleaved(
     cases: Mapping[str, Callable[[], T]], *, rounds: int, warm_ups: int = 1
 ) -> dict[str, list[T]]:
-    """What each case gave in each round; the first *warm_ups* rounds do not count.
+    """The results of each case by round; the first *warm_ups* rounds are dropped.
 
-    In every round each case runs once, and another one is first: whatever a run leaves behind (a
-    checkpoint to write, a cache) does not always fall on the same one.
+    In every round each case runs once, and the order rotates: the after-effects of a run (a
+    checkpoint to write, a cache) do not always hit the same case.
     """
     names = list(cases)
     given: dict[str, list[T]] = {name: [] for name in names}

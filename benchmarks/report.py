@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.goals import GOALS
 
-#: Where matplotlib comes from.
+#: The command that installs matplotlib.
 EXTRA = "pip install 'celery-eda[bench]'"
 VERDICTS = {True: "met", False: "**not met**", None: "no verdict"}
 
@@ -25,7 +25,7 @@ def write(lines: Sequence[dict[str, Any]], page: Path) -> None:
 
 
 def table(lines: Sequence[dict[str, Any]], plots: dict[str, str]) -> str:
-    """The page: a row for each condition, then for each goal what was compared and the medians."""
+    """The page: a row per condition, then per goal the comparison and the medians."""
     first = lines[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     disturbed = [line["goal"] for line in lines if line["disturbed"]]
@@ -84,7 +84,7 @@ def _section(line: dict[str, Any], picture: str | None) -> list[str]:
 
 
 def plot(line: dict[str, Any], page: Path) -> str | None:
-    """Draw what each round of each case gave; returns the picture's name, None if nothing did.
+    """Plot the figures of each case by round; returns the name of the picture, if any.
 
     Raises:
         SystemExit: matplotlib is missing.
@@ -114,7 +114,7 @@ def plot(line: dict[str, Any], page: Path) -> str | None:
     axes.grid(axis="x", alpha=0.3)
     axes.set_title(f"{goal}: {GOALS[goal].says}", fontsize=10)
     name = f"{goal}.svg"
-    # Nothing in the file changes but what was measured.
+    # Without these, the file would change even if the figures did not.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": goal}):
         figure.savefig(page / name, metadata={"Date": None, "Creator": None})
     return name

@@ -1,4 +1,4 @@
-"""What one goal's script found, as the one line of JSON that it prints."""
+"""The result of one goal, printed as one line of JSON."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ PACKAGES = (
     "faststream-outbox",
     "procrastinate",
 )
-#: How busy the machine may be just before a goal, in percent; above that the run is disturbed.
+#: CPU load just before a goal, in percent, above which a run counts as disturbed.
 QUIET = 25.0
-#: Seconds for which it is looked at. Its load average still knows of the goal before.
+#: Seconds over which the load is measured; the load average would include the goal before.
 LOOK = 1.0
 
 
@@ -37,12 +37,12 @@ class Check:
     """One condition of a goal.
 
     Attributes:
-        what: is divided by what.
+        what: names the numerator and the denominator of the ratio.
         ratio: the median of the ratios of all rounds; None if it could not be measured.
-        target: what it is held against.
-        at_least: whether more is better.
+        target: the bound for the ratio.
+        at_least: True if the bound is a lower one.
         spread: the least and the greatest ratio of a round.
-        why: there is no ratio, or no verdict.
+        why: the reason for a missing ratio or verdict.
     """
 
     what: str
@@ -62,9 +62,9 @@ class Check:
         at_most: float | None = None,
         why: str | None = None,
     ) -> Check:
-        """The condition that the median of *ratios* is *at_least*, or *at_most*, so much.
+        """The condition that the median of *ratios* is *at_least* or *at_most* a bound.
 
-        *why*, if given, says why the ratio is no verdict yet.
+        *why*, if given, is the reason that the ratio gives no verdict yet.
         """
         target = at_most if at_least is None else at_least
         assert target is not None, "a goal has a target"
@@ -80,17 +80,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Result:
-    """All of one goal.
+    """The result of one goal.
 
     Attributes:
         goal: its number, S1 to S15.
         checks: its conditions; the first one gives the line its ratio and target.
-        runs: rounds that counted.
-        medians: by case and unit, what the ratios were made of.
+        runs: number of rounds, without warm-ups.
+        medians: the figures behind the ratios, by case and unit.
         cpu: microseconds of CPU per message, by case.
-        compared: what was done, in one sentence.
-        not_compared: peers that the goal names and that did not run, and why.
-        samples: by case, one figure of each round, for the plots; the unit stands in ``unit``.
+        compared: the comparison in one sentence.
+        not_compared: peers of the goal that did not run, with the reason.
+        samples: by case, one figure per round, in ``unit``, for the plots.
     """
 
     goal: str
@@ -106,14 +106,14 @@ class Result:
 
     @property
     def met(self) -> bool | None:
-        """True if all conditions hold, False if one does not, else None."""
+        """True if all conditions hold, False if one fails, None if one has no verdict."""
         verdicts = [check.met for check in self.checks]
         if False in verdicts:
             return False
         return None if None in verdicts else True
 
     def line(self, machine: dict[str, Any]) -> dict[str, Any]:
-        """What is printed."""
+        """The values of the JSON line."""
         first = self.checks[0]
         why = "; ".join(f"{check.what}: {check.why}" for check in self.checks if check.why)
         return {
@@ -141,7 +141,7 @@ class Result:
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on; to be asked before the run."""
+    """The machine and its load; to be called before the run."""
     busy = psutil.cpu_percent(LOOK)
     return {
         "disturbed": busy > QUIET,

@@ -1,8 +1,8 @@
-"""Where the time of one request goes: ``python -m benchmarks.road --broker redis``.
+"""The time of one request, step by step: ``python -m benchmarks.road --broker redis``.
 
-Prints, as Markdown, the moment at which each step of the road is reached, and every statement that
-the database gets for one request and its reply. Only the requests themselves are looked at; the
-relay beside the worker, which polls, is counted apart.
+Prints, as Markdown, the time at which each step of the road is reached, and every statement that
+the database executes for one request and its reply. Statements of the relay beside the worker,
+which polls, are counted separately.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.servers.hosts import Host, LocalProcess
 from tests.servers.postgresql import PostgreSQL
 
 COUNT, PAUSE = 60, 0.05
-#: A line of PostgreSQL's log, as ``PREFIX`` begins it, for a statement.
+#: A statement in PostgreSQL's log, in a line that begins with ``PREFIX``.
 PREFIX = "%p|%r| "
 STATEMENT = re.compile(
     r"^(?P<backend>\d+)\|[\d.]+\((?P<port>\d+)\)\| LOG:  (statement|execute \S+): (?P<words>.*)$"
@@ -74,7 +74,7 @@ def main(broker: str, address: str, count: int) -> None:
 
 
 class Told:
-    """What the processes tell of their steps: word, process, moment."""
+    """The reports of the processes: step, process, time."""
 
     def __init__(self, folder: Path) -> None:
         self.path = str(folder / "road")
@@ -92,7 +92,7 @@ class Told:
 def steps(
     lines: list[tuple[str, int, float]], names: dict[int, str]
 ) -> list[tuple[tuple[str, str], list[float]]]:
-    """For each step, and who came to it, the seconds since its request; in their order."""
+    """The seconds since the request, by step and process, in chronological order."""
     since: dict[tuple[str, str], list[float]] = defaultdict(list)
     begun = None
     for word, pid, moment in sorted(lines, key=lambda line: line[2]):
@@ -104,10 +104,10 @@ def steps(
 
 
 def _log(host: Host) -> Path:
-    """Where the server writes what it is asked.
+    """The log of the server.
 
     Raises:
-        SystemExit: it runs elsewhere.
+        SystemExit: the server runs elsewhere.
     """
     if isinstance(host, LocalProcess):
         return host.log
@@ -118,7 +118,7 @@ def _log(host: Host) -> Path:
 
 
 def _log_statements(url: str, *, on: bool) -> None:
-    """Have the server log every statement, or none."""
+    """Switch the logging of statements on or off."""
     engine = create_engine(url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.execute(text(f"ALTER SYSTEM SET log_line_prefix = '{PREFIX}'"))
@@ -128,7 +128,7 @@ def _log_statements(url: str, *, on: bool) -> None:
 
 
 def _statements(log: Path, begin: int) -> list[tuple[int, str]]:
-    """The client's port and the beginning of each statement logged from *begin* on."""
+    """Pairs (client port, beginning of the statement) logged from *begin* on."""
     with log.open() as lines:
         lines.seek(begin)
         found = (STATEMENT.match(line.rstrip()) for line in lines)
@@ -136,7 +136,7 @@ def _statements(log: Path, begin: int) -> list[tuple[int, str]]:
 
 
 def _short(words: str) -> str:
-    """A statement without what changes from call to call."""
+    """A statement without the parts that differ from call to call."""
     words = words.replace("eda_outbox.", "")
     short = re.sub(r"SELECT .* FROM", "SELECT … FROM", words)
     short = re.sub(r" (\(|VALUES|SET|WHERE).*", " …", short)
@@ -144,7 +144,7 @@ def _short(words: str) -> str:
 
 
 def _ports(pids: list[int]) -> dict[int, int]:
-    """Whose each local port is."""
+    """The owner of each local port."""
     return {
         each.laddr.port: pid
         for pid in pids

@@ -1,4 +1,4 @@
-"""The private servers of a run, and the processes on them; all of them end with it."""
+"""The private servers and processes of a run, all of which end with it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from tests.servers.redis import DATABASES, Redis
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 
-#: Seconds that a worker may take to answer for the first time.
+#: Seconds within which a worker has to answer for the first time.
 PATIENCE = 60.0
 
 
 class Stage:
-    """Starts each server when it is first needed, and gives every case a place of its own."""
+    """Starts each server at its first use, and gives every case a database or broker of its own."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -49,9 +49,9 @@ class Stage:
 
     @cached_property
     def folder(self) -> Path:
-        """Where servers and processes keep their files until the end."""
+        """The temporary folder of the servers and processes."""
         folder = Path(tempfile.mkdtemp(prefix="celery-eda-benchmarks-"))
-        folder.chmod(0o755)  # PostgreSQL does not run as root
+        folder.chmod(0o755)  # PostgreSQL refuses to run as root
         self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
         return folder
 
@@ -68,7 +68,7 @@ class Stage:
         return self._running(Redis)
 
     def database(self) -> str:
-        """The URL of a new database, with the tables of a service and those of its business."""
+        """The URL of a new database with the tables of a service and of its business."""
         name = f"bench{next(self._numbers)}"
         url = self.postgresql.database(name)
         self._stack.callback(self.postgresql.drop, name)
@@ -104,7 +104,7 @@ class Cast:
         self._numbers = numbers
 
     def contestant(self, module: str, **environment: str) -> Contestant:
-        """A process of ``benchmarks.contestants.<module>`` that does as it is told."""
+        """A process of ``benchmarks.contestants.<module>`` that serves calls."""
         log = self._folder / f"{next(self._numbers)}-{module}.log"
         return self._stack.enter_context(Contestant(module, {**_paths(), **environment}, log))
 
@@ -112,7 +112,7 @@ class Cast:
         self, module: str, *options: str, pool: str = "prefork", **environment: str
     ) -> Worker:
         """A Celery worker of that module's app, with two slots."""
-        # Two workers of one name would share the queue of their remote control.
+        # Two workers of one name would share their remote control queue.
         name = f"bench{next(self._numbers)}@%h"
         words = ("worker", "-n", name, "-c2", "-P", pool, "-l", "WARNING", *options)
         quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat")
@@ -141,7 +141,7 @@ class Worker:
         self.host = host
 
     def cpu(self) -> float:
-        """Seconds of CPU that all its processes have used so far."""
+        """Seconds of CPU of all its processes so far."""
         total = 0.0
         for pid in self.host.pids:
             try:
@@ -152,15 +152,15 @@ class Worker:
         return total
 
     def memory(self) -> int:
-        """Bytes that its processes hold for themselves."""
+        """Private memory of its processes, in bytes."""
         return sum(psutil.Process(pid).memory_info().rss for pid in self.host.pids)
 
 
 def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> None:
-    """Wait until *condition* holds.
+    """Wait until *condition* is true.
 
     Raises:
-        TimeoutError: it does not, after *patience* seconds.
+        TimeoutError: the condition is false after *patience* seconds.
     """
     deadline = time.monotonic() + patience
     while not condition():

@@ -1,4 +1,4 @@
-"""What single steps of the road take: ``python -m benchmarks.steps``.
+"""The cost of single steps of the road: ``python -m benchmarks.steps``.
 
 Prints, as Markdown, microseconds of CPU and of time for one message, on PostgreSQL and RabbitMQ.
 """
@@ -16,7 +16,7 @@ from benchmarks.pairing import interleaved
 from benchmarks.stage import Stage
 
 ROUNDS = 15
-#: Messages of a step in one round, and of the one that sends each by itself.
+#: Messages of a step in one round, and of the step that sends one at a time.
 COUNT, SENT = 500, 50
 STEPS = {
     "captured, filled into a template": "capture",
@@ -33,7 +33,7 @@ METHODS = ("lz4", "pglz")
 
 @click.command()
 def main() -> None:
-    """Measure each step, all by turns; the medians of 15 rounds."""
+    """Measure all steps, interleaved; print the medians of 15 rounds."""
     with Stage() as stage, stage.cast() as cast:
         place = {
             "BENCH_BROKER": stage.broker("rabbitmq"),

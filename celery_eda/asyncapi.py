@@ -1,4 +1,4 @@
-"""The AsyncAPI 3.0 document of one service: the events that it sends, and those that it receives.
+"""The AsyncAPI 3.0 document of one service: the events that the service sends and receives.
 
 https://www.asyncapi.com/docs/reference/specification/v3.0.0
 """
@@ -37,13 +37,13 @@ _PLAIN: Mapping[Any, dict[str, Any]] = {
 def document(
     flow: Flow, types: EventTypes, subscriptions: Mapping[str, Subscription], version: str
 ) -> dict[str, Any]:
-    """The document, as plain JSON.
+    """The document, as JSON values.
 
     Args:
-        flow: what the service emits.
-        types: what is registered of the data of events.
-        subscriptions: by their queues.
-        version: of the service.
+        flow: gives the names of the emitted events.
+        types: the classes registered for the data of events.
+        subscriptions: the subscriptions of the service by their queues.
+        version: the version of the service.
     """
     sent = sorted({*flow.events, *types.kinds})
     channels = {name: _topic(name) for name in sent}
@@ -88,7 +88,7 @@ def _queue(queue: str, subscription: Subscription, received: list[str]) -> dict[
     durable = {"name": queue, "durable": True, "exclusive": False, "autoDelete": False}
     return {
         "address": queue,
-        "description": f"Events that {' or '.join(subscription.patterns)} chooses.",
+        "description": f"Events that match {' or '.join(subscription.patterns)}.",
         "messages": {
             name: _reference("components", "messages", name) for name in received or ["event"]
         },
@@ -97,7 +97,7 @@ def _queue(queue: str, subscription: Subscription, received: list[str]) -> dict[
 
 
 def _message(name: str | None, types: EventTypes) -> dict[str, Any]:
-    """A call of Celery's, protocol 2, whose one argument is the event."""
+    """A Celery message, protocol 2, whose only argument is the event."""
     data = schema(types.kinds[name][0]) if name in types.kinds else {}
     event = {
         "type": "object",
@@ -125,9 +125,9 @@ def _message(name: str | None, types: EventTypes) -> dict[str, Any]:
 
 
 def schema(kind: Any) -> dict[str, Any]:
-    """The JSON schema of data of a dataclass, a pydantic model, or what they consist of.
+    """The JSON schema of a dataclass, a pydantic model, or the type of a field.
 
-    What has no plain equivalent may be anything.
+    Types without a JSON equivalent get the empty schema, which accepts anything.
     """
     if hasattr(kind, "model_json_schema"):
         found: dict[str, Any] = kind.model_json_schema()

@@ -1,7 +1,7 @@
-"""Who emits what, and who listens: read from the code of an app, which is not run for it.
+"""The emissions, calls and subscriptions of an app, read from its source code without running it.
 
-An emission is a call of ``emit`` with the event's name written there; a name that is computed is
-not known. Listeners are the app's subscriptions. The flows of several services make one picture.
+An emission is a call of ``emit`` with a literal event name; a computed name is shown as ``?``. The
+flows of several services can be combined in one graph.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from celery_eda.drawing import Edge, Graph, Node
 from celery_eda.projections import Projection
 from celery_eda.subscriptions import Subscription
 
-#: What a computed name is called.
+#: Stands for a computed name.
 UNKNOWN = "?"
-#: Methods of a task that publish a call of it.
+#: Methods of a task that publish a call of the task.
 CALLS = frozenset(("delay", "apply_async", "request", "s", "si", "signature"))
 
 
@@ -32,9 +32,9 @@ class Flow:
     """The flow of one service.
 
     Attributes:
-        emits: pairs of a function's or task's name and an event's.
-        calls: pairs of a function's or task's name and that of the task it calls.
-        listens: pairs of a subscription's task and a pattern.
+        emits: pairs (name of a function or task, name of an event).
+        calls: pairs (name of a function or task, name of the called task).
+        listens: pairs (task of a subscription, pattern).
     """
 
     service: str
@@ -44,7 +44,7 @@ class Flow:
 
     @classmethod
     def of(cls, app: Celery, service: str, subscriptions: Iterable[Subscription]) -> Flow:
-        """That of *app*, by the modules in which its tasks are defined."""
+        """The flow of *app*, read from the modules that define its tasks."""
         app.finalize()
         modules = {sys.modules[task.run.__module__] for task in _own(app)}
         found = [each for module in modules for each in _published(module)]
@@ -58,24 +58,24 @@ class Flow:
 
     @property
     def events(self) -> tuple[str, ...]:
-        """The events that it emits, as far as they are known."""
+        """The sorted names of the emitted events, without computed ones."""
         return tuple(sorted({event for _, event in self.emits} - {UNKNOWN}))
 
     @classmethod
     def read(cls, plain: Any) -> Flow:
-        """The flow that :func:`dataclasses.asdict` has made plain.
+        """The inverse of :func:`dataclasses.asdict`.
 
         Raises:
-            ValueError: it is none.
+            ValueError: *plain* is not a flow.
         """
         match plain:
             case {"service": str(service), "emits": emits, "calls": calls, "listens": listens}:
                 return cls(service, *map(_pairs, (emits, calls, listens)))
-        raise ValueError("it is no flow: `eda flow --format json` prints one")
+        raise ValueError("not a flow; `eda flow --format json` prints one")
 
 
 def graph(flows: Iterable[Flow]) -> Graph:
-    """The picture of *flows*: functions and tasks by their service, and between them events."""
+    """The graph of *flows*: functions and tasks, grouped by service, linked by events."""
     flows = list(flows)
     events = {event for flow in flows for event in flow.events}
     nodes: dict[Node, None] = {}
@@ -106,7 +106,7 @@ def _pairs(plain: Iterable[Iterable[Any]]) -> tuple[tuple[str, str], ...]:
 
 
 def _own(app: Celery) -> list[Task]:
-    """The tasks that are not Celery's, nor ours."""
+    """The tasks of the app itself, without those of Celery and of this package."""
     foreign = ("celery.", "celery_eda.")
     return [
         task
@@ -116,7 +116,7 @@ def _own(app: Celery) -> list[Task]:
 
 
 def _published(module: ModuleType) -> Iterator[tuple[str, str, str]]:
-    """What each function of *module* publishes: its name, ``event`` or ``task``, and which."""
+    """Triples (function or task, ``event`` or ``task``, name of the event or task)."""
     try:
         tree = ast.parse(inspect.getsource(module))
     except (OSError, TypeError, SyntaxError):
@@ -130,13 +130,13 @@ def _published(module: ModuleType) -> Iterator[tuple[str, str, str]]:
 
 
 def _name_of_task(module: ModuleType, variable: str) -> str | None:
-    """The name of the task that *module* has in a *variable*; None if it has none there."""
+    """The name of the task in *variable* of *module*; None if the variable holds no task."""
     task = getattr(module, variable, None)
     return task.name if isinstance(task, Task | Projection) else None
 
 
 def _calls_in(function: ast.AST) -> Iterator[ast.Call]:
-    """The calls of *function*, but for those of functions in it."""
+    """The calls in *function*, without those of nested functions."""
     for child in ast.iter_child_nodes(function):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
@@ -164,7 +164,7 @@ def _published_by(call: ast.Call, module: ModuleType) -> Iterator[tuple[str, str
 
 
 def _texts(node: ast.expr | None) -> list[str]:
-    """The texts that an expression can be, if they are written there."""
+    """The literal strings to which *node* may evaluate; ``?`` for a computed one."""
     match node:
         case ast.Constant(value=str(text)):
             return [text]

@@ -43,7 +43,7 @@ app.conf.update(
     task_default_queue=environment("QUEUE") or "relayed",
     task_default_queue_type=environment("QUEUE_TYPE") or "classic",
 )
-#: The defaults of its command, but for the rest after an incomplete batch.
+#: The defaults of its command, except for the pause after an incomplete batch.
 OPTIONS: dict[str, float | int | str | None] = {
     "batch_size": 100,
     "idle_time": 0.0,
@@ -62,25 +62,25 @@ OPTIONS: dict[str, float | int | str | None] = {
 
 @app.task(name="bench.carry", ignore_result=True)
 def carry(payload: str) -> None:
-    """Carries about 1 KB, to nobody."""
+    """Do nothing; the message carries about 1 KB."""
 
 
 def prepare() -> None:
-    """Make its tables, and one of the business."""
+    """Create its tables, and a business table."""
     call_command("migrate", verbosity=0)
     with connection.cursor() as cursor:
         cursor.execute("CREATE TABLE IF NOT EXISTS business (number integer PRIMARY KEY)")
 
 
 def fill(count: int) -> None:
-    """*count* messages in one transaction."""
+    """Publish *count* messages in one transaction."""
     with transaction.atomic():
         for _ in range(count):
             carry.delay(PAYLOAD)
 
 
 def fill_beside_work(count: int, first: int) -> None:
-    """*count* transactions with a row and a message each."""
+    """Commit *count* transactions of one row and one message."""
     for number in range(first, first + count):
         with transaction.atomic():
             _work(number)
@@ -88,7 +88,7 @@ def fill_beside_work(count: int, first: int) -> None:
 
 
 def work(count: int, first: int) -> None:
-    """The same without the messages."""
+    """Commit *count* transactions of one row, without messages."""
     for number in range(first, first + count):
         with transaction.atomic():
             _work(number)
@@ -100,7 +100,7 @@ def _work(number: int) -> None:
 
 
 def drain() -> int:
-    """Send what is in the outbox."""
+    """Send everything in the outbox."""
     count = int(CeleryOutbox.objects.count())
     relay = Relay(app, RelayConfig.from_options(OPTIONS))
     while CeleryOutbox.objects.exists():
@@ -109,7 +109,7 @@ def drain() -> int:
 
 
 def forget() -> None:
-    """Empty the outbox, unsent."""
+    """Empty the outbox without sending."""
     CeleryOutbox.objects.all().delete()
 
 

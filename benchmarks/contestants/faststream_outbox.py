@@ -20,7 +20,7 @@ loop = asyncio.new_event_loop()
 metadata = MetaData()
 table = make_outbox_table(metadata, table_name="faststream_outbox")
 url = environment("DATABASE").replace("+psycopg", "+asyncpg")
-engine = create_async_engine(url, pool_size=30)  # one for each worker, and some
+engine = create_async_engine(url, pool_size=30)  # one for each worker, and some spare
 sessions = async_sessionmaker(engine, expire_on_commit=False)
 producer = OutboxBroker(engine, outbox_table=table)
 rabbit = RabbitBroker(environment("BROKER"), logger=None)
@@ -29,7 +29,7 @@ PATIENCE = 60.0
 
 
 def prepare() -> None:
-    """Make its table, and connect."""
+    """Create its table, and connect."""
     loop.run_until_complete(_prepare())
 
 
@@ -46,7 +46,7 @@ async def _prepare() -> None:
 
 
 def fill(count: int) -> None:
-    """*count* messages in one transaction."""
+    """Publish *count* messages in one transaction."""
     loop.run_until_complete(_fill(count))
 
 
@@ -58,7 +58,7 @@ async def _fill(count: int) -> None:
 
 
 def drain() -> int:
-    """Relay what is in the outbox; its start and its end are part of it."""
+    """Send everything in the outbox; the time includes start and stop of the relay."""
     return loop.run_until_complete(_drain())
 
 

@@ -29,12 +29,12 @@ def note(session: Session, number: int) -> None:
 
 @eda.task(name="flows.step")
 def step(session: Session, number: int) -> None:
-    """A step that knows nothing of the others."""
+    """Insert a row, as an independent step."""
     note(session, number)
 
 
 def listen(place: int) -> None:
-    """The step at *place* of the flow by events: does its part, and says so."""
+    """Subscribe the step at *place* of the flow by events, which emits the next event."""
 
     @eda.on(f"flow.step{place}", name=f"flows.hear{place}")
     def hear(session: Session, event: Event) -> None:
@@ -62,20 +62,20 @@ def chains(count: int, first: int) -> None:
 
 
 def events(count: int, first: int) -> None:
-    """The same as first events."""
+    """Begin *count* flows by emitting their first events."""
     for number in range(first, first + count):
         with eda.transaction():
             eda.emit("flow.step1", {"number": number}, key=number)
 
 
 def sagas(count: int, first: int) -> None:
-    """The same as sagas."""
+    """Begin *count* flows as sagas."""
     for number in range(first, first + count):
         flow.start({"number": number})
 
 
 def subscribe() -> None:
-    """Make the queues of the subscriptions."""
+    """Declare the queues of the subscriptions."""
     with app.connection_for_write() as connection:
         eda.subscriptions.declare(connection.default_channel)
 

@@ -1,4 +1,4 @@
-"""What tasks tell when they start, over a socket of this machine, to whoever measures."""
+"""Notifications of started tasks, sent to the measuring process over a local socket."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from functools import cache
 
 
 def started(number: int) -> None:
-    """Tell that the task with this *number* starts now."""
+    """Notify that the task with this *number* starts now."""
     if line := _line():
         line.send(f"{number} {time.monotonic()}".encode())
 
 
 def told(word: str) -> None:
-    """Tell that this process has come to *word*, if somebody traces the road."""
+    """Notify that this process has reached the step *word*, if a trace is running."""
     if "BENCH_STEPS" in os.environ and (line := _line()):
         line.send(f"{word} {os.getpid()} {time.monotonic()}".encode())
 

@@ -34,54 +34,54 @@ app.conf.update(
     **json.loads(environment("SETTINGS") or "{}"),
 )
 eda = EDA(app)
-#: The user's own engine and sessions, as users have them.
+#: The user's own engine and sessions.
 engine = create_engine(environment("DATABASE")) if environment("DATABASE") else None
 sessions = sessionmaker(engine)
-#: Keys of events.
+#: Number of ordering keys of the events.
 KEYS = 100
-#: Seconds to wait for what has been handed off.
+#: Seconds to wait until the process has sent what it committed.
 PATIENCE = 60.0
 
 
 @eda.task(name="bench.quote")
 def quote(number: int) -> int:
-    """Replies with twice the number."""
+    """Reply with twice *number*."""
     return 2 * number
 
 
 @eda.task(name="bench.insert")
 def insert_one(session: Session, number: int) -> None:
-    """One row, in the transaction of its message."""
+    """Insert a row in the transaction of the message."""
     marks.started(number)
     session.execute(insert(effects).values(name="bench", number=number))
 
 
 @eda.task(name="bench.keep", key="key")
 def keep(session: Session, key: str, number: int) -> None:
-    """One row, in its place among the messages of its key."""
+    """Insert a row, in the order of the key."""
     session.execute(insert(effects).values(name=key, number=number))
 
 
 @eda.task(name="bench.start")
 def start(number: int) -> None:
-    """Tells when it starts."""
+    """Report the start."""
     marks.started(number)
 
 
 @eda.task(name="bench.hold")
 def hold(number: int) -> None:
-    """Tells when it starts, and does not end."""
+    """Report the start, and never finish."""
     marks.started(number)
     time.sleep(600)
 
 
 @eda.task(name="bench.carry")
 def carry(payload: str) -> None:
-    """Carries about 1 KB, to nobody."""
+    """Do nothing; the message carries about 1 KB."""
 
 
 def note(session: Session, event: Event) -> None:
-    """One row, in the transaction of the subscription that the event came to."""
+    """Insert a row in the transaction of the subscription."""
     session.execute(insert(effects).values(name="heard", number=event.data["number"]))
 
 
@@ -98,7 +98,7 @@ if environment("STEPS"):
 
 
 def ask(count: int, seconds: float, address: Any) -> list[float]:
-    """Seconds from each request to its reply, one after the other, for some *seconds* at most."""
+    """Ask sequentially for at most *seconds*; returns the seconds of each round trip."""
     taken: list[float] = []
     for number in range(count):
         marks.told("asked")
@@ -113,14 +113,14 @@ def ask(count: int, seconds: float, address: Any) -> list[float]:
 
 
 def ask_slowly(count: int, address: Any, pause: float) -> None:
-    """The same with pauses, so that each request has the machine to itself."""
+    """As :func:`ask`, with pauses, so that each request runs on an idle machine."""
     for _ in range(count):
         ask(1, 60.0, address)
         time.sleep(pause)
 
 
 def flood(count: int, address: Any) -> None:
-    """Ask *count* times, then wait for all replies."""
+    """Send *count* requests, then wait for all replies."""
     replies = [eda.request("bench.quote", (number,), address=address) for number in range(count)]
     got = [reply.get(timeout=20) for reply in replies]
     assert got == [2 * number for number in range(count)], "a reply is wrong"
@@ -130,14 +130,14 @@ def flood(count: int, address: Any) -> None:
 
 
 def fill(count: int) -> None:
-    """*count* messages in one transaction."""
+    """Publish *count* messages in one transaction."""
     with eda.transaction():
         for _ in range(count):
             carry.delay(PAYLOAD)
 
 
 def fill_beside_work(count: int, first: int) -> None:
-    """*count* transactions of the user's own session, with a row and a message each."""
+    """Commit *count* transactions of the user's own session, with a row and a message each."""
     for number in range(first, first + count):
         with sessions() as session, eda.transaction(session):
             session.execute(insert(orders).values(number=number))
@@ -146,7 +146,7 @@ def fill_beside_work(count: int, first: int) -> None:
 
 
 def fill_and_notify(count: int, first: int) -> None:
-    """As :func:`fill_beside_work`, with a wake-up in each transaction, as others do it."""
+    """As :func:`fill_beside_work`, with a NOTIFY in each transaction, as some peers do."""
     for number in range(first, first + count):
         with sessions() as session, eda.transaction(session):
             session.execute(insert(orders).values(number=number))
@@ -156,7 +156,7 @@ def fill_and_notify(count: int, first: int) -> None:
 
 
 def work(count: int, first: int) -> None:
-    """The same without the messages."""
+    """As :func:`fill_beside_work`, without the messages."""
     for number in range(first, first + count):
         with sessions() as session:
             session.execute(insert(orders).values(number=number))
@@ -164,7 +164,7 @@ def work(count: int, first: int) -> None:
 
 
 def start_after_commit(count: int, pause: float) -> list[list[float]]:
-    """Publish *count* messages with pauses; the moments just before and after each commit."""
+    """Publish *count* messages with pauses; returns the times before and after each commit."""
     moments = []
     for number in range(count):
         with sessions() as session, eda.transaction(session):
@@ -178,14 +178,14 @@ def start_after_commit(count: int, pause: float) -> list[list[float]]:
 
 
 def publish_starts(count: int, first: int) -> None:
-    """*count* messages, each in a transaction of its own with nothing else."""
+    """Publish *count* messages, each in a transaction of its own with nothing else."""
     for number in range(first, first + count):
         with eda.transaction():
             start.delay(number)
 
 
 def occupy(first: int) -> None:
-    """A task that does not end, and one behind it."""
+    """Publish a task that never finishes, and another one."""
     hold.delay(first)
     start.delay(first + 1)
 
@@ -201,7 +201,7 @@ def take_bare(count: int) -> None:
 
 
 def settle() -> None:
-    """Wait until this process has sent what it has handed off."""
+    """Wait until this process has sent everything it committed."""
     deadline = time.monotonic() + PATIENCE
     while eda.sender._busy():  # ``finish`` gives up after two seconds
         if time.monotonic() > deadline:
@@ -210,7 +210,7 @@ def settle() -> None:
 
 
 def waiting() -> int:
-    """Messages in the outbox."""
+    """The number of messages in the outbox."""
     with eda.engine.connect() as connection:
         return int(connection.scalar(select(func.count()).select_from(eda.tables.outbox)) or 0)
 
@@ -219,14 +219,14 @@ def waiting() -> int:
 
 
 def emit(count: int, first: int) -> None:
-    """*count* events of about 1 KB, each in a transaction of its own, on a hundred keys."""
+    """Emit *count* events of about 1 KB with a hundred keys, each in its own transaction."""
     for number in range(first, first + count):
         with eda.transaction():
             _emit(number)
 
 
 def emit_together(count: int, first: int) -> None:
-    """The same in one transaction."""
+    """Emit *count* events in one transaction."""
     with eda.transaction():
         for number in range(first, first + count):
             _emit(number)
@@ -237,19 +237,19 @@ def _emit(number: int) -> None:
 
 
 def subscribe() -> None:
-    """Make the queues of the subscriptions."""
+    """Declare the queues of the subscriptions."""
     with eda.app.connection_for_write() as connection:
         eda.subscriptions.declare(connection.default_channel)
 
 
 def heard() -> int:
-    """How often an event has taken effect in a subscription; forgotten from then on."""
+    """The number of effects of events in subscriptions so far; deletes their rows."""
     with eda.engine.begin() as connection:
         return connection.execute(delete(effects).where(effects.c.name == "heard")).rowcount
 
 
 def read_page() -> int:
-    """The last thousand events by their positions, all of which are given."""
+    """Read the last thousand events in the order of their positions, all assigned."""
     eda.event_store.give_positions(eda.engine)
     with eda.engine.connect() as connection:
         last = connection.scalar(select(func.max(eda.tables.events.c.position))) or 0
@@ -265,14 +265,14 @@ def fold_stream(key: int) -> int:
 
 
 def drain() -> int:
-    """Send what is in the outbox, as ``celery eda relay --once`` does."""
+    """Send everything in the outbox, as ``celery eda relay --once`` does."""
     return eda.relay().drain().confirmed
 
 
 def claim_and_clear(count: int) -> int:
-    """Take *count* messages out of the outbox in batches, as a relay whose broker costs nothing.
+    """Claim and clear *count* messages in batches, as a relay does whose broker costs nothing.
 
-    Each is claimed behind the one before, and the first of a chain behind none.
+    Each batch is claimed while the batch before is still uncleared.
     """
     left, batch, owner = count, eda.settings.relay_batch, "0" * 32
     pending: Sequence[Pending] = ()
@@ -288,7 +288,7 @@ def claim_and_clear(count: int) -> int:
 
 
 def relay_until_told() -> int:
-    """Send what comes, as ``celery eda relay`` does, until the next line says otherwise."""
+    """Send messages, as ``celery eda relay`` does, until the next line arrives on stdin."""
     relay = eda.relay()
     thread = threading.Thread(target=relay.run)
     thread.start()
@@ -313,9 +313,7 @@ def handle(count: int) -> None:
 
 
 def keep_order(count: int, keys: int) -> None:
-    """Publish *count* messages of so many keys in one transaction, and deliver each, without a
-    broker.
-    """
+    """Publish *count* messages of *keys* keys in one transaction, and deliver each."""
     with eda.transaction():
         for number in range(count):
             keep.delay(f"key {number % keys}", number)
@@ -333,7 +331,7 @@ def keep_order(count: int, keys: int) -> None:
 
 
 def handle_bare(count: int) -> None:
-    """What that task does, in *count* transactions of the user's own."""
+    """Run the statements of that task in *count* transactions of the user's own."""
     for number in range(count):
         with sessions() as session:
             session.execute(insert(effects).values(name="bench", number=number))

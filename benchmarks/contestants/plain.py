@@ -1,4 +1,4 @@
-"""Plain Celery, as it comes; ``BENCH_LATE`` lets it ack late, ``BENCH_EDA`` extends it."""
+"""Plain Celery; ``BENCH_LATE`` sets late acknowledgement, ``BENCH_EDA`` adds celery_eda."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def quote(number: int) -> int:
 
 @app.task(name="plain.answer", bind=True, ignore_result=True)
 def answer(self: Task, number: int) -> None:
-    """Replies with twice the number, to the queue that the request names."""
+    """Reply with twice *number* to the queue that the request names."""
     with app.amqp.producer_pool.acquire(block=True) as producer:
         reply = {"result": 2 * number}
         producer.publish(reply, routing_key=self.request.reply_to, correlation_id=self.request.id)
@@ -52,7 +52,7 @@ def answer(self: Task, number: int) -> None:
 
 @app.task(name="plain.insert", ignore_result=True)
 def insert_one(number: int) -> None:
-    """One row, in a transaction of its own."""
+    """Insert a row in a transaction of its own."""
     marks.started(number)
     with sessions() as session:
         session.execute(insert(effects).values(name="bench", number=number))
@@ -61,7 +61,7 @@ def insert_one(number: int) -> None:
 
 @app.task(name="plain.step", ignore_result=True)
 def step(number: int) -> None:
-    """One row of a flow, in a transaction of its own."""
+    """Insert a row of a flow in a transaction of its own."""
     with sessions() as session:
         session.execute(insert(effects).values(name="step", number=number))
         session.commit()
@@ -69,20 +69,20 @@ def step(number: int) -> None:
 
 @app.task(name="plain.start", ignore_result=True)
 def start(number: int) -> None:
-    """Tells when it starts."""
+    """Report the start."""
     marks.started(number)
 
 
 @app.task(name="plain.carry", ignore_result=True)
 def carry(payload: str) -> None:
-    """Carries about 1 KB, to nobody."""
+    """Do nothing; the message carries about 1 KB."""
 
 
 # ── requests ────────────────────────────────────────────────────────────────────────────────────
 
 
 def ask(count: int, seconds: float) -> list[float]:
-    """Seconds from each request to its reply, one after the other, for some *seconds* at most."""
+    """Ask sequentially for at most *seconds*; returns the seconds of each round trip."""
     taken: list[float] = []
     for number in range(count):
         begun = time.perf_counter()
@@ -95,14 +95,14 @@ def ask(count: int, seconds: float) -> list[float]:
 
 
 def flood(count: int) -> None:
-    """Ask *count* times, then wait for all replies."""
+    """Send *count* requests, then wait for all replies."""
     replies = [quote.delay(number) for number in range(count)]
     got = [reply.get(timeout=20) for reply in replies]
     assert got == [2 * number for number in range(count)], "a reply is wrong"
 
 
 def ask_over_temporary_queues(count: int, seconds: float) -> list[float]:
-    """The same, each over an exclusive queue of its own."""
+    """As :func:`ask`, each reply over an exclusive queue of its own."""
     taken: list[float] = []
     with app.connection_for_read() as connection, connection.channel() as channel:
         for number in range(count):
@@ -130,13 +130,13 @@ def _keep(arrived: list[Any]) -> Any:
 
 
 def fill(count: int) -> None:
-    """*count* messages, straight to the broker."""
+    """Publish *count* messages directly to the broker."""
     for _ in range(count):
         carry.delay(PAYLOAD)
 
 
 def fill_beside_work(count: int, first: int) -> None:
-    """*count* transactions with a row each, and a message after each commit."""
+    """Commit *count* transactions of one row, and publish a message after each commit."""
     for number in range(first, first + count):
         with sessions() as session:
             session.execute(insert(orders).values(number=number))
@@ -145,7 +145,7 @@ def fill_beside_work(count: int, first: int) -> None:
 
 
 def work(count: int, first: int) -> None:
-    """The same without the messages."""
+    """As :func:`fill_beside_work`, without the messages."""
     for number in range(first, first + count):
         with sessions() as session:
             session.execute(insert(orders).values(number=number))
@@ -159,13 +159,13 @@ def chains(count: int, first: int) -> None:
 
 
 def publish_starts(count: int, first: int) -> None:
-    """*count* messages."""
+    """Publish *count* messages."""
     for number in range(first, first + count):
         start.delay(number)
 
 
 def start_at_once(count: int, pause: float) -> list[list[float]]:
-    """Publish *count* messages with pauses; the moments just before and after each ``.delay()``."""
+    """Publish *count* messages with pauses; returns the times before and after each call."""
     moments = []
     for number in range(count):
         before = time.monotonic()

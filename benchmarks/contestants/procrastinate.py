@@ -23,34 +23,34 @@ app = App(connector=connector(conninfo=url))
 
 @app.task(name="carry")
 def carry(payload: str) -> None:
-    """Carries about 1 KB, to nobody."""
+    """Do nothing; the job carries about 1 KB."""
 
 
 @app.task(name="start")
 def start(number: int) -> None:
-    """Tells when it starts."""
+    """Report the start."""
     marks.started(number)
 
 
 def prepare() -> None:
-    """Connect, and make its tables."""
+    """Connect, and create its tables."""
     app.open()
     app.schema_manager.apply_schema()
 
 
 def fill(count: int) -> None:
-    """*count* jobs in one statement."""
+    """Defer *count* jobs in one statement."""
     carry.batch_defer(*[{"payload": PAYLOAD}] * count)
 
 
 def publish_starts(count: int, first: int) -> None:
-    """*count* jobs, each in a transaction of its own."""
+    """Defer *count* jobs, each in a transaction of its own."""
     for number in range(first, first + count):
         start.defer(number=number)
 
 
 def start_at_once(count: int, pause: float) -> list[list[float]]:
-    """Defer *count* jobs with pauses; the moments just before and after each."""
+    """Defer *count* jobs with pauses; returns the times before and after each."""
     moments = []
     for number in range(count):
         before = time.monotonic()

@@ -1,7 +1,7 @@
-"""The contestant's side: do what the lines on standard input say, and time it.
+"""The contestant's side of the protocol: runs and times the calls read from standard input.
 
 A line is ``["verb", [arguments]]``; the answer has the value, the seconds and the seconds of CPU.
-What the contestant prints goes to standard error.
+All other output goes to standard error.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 
 import psutil
 
-#: About 1 KB, as JSON: what the messages of all contestants carry.
+#: The payload of the messages of all contestants: about 1 KB of JSON.
 PAYLOAD = "x" * 1000
 
 
 def environment(name: str) -> str:
-    """What the stage said: ``DATABASE``, ``BROKER``, ``QUEUE``, …; empty if nothing."""
+    """A variable set by the stage, e.g. ``DATABASE``, ``BROKER``, ``QUEUE``; empty if unset."""
     return os.environ.get(f"BENCH_{name}", "")
 
 
 def serve(verbs: Mapping[str, Callable[..., Any]]) -> None:
-    """Do what is asked until standard input ends."""
+    """Serve calls until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

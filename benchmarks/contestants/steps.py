@@ -1,4 +1,4 @@
-"""Single steps of the road, some of them in two ways: each verb does one, so often."""
+"""Single steps of the road, some in two variants; each verb repeats one step."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from celery_eda.prepared import NOTHING_AFTER
 from celery_eda.relay import Relay
 from celery_eda.transports.frames import Frames
 
-#: Rows that a relay claims at once.
+#: Rows of one claim of a relay.
 BATCH = 500
-#: Of which text is made that is neither all the same nor all different.
+#: Words for text that compresses about as well as real text.
 WORDS = ("cocoa", "milk", "dark", "large", "small", "mint", "cream", "order", "table", "paid")
 
 
 def capture(count: int) -> list[Message]:
-    """Publish so often, in a transaction that writes nothing; all alike but the first."""
+    """Publish *count* calls that fit one template, in a transaction that writes nothing."""
     collected = context.Collected()
     with context.scope_of(collected):
         for _ in range(count):
@@ -38,7 +38,7 @@ def capture(count: int) -> list[Message]:
 
 
 def capture_by_celery(count: int) -> None:
-    """The same with each message made by Celery, since somebody wants to be told of it."""
+    """As :func:`capture`, with each message built by Celery because of a signal receiver."""
 
     def told(**_: Any) -> None: ...
 
@@ -50,7 +50,7 @@ def capture_by_celery(count: int) -> None:
 
 
 def capture_nothing(count: int) -> None:
-    """What is left of a call without the message: Celery's checks, a body, an id and a result."""
+    """Call without building a message: Celery's checks, a body, an id and a result."""
 
     def send_task(name: str, args: Any, kwargs: Any, **_: Any) -> Any:
         serialization.dumps((args, kwargs, NOTHING_AFTER), "json")
@@ -66,7 +66,7 @@ def capture_nothing(count: int) -> None:
 
 @contextmanager
 def _undone() -> Iterator[Connection]:
-    """A transaction of the user's engine that leaves nothing behind."""
+    """A transaction of the user's engine that is rolled back."""
     with eda.engine.connect() as connection:
         yield connection
         connection.rollback()
@@ -86,7 +86,7 @@ def write_one(count: int) -> None:
 
 
 def write_as_arrays(count: int) -> None:
-    """The same as many rows are written: by arrays, here of one."""
+    """As :func:`write_one`, with the statement for many rows: arrays, here of length one."""
     statement = eda.dialect._adding(eda.tables.outbox, tuple(_row()))
     with _undone() as connection:
         for _ in range(count):
@@ -95,7 +95,7 @@ def write_as_arrays(count: int) -> None:
 
 
 def write_by_driver(count: int) -> None:
-    """The INSERT of one row, given to psycopg by nobody."""
+    """The INSERT of one row, executed by psycopg directly."""
     statement = eda.dialect._adding_one(eda.tables.outbox, tuple(_row()))
     with _undone() as connection:
         cursor = connection.connection.cursor()
@@ -106,7 +106,7 @@ def write_by_driver(count: int) -> None:
 
 @cache
 def _rows_of_text() -> list[dict[str, Any]]:
-    """A batch of rows with a kilobyte of words in each."""
+    """A batch of rows with a kilobyte of words each."""
     random, collected = Random(1), context.Collected()
     with context.scope_of(collected):
         for _ in range(BATCH):
@@ -116,7 +116,7 @@ def _rows_of_text() -> list[dict[str, Any]]:
 
 
 def write_compressed(method: str, count: int) -> None:
-    """INSERT rows with text in batches, compressed by this *method* of PostgreSQL."""
+    """INSERT rows of text in batches, compressed by this *method* of PostgreSQL."""
     table = eda.tables.outbox
     columns = ("headers", "properties", "body", "envelope")
     changes = (f"ALTER COLUMN {name} SET COMPRESSION {method}" for name in columns)
@@ -127,7 +127,7 @@ def write_compressed(method: str, count: int) -> None:
 
 
 def read(count: int) -> None:
-    """Claim so many rows, in batches, and make messages of them."""
+    """Claim *count* rows in batches, and build messages from them."""
     for _ in range(count // BATCH):
         assert len(_claimed()) == BATCH, "the outbox has too few"
 
@@ -145,7 +145,7 @@ def _messages() -> list[Message]:
 
 
 def make_frames(count: int) -> None:
-    """Make the frames of so many messages."""
+    """Encode the AMQP frames of *count* messages."""
     for _ in range(count // BATCH):
         frames = Frames(1, 131_072)
         for message in _messages():
@@ -161,13 +161,13 @@ def _relay() -> Relay:
 
 
 def send_one_by_one(ids: list[int]) -> None:
-    """Send the messages with these ids, each by itself."""
+    """Send the messages with these ids, one at a time."""
     for row_id in ids:
         _relay().send([row_id])
 
 
 def published(count: int) -> list[int]:
-    """Publish so many; the ids of their rows."""
+    """Publish *count* messages; returns the ids of their rows."""
     fill(count)
     table = eda.tables.outbox
     with eda.engine.connect() as connection:
@@ -190,7 +190,7 @@ VERBS: dict[str, Callable[..., Any]] = {
         published,
     )
 }
-# What it returns is not for the pipe.
+# Its return value cannot be sent as JSON.
 VERBS["capture"] = lambda count: len(capture(count))
 
 if __name__ == "__main__":

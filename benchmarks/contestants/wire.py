@@ -1,7 +1,7 @@
-"""The limit: messages made beforehand, written to the broker as fast as it takes them, no database.
+"""The limit: prebuilt messages, written to the broker at full speed, without a database.
 
-To RabbitMQ as frames of AMQP, with confirms and a window of so many messages under way; to Redis
-as one LPUSH for many. Beside them, kombu's own publishing of the same message.
+To RabbitMQ as AMQP frames with confirms and a window of unconfirmed messages; to Redis with one
+LPUSH for many messages. For comparison, the same message published by kombu.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from celery_eda.recording import RecordingProducer
 from celery_eda.transports.frames import Frames
 
 WINDOW = 500
-#: Messages of one LPUSH, or of one write to the socket.
+#: Messages per LPUSH, or per write to the socket.
 AT_ONCE = 500
-#: Seconds to wait for what the broker has still to confirm.
+#: Seconds to wait for outstanding confirms.
 PATIENCE = 30.0
 
 QUEUE = environment("QUEUE") or "relayed"
@@ -36,7 +36,7 @@ QUEUE_TYPE = environment("QUEUE_TYPE") or "classic"
 
 @cache
 def message() -> Message:
-    """A message as Celery makes it, of about 1 KB."""
+    """A Celery message of about 1 KB."""
     app = Celery("wire", set_as_current=False)
     recorder = RecordingProducer()
     task = app.amqp.as_task_v2(str(uuid4()), "bench.carry", (PAYLOAD,))
@@ -51,7 +51,7 @@ def broker() -> Any:
 
 
 def declare(*names: str) -> None:
-    """Make queues, by default the one of all, with the arguments that Celery gives them."""
+    """Declare queues, by default the common one, with the same arguments as Celery."""
     for name in names or (QUEUE,):
         queue = Queue(name, queue_arguments={"x-queue-type": QUEUE_TYPE}, routing_key=name)
         with broker().channel() as channel:
@@ -59,7 +59,7 @@ def declare(*names: str) -> None:
 
 
 def empty(queue: str = QUEUE) -> int:
-    """Take all messages out of the queue, unread; how many there were."""
+    """Purge the queue; returns the number of messages."""
     with broker().channel() as channel:
         return int(channel.queue_purge(queue))
 
@@ -69,7 +69,7 @@ def empty(queue: str = QUEUE) -> int:
 
 @cache
 def _confirming() -> tuple[Any, Any, bytes]:
-    """The connection, a channel in confirm mode, and one message in frames for it."""
+    """A connection, a channel in confirm mode, and the AMQP frames of one message."""
     connection = broker().connection
     channel = connection.channel()
     channel.confirm_select()
@@ -79,7 +79,7 @@ def _confirming() -> tuple[Any, Any, bytes]:
 
 
 def write_confirmed(count: int) -> int:
-    """Write *count* messages in frames, with a window; returns how many were confirmed.
+    """Write the frames of *count* messages with a window; returns the number of confirms.
 
     Raises:
         TimeoutError: a confirm is missing.
@@ -110,7 +110,7 @@ def write_confirmed(count: int) -> int:
 
 
 def send_tasks(task: str, queue: str, count: int) -> int:
-    """Write calls of *task* with the numbers from 0 to *count*, all made before the first goes."""
+    """Write calls of *task* with the numbers from 0 to *count*, built before the first is sent."""
     connection, channel, _ = _confirming()
     frames = Frames(channel.channel_id, connection.frame_max)
     for number in range(count):
@@ -121,7 +121,7 @@ def send_tasks(task: str, queue: str, count: int) -> int:
 
 
 def _call(task: str, queue: str, number: int) -> Message:
-    """A call of *task* with an identity of its own, which plain Celery does not look at."""
+    """A call of *task* with an identity of its own, which plain Celery ignores."""
     identity, task_id = Identity.fresh(), str(uuid4())
     body = json.dumps([[number], {}, {"callbacks": None, "errbacks": None, "chain": None}])
     template = message()
@@ -141,7 +141,7 @@ def _call(task: str, queue: str, number: int) -> Message:
     )
 
 
-#: Tags of one channel go on from run to run.
+#: Delivery tags of one channel continue from run to run.
 _tags = count_from(1)
 
 
@@ -150,7 +150,7 @@ _tags = count_from(1)
 
 @cache
 def _redis() -> tuple[Any, bytes]:
-    """A client, and one message as kombu puts it into a list."""
+    """A client, and one message as kombu stores it in a list."""
     client = Redis.from_url(environment("BROKER"))
     publish_with_kombu(1)
     payload = client.rpop(QUEUE)
@@ -159,7 +159,7 @@ def _redis() -> tuple[Any, bytes]:
 
 
 def push(count: int) -> int:
-    """Push *count* messages, many with each command."""
+    """Push *count* messages, many per command."""
     client, payload = _redis()
     for start in range(0, count, AT_ONCE):
         client.lpush(QUEUE, *[payload] * min(AT_ONCE, count - start))
@@ -172,7 +172,7 @@ def _producer() -> Any:
 
 
 def publish_with_kombu(count: int) -> int:
-    """Publish *count* messages, each by kombu."""
+    """Publish *count* messages with kombu."""
     one = message()
     for _ in range(count):
         _producer().publish(

@@ -1,4 +1,4 @@
-"""One module for each family of goals; ``GOALS`` says where to find which."""
+"""One module per family of goals; ``GOALS`` finds the module of a goal."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Goal:
-    """One of the goals, and the function that measures it."""
+    """A goal, and the function that measures it."""
 
     says: str
     where: str
 
     def measure(self, stage: Stage, scale: float) -> Result:
-        """Measure it; *scale* multiplies the number of messages or rows."""
+        """Measure the goal; *scale* multiplies the number of messages or rows."""
         module, _, name = self.where.partition(":")
         function: Callable[[Stage, float], Result]
         function = getattr(import_module(f"benchmarks.goals.{module}"), name)

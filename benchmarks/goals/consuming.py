@@ -1,4 +1,4 @@
-"""A queue full of tasks, and a worker that empties it."""
+"""The speed of a worker that empties a queue of tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.stage import Worker
 
 @dataclass(frozen=True)
 class Consumed:
-    """What one run of a worker came to.
+    """The speed of one run of a worker.
 
     Attributes:
         rate: tasks per second, from the start of the first to that of the last.
@@ -25,7 +25,7 @@ class Consumed:
 def consumed(
     marks: Marks, wire: Contestant, worker: Worker, task: str, queue: str, count: int
 ) -> Consumed:
-    """Let *worker* handle *count* messages, written to its queue as fast as it takes them."""
+    """Write *count* messages to the queue of *worker* at full speed, and let it handle them."""
     marks.forget()
     before = worker.cpu()
     wire.do("send_tasks", task, queue, count)

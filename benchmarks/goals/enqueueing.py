@@ -1,4 +1,4 @@
-"""S3, S4, S8: what publishing costs the one who publishes, within a transaction and beside it."""
+"""S3, S4, S8: the cost of publishing to the publisher, inside and outside a transaction."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ APART = 200
 PRODUCERS = 8
 #: Transactions of each of many producers.
 OF_EACH, ROUNDS_OF_MANY = 100, 4
-#: With it, nobody sends what was committed.
+#: With this setting no process sends what was committed.
 KEPT = '{"eda_send_after_commit": false}'
 
 _numbers = itertools.count(1, 1_000_000)
 
 
 def s3(stage: Stage, scale: float) -> Result:
-    """A thousand messages in one transaction; what is sent after the commit is not waited for."""
+    """A thousand messages in one transaction, without waiting for the sending."""
     count = max(1, round(TOGETHER * scale))
     not_compared: dict[str, str] = {}
     with stage.cast() as cast:
@@ -74,7 +74,7 @@ def s3(stage: Stage, scale: float) -> Result:
 
 
 def s4(stage: Stage, scale: float) -> Result:
-    """One row and one message in a transaction, beside the row alone and the row, then .delay()."""
+    """A row and a message in one transaction, beside the row alone and the row with .delay()."""
     count = max(1, round(APART * scale))
     not_compared: dict[str, str] = {}
     with stage.cast() as cast:
@@ -131,7 +131,7 @@ def s4(stage: Stage, scale: float) -> Result:
 
 
 def s8(stage: Stage, scale: float) -> Result:
-    """Eight processes that commit a row and a message each; with and without handing off."""
+    """Eight processes that commit a row and a message each, with and without sending."""
     count = max(1, round(OF_EACH * scale))
     with stage.cast() as cast:
         places = _places(stage)
@@ -195,7 +195,7 @@ def _kept(cast: Cast, places: dict[str, str]) -> Contestant:
 
 
 def _numbered(contestant: Contestant, verb: str, count: int) -> Measured:
-    """Rows with numbers that nobody else has."""
+    """Rows with numbers that are unique among the processes."""
     return contestant.do(verb, count, next(_numbers))
 
 
@@ -218,7 +218,7 @@ def _all(
     sender: str | None,
     verb: str = "fill_beside_work",
 ) -> float:
-    """Seconds until the last of *producers* has committed; then the outbox is emptied."""
+    """Seconds until the last of *producers* has committed; empties the outbox afterwards."""
     relay.do("drain")
     if sender:
         relay.begin("relay_until_told")

@@ -1,4 +1,4 @@
-"""S12: what an event costs, by the number of its subscriptions and of the events before it."""
+"""S12: the cost of an event, by the number of subscriptions and of stored events."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from benchmarks.result import Check, Result
 from benchmarks.stage import Cast, Stage
 
 ROUNDS = 5
-#: Events of one run: emitted one by one, emitted together and sent, and handled.
+#: Events of one run: emitted one by one; emitted together and sent; handled.
 APART, TOGETHER, HANDLED = 200, 1000, 200
 SUBSCRIPTIONS = (1, 4, 16)
-#: Events in the big store at scale 1, which is that of the goal; and of one of its streams.
+#: Events in the big store at scale 1, the scale of the goal, and in one of its streams.
 STORED, OF_STREAM = 1_000_000, 100
 TARGET = 1.2
 
@@ -27,7 +27,7 @@ _numbers = itertools.count(1, 1_000_000)
 
 
 def s12(stage: Stage, scale: float) -> Result:
-    """Emit, fan out to several queues, handle; then the same with a million events in the store."""
+    """Emit, fan out to several queues, handle; then again with a million stored events."""
     stored = max(OF_STREAM, round(STORED * scale))
     with stage.cast() as cast:
         medians = _fan_out(stage, cast)
@@ -49,7 +49,7 @@ def s12(stage: Stage, scale: float) -> Result:
 
 
 def _fan_out(stage: Stage, cast: Cast) -> dict[str, float]:
-    """Rates by the number of subscriptions."""
+    """Rates by number of subscriptions."""
     cases: dict[str, Callable[[], Measured]] = {}
     for number in SUBSCRIPTIONS:
         places = _places(stage, SUBSCRIPTIONS=str(number))
@@ -72,7 +72,7 @@ def _fan_out(stage: Stage, cast: Cast) -> dict[str, float]:
 
 
 def _emitted_and_sent(service: Contestant) -> Measured:
-    """Emit both ways, then let a relay send the ones that were emitted together."""
+    """Emit both ways, then relay the events that were emitted together."""
     apart = service.do("emit", APART, next(_numbers)).seconds
     service.do("drain")
     together = service.do("emit_together", TOGETHER, next(_numbers)).seconds
@@ -83,7 +83,7 @@ def _emitted_and_sent(service: Contestant) -> Measured:
 
 
 def _handled(stage: Stage, number: int) -> float:
-    """Deliveries per second of a worker that finds all of them waiting."""
+    """Deliveries per second of a worker with a full queue."""
     with stage.cast() as cast:
         places = _places(stage, SUBSCRIPTIONS=str(number))
         service = cast.contestant("ours", **places)
@@ -103,7 +103,7 @@ def _handled(stage: Stage, number: int) -> float:
 
 
 def _growth(stage: Stage, cast: Cast, stored: int) -> tuple[list[Check], dict[str, float]]:
-    """The same steps on an empty store and on a big one, turn by turn."""
+    """The same steps on an empty store and on a big one, alternating."""
     services = {}
     for name in ("empty", "big"):
         places = _places(stage)
@@ -135,7 +135,7 @@ STEPS: dict[str, Callable[[Contestant], Measured]] = {
 
 
 def fill(url: str, count: int) -> None:
-    """Put *count* events into the store, in streams of a hundred, all with positions."""
+    """Insert *count* events in streams of a hundred, all with positions."""
     names = "type, category, source, data_version, data, time, at, correlation_id, causation_id"
     engine = create_engine(url)
     with engine.begin() as connection:

@@ -1,4 +1,4 @@
-"""S13: what a step of a business flow costs, by what moves it on, and by the sagas before it."""
+"""S13: the cost of a step of a business flow: chain, events or saga; and by stored sagas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.road.tables import effects
 
 ROUNDS = 5
 STEPS = 5
-#: Flows of one run that are begun together; and of those that are begun one after the other.
+#: Flows of one run that are begun together, and those begun one after the other.
 TOGETHER, ALONE = 60, 10
 #: Sagas of five steps in the big database at scale 1.
 STORED = 100_000
@@ -30,7 +30,7 @@ _numbers = itertools.count(1, 1_000_000)
 
 @dataclass(frozen=True)
 class Flow:
-    """One way to move flows on: who begins them, who does the steps, and where the rows are."""
+    """One implementation of the flows: its publisher, its workers and its database."""
 
     verb: str
     contestant: Contestant
@@ -38,7 +38,7 @@ class Flow:
     engine: Engine
 
     def run(self, count: int) -> tuple[float, float]:
-        """Begin *count* flows, and wait for their last rows; seconds, and those of CPU."""
+        """Begin *count* flows and wait for their last rows; returns seconds and CPU seconds."""
         busy, begun = self.worker.cpu(), time.perf_counter()
         told = self.contestant.do(self.verb, count, next(_numbers))
         until(lambda: self._rows() >= count * STEPS, f"{count} flows by {self.verb}")
@@ -53,7 +53,7 @@ class Flow:
         return took, self.worker.cpu() - busy + told.cpu
 
     def one_by_one(self, count: int) -> float:
-        """Seconds of the median of *count* flows, of which each has the machine to itself."""
+        """The median of the seconds of *count* flows that run one after the other."""
         return figures.median([self.run(1)[0] for _ in range(count)])
 
     def _rows(self) -> int:
@@ -67,7 +67,7 @@ class Flow:
 
 
 def s13(stage: Stage, scale: float) -> Result:
-    """The same five steps by a plain chain, a reliable one, by events and by a saga."""
+    """The same five steps as a plain chain, a reliable chain, by events and as a saga."""
     with stage.cast() as cast:
         flows = {
             "plain chain": _flow(stage, cast, "plain", "chains"),
@@ -115,7 +115,7 @@ def s13(stage: Stage, scale: float) -> Result:
 
 
 def _growth(stage: Stage, stored: int) -> tuple[Check, dict[str, float]]:
-    """Sagas in an empty database and in a big one, turn by turn."""
+    """Sagas in an empty database and in a big one, alternating."""
     with stage.cast() as cast:
         flows = {name: _flow(stage, cast, "flows", "sagas") for name in ("empty", "big")}
         flows["big"].run(1)
@@ -136,7 +136,7 @@ def _growth(stage: Stage, stored: int) -> tuple[Check, dict[str, float]]:
 
 
 def fill(engine: Engine, count: int) -> None:
-    """Let there be *count* copies of the one saga that is there, with their steps."""
+    """Insert *count* copies of the only saga, with their steps."""
     with engine.begin() as connection:
         for table, key, named in (("eda_sagas", "id", "id"), ("eda_saga_steps", "saga", "saga")):
             columns = connection.execute(

@@ -1,4 +1,4 @@
-"""S7: what grows with the tables, and with a transaction that somebody leaves open."""
+"""S7: the costs that grow with the tables, or with a transaction that is left open."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.result import Check, Result
 from benchmarks.stage import Stage
 
 ROUNDS = 5
-#: Rows of the big tables at scale 1, and those of the goal.
+#: Rows of the big tables at scale 1, and in the goal.
 OUTBOX, INBOX = 200_000, 1_000_000
 GOAL_OUTBOX, GOAL_INBOX = 1_000_000, 10_000_000
 #: Messages claimed and cleared, published, handled in one round.
@@ -24,12 +24,12 @@ CLAIMED, PUBLISHED, HANDLED = 5000, 500, 150
 #: Rows claimed beside the open transaction, in slices of ``CLAIMED``.
 SLICES, PASSES = 6, 3
 TARGET = 1.2
-#: Messages that the relay sends between two looks at its memory, and looks.
+#: Messages that the relay sends between two readings of its memory, and readings.
 SENT, LOOKS = 4000, 5
 
 
 def s7(stage: Stage, scale: float) -> Result:
-    """Claim, inbox and publishing on empty tables and on big ones, turn by turn."""
+    """Claim, inbox and publishing on empty tables and on big ones, alternating."""
     backlog, remembered = max(1, round(OUTBOX * scale)), max(1, round(INBOX * scale))
     with stage.cast() as cast:
         urls = {name: stage.database() for name in ("empty", "big", "held")}
@@ -74,7 +74,7 @@ def s7(stage: Stage, scale: float) -> Result:
             seconds = {name: [each.seconds for each in rounds] for name, rounds in took.items()}
             ratios = figures.ratios(seconds["big"], seconds["empty"])
             fewer = f"measured with {sizes[step]} of {goals[step]} rows: see --scale"
-            # What fewer rows cost too much, more of them will.
+            # A goal that is missed with fewer rows will be missed with more.
             undecided = sizes[step] < goals[step] and figures.median(ratios) <= TARGET
             checks.append(
                 Check.of(
@@ -138,7 +138,7 @@ def s7(stage: Stage, scale: float) -> Result:
 
 
 def _claim(service: Contestant, url: str) -> Measured:
-    """Claim and clear so many of the rows that are there; put them there if they are not."""
+    """Claim and clear *CLAIMED* rows, inserted before if there are too few."""
     if service.do("waiting").value < CLAIMED:
         service.do("fill", 1)
         copy(url, CLAIMED - 1)
@@ -146,7 +146,7 @@ def _claim(service: Contestant, url: str) -> Measured:
 
 
 def _slices(service: Contestant, url: str) -> list[float]:
-    """Seconds for each of the slices, one after the other, all put there beforehand."""
+    """Seconds for each slice; the rows of all slices are inserted beforehand."""
     service.do("fill", 1)
     copy(url, SLICES * CLAIMED)
     took = [service.do("claim_and_clear", CLAIMED).seconds for _ in range(SLICES)]
@@ -160,7 +160,7 @@ def _slices_beside_open(service: Contestant, url: str) -> list[float]:
 
 
 def _memory(relay: Contestant, url: str) -> list[int]:
-    """Bytes that the process holds after each run of its relay, in which it does nothing else."""
+    """Memory of the process in bytes after each run of its relay."""
     held = []
     for _ in range(LOOKS):
         relay.do("fill", 1)
@@ -171,7 +171,7 @@ def _memory(relay: Contestant, url: str) -> list[int]:
 
 
 def copy(url: str, count: int) -> None:
-    """Copy the last message in the outbox so often."""
+    """Copy the last message of the outbox *count* times."""
     names = (
         "SELECT column_name FROM information_schema.columns WHERE table_name = 'eda_outbox' "
         "AND column_name NOT IN ('id', 'message_id')"
@@ -191,7 +191,7 @@ def copy(url: str, count: int) -> None:
 
 
 def remember(url: str, count: int, days: int = 0) -> None:
-    """Fill the inbox with so many messages that were handled some *days* ago."""
+    """Fill the inbox with *count* messages that were handled *days* ago."""
     engine = create_engine(url)
     with engine.begin() as connection:
         connection.execute(
@@ -206,7 +206,7 @@ def remember(url: str, count: int, days: int = 0) -> None:
 
 
 def _tidy(engine: Engine) -> None:
-    """As the tables would be after a while: known to the planner, and on disk."""
+    """Vacuum, analyze and checkpoint, as if the tables had existed for a while."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         for statement in (
             "VACUUM (ANALYZE) eda_outbox",
@@ -219,7 +219,7 @@ def _tidy(engine: Engine) -> None:
 
 @contextmanager
 def _transaction_left_open(url: str) -> Iterator[None]:
-    """A transaction that has read, and is then left alone until the end of the block."""
+    """A transaction that has read, and stays open until the end of the block."""
     engine = create_engine(url, isolation_level="REPEATABLE READ")
     with engine.connect() as connection:
         connection.execute(text("SELECT count(*) FROM eda_outbox"))

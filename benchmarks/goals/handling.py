@@ -1,4 +1,4 @@
-"""S6: what exactly-once costs a handler, and a worker."""
+"""S6: the cost of exactly-once to a handler and to a worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""S11: what the extension costs an app that has it loaded and uses nothing of it."""
+"""S11: the cost of the extension to an app that loads it without using it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.pairing import interleaved
 from benchmarks.result import Check, Result
 from benchmarks.stage import Stage
 
-#: Many short rounds: the goal is two percent, and one disturbance is more than that.
+#: Many short rounds: the goal is two percent, and a single disturbance exceeds that.
 ROUNDS_OF_PUBLISHING, ROUNDS_OF_CONSUMING = 31, 9
 PUBLISHED, CONSUMED = 200, 600
 TARGET = 1.02
@@ -34,7 +34,7 @@ def s11(stage: Stage, scale: float) -> Result:
         )
         wire = cast.contestant("wire", **places)
         for queue in apps:
-            wire.do("empty", queue)  # the publishers have made it
+            wire.do("empty", queue)  # declared by the publishers
         workers = {
             name: cast.worker("plain", **where, BENCH_MARKS=marks.path)
             for name, where in apps.items()

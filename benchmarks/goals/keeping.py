@@ -1,4 +1,4 @@
-"""S15: what grows with the number of keys and the life of a worker, and what is deleted beside."""
+"""S15: costs that grow with the number of keys or the life of a worker; housekeeping."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ROUNDS = 5
 KEYS = 100_000
 #: Messages of one round, each with a key of its own or all with one.
 ORDERED = 150
-#: Rows of the inbox that are old, and messages handled beside their deletion.
+#: Expired rows of the inbox, and messages handled during their deletion.
 OLD, HANDLED = 400_000, 300
-#: Messages that a worker handles between two looks at its memory, and looks.
+#: Messages that a worker handles between two readings of its memory, and readings.
 CONSUMED, LOOKS = 600, 6
 TARGET = 1.2
-#: It looks after the tables all the time, and deletes as fast as it can.
+#: Settings of a relay that does housekeeping all the time, at full speed.
 DILIGENT = '{"eda_housekeeping_interval": 0.1, "eda_relay_poll": 0.01}'
 KEPT = '{"eda_send_after_commit": false}'
 
@@ -81,7 +81,7 @@ def s15(stage: Stage, scale: float) -> Result:
 
 
 def _order(stage: Stage, keys: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Milliseconds of each round; and what one message took, in microseconds."""
+    """Milliseconds of each round, and microseconds per message."""
     with stage.cast() as cast:
         services = {}
         for name in ("few", "many"):
@@ -104,8 +104,8 @@ def _order(stage: Stage, keys: int) -> tuple[dict[str, list[float]], dict[str, f
 
 
 def _beside_housekeeping(stage: Stage, old: int) -> tuple[dict[str, list[float]], float]:
-    """Microseconds of a handler, beside a relay that deletes and one that need not; rows a second
-    that it deleted.
+    """Microseconds per handled message beside a relay that deletes rows and one that has none to
+    delete, and deleted rows per second.
     """
     with stage.cast() as cast:
         cases: dict[str, Callable[[], float]] = {}
@@ -126,7 +126,7 @@ def _beside_housekeeping(stage: Stage, old: int) -> tuple[dict[str, list[float]]
 def _handled_beside(
     relay: Contestant, service: Contestant, url: str, deleted: list[float]
 ) -> float:
-    """Microseconds of a handler while the relay runs; notes how many old rows went a second."""
+    """Microseconds per handled message while the relay runs; records deleted rows per second."""
     before = _old(url)
     relay.begin("relay_until_told")
     until(lambda: before == 0 or _old(url) < before, "the housekeeping has begun")
@@ -139,7 +139,7 @@ def _handled_beside(
 
 
 def _memory(stage: Stage, count: int) -> list[int]:
-    """Bytes that a worker holds after each run."""
+    """Memory of a worker in bytes after each run."""
     with Marks(stage.folder) as marks, stage.cast() as cast:
         places = {"BENCH_BROKER": stage.broker("rabbitmq"), "BENCH_DATABASE": stage.database()}
         wire = cast.contestant("wire", **places)
@@ -153,7 +153,7 @@ def _memory(stage: Stage, count: int) -> list[int]:
 
 
 def know(url: str, keys: int) -> None:
-    """Fill the tables with so many keys, of the task and of the service that are measured."""
+    """Fill the tables with *keys* keys of the measured task and service."""
     engine = create_engine(url)
     with engine.begin() as connection:
         for statement in (
@@ -171,7 +171,7 @@ def know(url: str, keys: int) -> None:
 
 
 def _old(url: str) -> int:
-    """Rows of the inbox that are old."""
+    """The number of expired rows in the inbox."""
     engine = create_engine(url)
     with engine.connect() as connection:
         days = "SELECT count(*) FROM eda_inbox WHERE at < now() - interval '15 days'"

@@ -19,7 +19,7 @@ PLAIN, INLINE, RELAYED = "plain .delay()", "sent by the committing process", "se
 
 
 def s5(stage: Stage, scale: float) -> Result:
-    """Fifty messages a second, each from a transaction of its own, to a worker that waits."""
+    """Fifty messages a second, each from a transaction of its own, to an idle worker."""
     count = max(1, round(MESSAGES * scale))
     with Marks(stage.folder) as marks, stage.cast() as cast:
         ours = {
@@ -30,7 +30,7 @@ def s5(stage: Stage, scale: float) -> Result:
         plain = {**ours, "BENCH_QUEUE": "plain"}
         cast.worker("plain", **plain)
         cast.worker("ours", **ours, BENCH_SETTINGS='{"eda_embedded_relay": false}')
-        # The relay that sweeps up is there in both; in the first it finds nothing to do.
+        # The polling relay runs in both cases; in the first it finds nothing to send.
         cast.celery("ours", "eda", "relay", **ours)
         publish: dict[str, tuple[Contestant, str]] = {
             PLAIN: (cast.contestant("plain", **plain), "start_at_once"),
@@ -82,7 +82,7 @@ def s5(stage: Stage, scale: float) -> Result:
 def _latencies(
     marks: Marks, publisher: Contestant, verb: str, count: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds to the start of each task: from before its commit, and from after it."""
+    """Seconds to the start of each task, from just before and from just after its commit."""
     marks.forget()
     moments = publisher.do(verb, count, PAUSE).value
     started = marks.of(count)

@@ -24,20 +24,20 @@ from tests.road.tables import metadata
 
 OURS, PEER = "eda+postgresql", "procrastinate"
 ROUNDS = 3
-#: Of what is measured by turns beside an old transaction and without one.
+#: Rounds of the measurements with and without an old transaction.
 OLD_ROUNDS = 11
-#: Messages published, and worked off, in one round; and those whose latency is taken.
+#: Messages published and handled in one round, and messages whose latency is measured.
 MESSAGES, TAKEN_ONE_BY_ONE, LATE = 1_000, 300, 50
 PAUSE = 0.02
-#: Seconds that a worker has to end.
+#: Seconds within which a worker has to exit.
 STOPPING = 20.0
 #: Seconds for which idle workers are watched; takeovers of each kind.
 IDLE, TAKEOVERS = 8.0, 4
-#: Messages that wait already, at scale 1.
+#: Messages waiting in the full queue, at scale 1.
 WAITING = 1_000_000
-#: Messages that a worker of one slot has in its hands.
+#: Messages that a worker of one slot prefetches.
 PREFETCH = 4
-#: Seconds in which what a killed worker held has to be in other hands.
+#: Seconds within which another worker has to take over from a killed one.
 TAKEOVER = 2.0
 TARGET = 1.2
 
@@ -46,14 +46,14 @@ _numbers = itertools.count(1, 10_000)
 
 @dataclass(frozen=True)
 class Queue:
-    """One kind of queue: who publishes, who works, and how latency is taken."""
+    """A kind of queue: its publisher, its worker, and its measure of latency."""
 
     publisher: Contestant
     work: Callable[[Cast], Worker]
     latency: str
 
     def published(self, stage: Stage, marks: Marks) -> tuple[float, float]:
-        """Messages per second: published while nobody works, and then worked off."""
+        """Messages per second: published without a worker, then handled."""
         marks.forget()
         took = self.publisher.do("publish_starts", MESSAGES, 0).seconds
         with stage.cast() as cast:
@@ -71,7 +71,7 @@ class Queue:
 
 
 def s14(stage: Stage, scale: float) -> Result:
-    """Publish, work off, wait, idle; an old transaction beside, a full queue, a killed worker."""
+    """Throughput, latency, idle cost, an old transaction, a full queue, a killed worker."""
     waiting = max(2 * TAKEN_ONE_BY_ONE, round(WAITING * scale))
     with Marks(stage.folder) as marks, stage.cast() as cast:
         queues = _queues(stage, cast, marks)
@@ -166,7 +166,7 @@ def _file(stage: Stage) -> Path:
 
 
 def _places(stage: Stage, kind: str) -> dict[str, str]:
-    """A database that is the broker, and has the service's tables."""
+    """A database that is the broker and has the service's tables."""
     if kind == OURS:
         url = stage.database()
     else:
@@ -179,7 +179,7 @@ def _places(stage: Stage, kind: str) -> dict[str, str]:
 
 
 def _idle(workers: dict[str, Worker]) -> dict[str, float]:
-    """Milliseconds of CPU that each worker uses in a second in which nothing happens."""
+    """Milliseconds of CPU per second of each idle worker."""
     begun, before = time.monotonic(), {name: each.cpu() for name, each in workers.items()}
     time.sleep(IDLE)
     took = time.monotonic() - begun
@@ -189,7 +189,7 @@ def _idle(workers: dict[str, Worker]) -> dict[str, float]:
 def _queues_beside_old(
     stage: Stage, cast: Cast, marks: Marks
 ) -> tuple[dict[str, Queue], ExitStack]:
-    """Two queues in databases of their own, in each of which a transaction is open all the time."""
+    """Two queues in databases of their own, each with a transaction that stays open."""
     places = _places(stage, OURS)
     peer = stage.database()
     queues = {OURS: _of_ours(cast, marks, places), PEER: _of_peer(cast, marks, peer)}
@@ -203,14 +203,14 @@ def _queues_beside_old(
 
 
 def _ages(stage: Stage, marks: Marks, young: Queue, old: Queue) -> list[float]:
-    """How much an old transaction slows a queue down, by turns with one that has none beside it."""
+    """Ratios of the rates without and with an old transaction, measured alternately."""
     rates = _rates(stage, {"young": young, "old": old}, marks, OLD_ROUNDS)
     young_rates, old_rates = ([rate for _, rate in rates[name]] for name in ("young", "old"))
     return figures.ratios(young_rates, old_rates)
 
 
 def _growth(stage: Stage, kind: str, waiting: int) -> tuple[Check, dict[str, float]]:
-    """Taking and acknowledging out of a short queue and a long one, turn by turn."""
+    """Consuming from a short queue and from a long one, alternating."""
     with stage.cast() as cast:
         queues: dict[str, Contestant] = {}
         for name in ("short", "long"):
@@ -233,13 +233,13 @@ def _growth(stage: Stage, kind: str, waiting: int) -> tuple[Check, dict[str, flo
 
 
 def _taken(queue: Contestant) -> float:
-    """Seconds for as many messages to be put behind all, and as many taken from the front."""
+    """Seconds to append messages to the queue and to consume as many from its front."""
     put = queue.do("publish_starts", TAKEN_ONE_BY_ONE, next(_numbers)).seconds
     return put + queue.do("take_bare", TAKEN_ONE_BY_ONE).seconds
 
 
 def fill(url: str, count: int) -> None:
-    """Let *count* copies of the one message that waits wait behind it."""
+    """Append *count* copies of the only message to the queue."""
     engine = create_engine(url)
     names = "queue, rank, message, body, at, fence"
     with engine.begin() as connection:
@@ -258,7 +258,7 @@ def fill(url: str, count: int) -> None:
 
 
 def _takeovers(stage: Stage, kind: str) -> list[float]:
-    """Seconds from a worker's SIGKILL until another one starts what it held."""
+    """Seconds from a worker's SIGKILL until another worker starts its message."""
     found = []
     for _ in range(TAKEOVERS):
         with Marks(stage.folder) as marks, stage.cast() as cast:
@@ -266,10 +266,10 @@ def _takeovers(stage: Stage, kind: str) -> list[float]:
             publisher = cast.contestant("ours", **places)
             holder = cast.worker("ours", "-c1", **places)
             publisher.do("occupy", 0)
-            marks.when(0)  # it has both by then: it takes four at a time
+            marks.when(0)  # it has both by then: it prefetches four
             cast.worker("ours", **places)
             publisher.do("publish_starts", 2 * PREFETCH, 2)
-            marks.when(2 + PREFETCH)  # by the other one, which has its hands free
+            marks.when(2 + PREFETCH)  # by the other worker, which is free
             killed = time.monotonic()
             holder.host.kill()
             found.append(marks.when(1) - killed)

@@ -1,4 +1,4 @@
-"""S1, S2, S10: from the outbox to the broker, beside what the broker takes without a database."""
+"""S1, S2, S10: from the outbox to the broker, beside the broker's own limit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.pairing import interleaved
 from benchmarks.result import Check, Result
 from benchmarks.stage import Cast, Stage
 
-#: Messages of one run; peers get fewer, since they take longer for each.
+#: Messages of one run; fewer for peers, which are slower.
 MESSAGES, OF_PEERS = 4000, 800
 ROUNDS = 5
 QUEUE = "relayed"
@@ -21,13 +21,13 @@ RELAYS = (1, 2, 4)
 
 @dataclass
 class Race:
-    """Several ways to get messages into one queue, each with its own number of them."""
+    """Several ways to get messages into one queue, each with its own number of messages."""
 
     wire: Contestant
     ways: dict[str, tuple[int, Callable[[int], Measured]]] = field(default_factory=dict)
 
     def run(self, rounds: int) -> dict[str, list[Measured]]:
-        """All ways, interleaved; after each the queue is emptied, and nothing may be missing."""
+        """Run all ways, interleaved; count and purge the queue after each."""
         return interleaved({name: partial(self._once, name) for name in self.ways}, rounds=rounds)
 
     def _once(self, name: str) -> Measured:
@@ -53,7 +53,7 @@ class Race:
         }
 
     def machine(self, measured: dict[str, list[Measured]]) -> dict[str, float]:
-        """Microseconds of CPU per message of all processes together, by way; its median."""
+        """Median microseconds of CPU per message of all processes together, by way."""
         return {
             f"{name}, and all others": figures.median(
                 [each.machine / self.ways[name][0] * 1e6 for each in rounds]
@@ -122,7 +122,7 @@ def s1(stage: Stage, scale: float) -> Result:
 
 
 def s2(stage: Stage, scale: float) -> Result:
-    """The relay to Redis, beside LPUSH of many and beside kombu's own publishing."""
+    """The relay to Redis, beside LPUSH of many messages and beside kombu's publishing."""
     count, fewer = max(1, round(MESSAGES * scale)), max(1, round(OF_PEERS * scale))
     with stage.cast() as cast:
         places = _places(stage, "redis", "classic")
@@ -157,7 +157,7 @@ def s2(stage: Stage, scale: float) -> Result:
 
 
 def s10(stage: Stage, scale: float) -> Result:
-    """One, two and four relays at one outbox, and what arrives twice."""
+    """One, two and four relays on one outbox, and the number of duplicates."""
     count = max(10, round(2 * MESSAGES * scale))
     with stage.cast() as cast:
         places = _places(stage, "rabbitmq", "classic")
@@ -201,7 +201,7 @@ def _so_many(relays: int) -> str:
 def _together(
     wire: Contestant, relays: Sequence[Contestant], count: int, copies: list[int]
 ) -> float:
-    """Seconds until all messages are sent; notes how many copies there were."""
+    """Seconds until all messages are sent; records the number of duplicates."""
     relays[0].do("fill", count)
     for each in relays:
         each.begin("drain")
@@ -211,7 +211,7 @@ def _together(
 
 
 def _places(stage: Stage, broker: str, kind: str) -> dict[str, str]:
-    """Where the contestants meet."""
+    """The database and broker that the contestants share."""
     return {
         "BENCH_BROKER": stage.broker(broker),
         "BENCH_DATABASE": stage.database(),
@@ -227,14 +227,14 @@ def _wire(cast: Cast, places: dict[str, str]) -> Contestant:
 
 
 def _ours(cast: Cast, places: dict[str, str]) -> Contestant:
-    """A relay of ours, in a process that does not send what it commits."""
+    """A relay of celery_eda, in a process that does not send after its own commits."""
     return cast.contestant("ours", **places, BENCH_SETTINGS='{"eda_send_after_commit": false}')
 
 
 def _relaying(
     cast: Cast, module: str, places: dict[str, str], *first: str
 ) -> Callable[[int], Measured]:
-    """Fill its outbox, which is not timed, and drain it."""
+    """Fill the outbox, untimed, then drain it."""
     relay = _ours(cast, places) if module == "ours" else cast.contestant(module, **places)
     for verb in first:
         relay.do(verb)

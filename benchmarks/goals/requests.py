@@ -1,4 +1,4 @@
-"""S9: a request and its reply, both committed, beside Celery's own ways, which commit nothing."""
+"""S9: a request and its reply, both committed, beside those of Celery, which are not."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from benchmarks.stage import Cast, Stage, Worker
 
 ADDRESSES = ("correlation", "temporary", "durable")
 ROUNDS = 5
-#: Requests of one round, one after the other, and all at once.
+#: Requests of one round: sequential, and concurrent.
 IN_TURN, AT_ONCE = 60, 100
-#: Seconds after which a round of one case ends, whatever it has asked by then.
+#: Seconds after which a round of one case ends.
 LONGEST = 1.0
-#: The goal: so many times the median of Celery's rpc backend, and no more.
+#: The goal: at most this many times the median of Celery's rpc backend.
 TARGET = 1.5
 
-#: A case: who asks, who is asked, how to ask in turn, and how all at once, if there is a way.
+#: A case: the client, the responder, the sequential verb, and the concurrent one, if any.
 Case = tuple[Contestant, Worker, tuple[object, ...], tuple[object, ...] | None]
 
 
 def s9(stage: Stage, scale: float) -> Result:
-    """From ``request()`` to the reply: on RabbitMQ and on Redis, in turn and all at once."""
+    """From ``request()`` to the reply on RabbitMQ and Redis, sequentially and concurrently."""
     in_turn, at_once = max(1, round(IN_TURN * scale)), max(1, round(AT_ONCE * scale))
     checks: list[Check] = []
     medians: dict[str, float] = {}
@@ -100,7 +100,7 @@ def _cases(stage: Stage, cast: Cast, broker: str, not_compared: dict[str, str]) 
 
 
 def _ask(case: Case, count: int) -> list[float]:
-    """Seconds from each request to its reply."""
+    """Seconds of each round trip."""
     asks, _, (verb, *rest), _ = case
     measured = asks.do(str(verb), count, LONGEST, *rest)
     taken: list[float] = measured.value
@@ -108,7 +108,7 @@ def _ask(case: Case, count: int) -> list[float]:
 
 
 def _flood(case: Case, count: int) -> tuple[float, float]:
-    """Seconds for all, and seconds of CPU of both sides."""
+    """Seconds of all concurrent requests, and seconds of CPU of both sides."""
     asks, asked, _, words = case
     assert words, "it cannot ask all at once"
     verb, *rest = words
