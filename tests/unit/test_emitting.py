@@ -264,8 +264,8 @@ def test_the_queue_of_an_ordered_subscription_gets_the_whole_category(shop: Shop
     [
         ((), {}, ConfigurationError, "subscribes to no event"),
         (("order placed",), {}, InvalidEvent, "no pattern"),
-        (("*.placed",), {"ordered": True}, ConfigurationError, "within a category"),
-        (("#",), {"ordered": True}, ConfigurationError, "within a category"),
+        (("*.placed",), {"ordered": True}, ConfigurationError, "Begin the pattern with a category"),
+        (("#",), {"ordered": True}, ConfigurationError, "Begin the pattern with a category"),
         (("order.*",), {"ordered": True, "every_worker": True}, ConfigurationError, "misses"),
         (("order.*",), {"bind": True}, ConfigurationError, "bind"),
         (("order.*",), {"key": "event"}, ConfigurationError, "key"),
