@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 from celery_eda import addresses, redaction
 from celery_eda.reading import ReplyReader
 from celery_eda.retry import backoff
-from celery_eda.transports.base import ReplyQueues
+from celery_eda.transports.base import ReplyConsumer
 
 log = redaction.logger(__name__)
 
@@ -41,7 +41,7 @@ class Mailbox:
         dropped: number of dropped replies by reason: late, copy, unknown, malformed.
     """
 
-    def __init__(self, make_queues: Callable[[], ReplyQueues], reader: ReplyReader) -> None:
+    def __init__(self, make_queues: Callable[[], ReplyConsumer], reader: ReplyReader) -> None:
         self._make_queues = make_queues
         self._reader = reader
         self._reset()
@@ -59,7 +59,7 @@ class Mailbox:
         self._finished: OrderedDict[str, str] = OrderedDict()
         self._wanted: set[str] = {self.address}
         self._opened: set[str] = set()
-        self._queues: ReplyQueues | None = None
+        self._queues: ReplyConsumer | None = None
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
 
@@ -147,7 +147,7 @@ class Mailbox:
                 self._closing.wait(backoff(failures, *OUTAGE_DELAY))
                 failures += 1
 
-    def _adjust(self, queues: ReplyQueues) -> bool:
+    def _adjust(self, queues: ReplyConsumer) -> bool:
         """Open and delete queues to match those wanted; returns False if none is wanted."""
         with self._lock:
             wanted = set(self._wanted)

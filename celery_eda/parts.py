@@ -65,16 +65,16 @@ from celery_eda.tables import Tables
 from celery_eda.task import ReliableTask
 from celery_eda.transaction import Store, Written
 from celery_eda.transports import (
+    direct_enqueue_of,
     reply_queues_of,
     seal_of,
-    shortcut_of,
     transport_of,
     undelivered,
 )
 from celery_eda.unit_of_work import UnitsOfWork
 
 if TYPE_CHECKING:
-    from celery_eda.transports.database import Shortcut
+    from celery_eda.transports.database import DirectEnqueue
 
 T = TypeVar("T")
 
@@ -180,9 +180,9 @@ class Parts:
         return Inbox(self.tables.inbox, self.dialect)
 
     @made_once
-    def shortcut(self) -> Shortcut | None:
+    def shortcut(self) -> DirectEnqueue | None:
         """What puts messages into their queues, where this database is the broker too."""
-        return shortcut_of(self.app, self.url, self.tables)
+        return direct_enqueue_of(self.app, self.url, self.tables)
 
     @made_once
     def dead_letters(self) -> DeadLetters:

@@ -1,7 +1,7 @@
-"""Messages that wait for a worker, where the database itself is the broker.
+"""Messages in queues of a database which is the broker.
 
-A taker leases messages: each lease counts the message's fence up by one, and only who still has
-that fence can complete it. A lease has no end by the clock; it ends when its taker is gone.
+A taker leases messages. Each lease counts the message's fence up by one, and only the taker with
+that fence can complete the message. No clock ends a lease: it ends when its taker is dead.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from sqlalchemy import (
 from celery_eda.dialects.queueing import NOT_DUE, Passed, Presence, Queueing, lowest
 from celery_eda.tables import Tables
 
-#: The exchange through which every queue is known by its name.
+#: The exchange that routes to every queue by the queue's name.
 BY_NAME = ""
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """A message to be put into a queue.
+class Queued:
+    """A message to put into a queue.
 
     Attributes:
-        rank: the lower, the sooner; of one rank the oldest comes first.
-        delay: seconds until it is due, None for at once.
-        lifetime: seconds after which it is dropped unless somebody has taken it, None for never.
+        rank: lower ranks come first; within a rank the oldest message does.
+        delay: seconds until the message is due; None for at once.
+        lifetime: seconds after which the message is dropped unless it is leased; None for never.
     """
 
     queue: str
@@ -50,7 +50,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Lease:
-    """One taking of one message: void as soon as somebody else has taken it."""
+    """One lease of one message: void as soon as the message is leased again."""
 
     id: int
     fence: int
@@ -71,7 +71,7 @@ class Queues:
     """The queues of one database. What is written takes effect with the caller's commit."""
 
     tables: Tables
-    dialect: Queueing
+    queueing: Queueing
 
     @property
     def table(self) -> Table:
@@ -79,69 +79,69 @@ class Queues:
 
     # ── messages ────────────────────────────────────────────────────────────────────────────
 
-    def put(self, connection: Connection, messages: Sequence[Waiting]) -> None:
-        """Put *messages* into their queues, in this order, and wake who takes from those."""
+    def put(self, connection: Connection, messages: Sequence[Queued]) -> None:
+        """Put *messages* into their queues, in this order, and wake the takers of those queues."""
         if messages:
-            self.dialect.enqueue(connection, self.tables, [vars(each) for each in messages])
+            self.queueing.enqueue(connection, self.tables, [vars(each) for each in messages])
 
     def lease(
         self, connection: Connection, queue: str, taker: int, room: int, passed: Passed
     ) -> Sequence[Row[Any]]:
-        """Let *taker* have up to *room* messages; nobody else gets them while it is there.
+        """Lease up to *room* messages to *taker*; no other taker gets them while it is alive.
 
-        Only those are looked for that are behind the ids *passed*, of which each rank has one.
+        Messages up to the ids *passed*, one a rank, may be left out.
         """
-        return self.dialect.lease(connection, self.table, queue, taker, room, passed)
+        return self.queueing.lease(connection, self.table, queue, taker, room, passed)
 
     def take(
         self, connection: Connection, queue: str, room: int, passed: Passed
     ) -> Sequence[Row[Any]]:
-        """Take up to *room* messages for good, likewise."""
-        return self.dialect.take(connection, self.table, queue, room, passed)
+        """Delete up to *room* messages and return them; *passed* is that of :meth:`lease`."""
+        return self.queueing.take(connection, self.table, queue, room, passed)
 
     def complete(self, connection: Connection, leases: Collection[Lease]) -> None:
-        """Delete messages that are done with; those that somebody else has taken stay."""
+        """Delete handled messages; those that have been leased again stay."""
         if leases:
             done = [{"id": each.id, "fence": each.fence} for each in leases]
-            self.dialect.complete(connection, self.table, done)
+            self.queueing.complete(connection, self.table, done)
 
-    def give_back(self, connection: Connection, leases: Collection[Lease]) -> None:
-        """Let others have messages again, at their old place."""
+    def requeue(self, connection: Connection, leases: Collection[Lease]) -> None:
+        """Free leased messages, at their old position."""
         columns = self.table.c
         for each in leases:
             self._free(connection, (columns.id == each.id) & (columns.fence == each.fence))
 
     def come_due(self, connection: Connection) -> set[str]:
-        """Let those be taken whose time has come; returns their queues."""
+        """Free the messages that are due by now; returns their queues."""
         columns = self.table.c
-        due = (columns.owner == NOT_DUE) & (columns.due <= self.dialect.now())
+        due = (columns.owner == NOT_DUE) & (columns.due <= self.queueing.dialect.now())
         if connection.scalar(select(columns.id).where(due).limit(1)) is None:
             return set()
         return self._free(connection, due)
 
     def next_due(self, connection: Connection) -> float | None:
-        """Seconds until the next one is due; None if none is waiting for its time."""
+        """Seconds until the next message is due; None if no message is delayed."""
         columns = self.table.c
-        now = self.dialect.now().label("now")
+        now = self.queueing.dialect.now().label("now")
         query = select(func.min(columns.due), now).where(columns.owner == NOT_DUE)
         due, now_ = connection.execute(query).one()
-        return None if due is None else max(0.0, (_moment(due) - _moment(now_)).total_seconds())
+        return None if due is None else max(0.0, (_utc(due) - _utc(now_)).total_seconds())
 
     def expire(self, connection: Connection) -> None:
-        """Drop those whose lifetime has ended untaken."""
+        """Drop free messages whose lifetime has ended."""
         columns = self.table.c
-        old = (columns.expires_at <= self.dialect.now()) & columns.owner.is_(None)
+        old = (columns.expires_at <= self.queueing.dialect.now()) & columns.owner.is_(None)
         if connection.scalar(select(columns.id).where(old).limit(1)) is not None:
             connection.execute(delete(self.table).where(old))
 
     def size(self, connection: Connection, queue: str) -> int:
-        """How many messages wait in a queue, those not due yet and those taken aside."""
+        """The number of free messages in a queue: neither leased nor delayed."""
         columns = self.table.c
-        waiting = (columns.queue == queue) & columns.owner.is_(None)
-        return int(connection.scalar(select(func.count()).where(waiting)) or 0)
+        free = (columns.queue == queue) & columns.owner.is_(None)
+        return int(connection.scalar(select(func.count()).where(free)) or 0)
 
     def purge(self, connection: Connection, queue: str) -> int:
-        """Delete what waits in a queue; returns how many messages that were."""
+        """Delete the free and the delayed messages of a queue; returns their number."""
         columns = self.table.c
         free = columns.owner.is_(None) | (columns.owner == NOT_DUE)
         return connection.execute(delete(self.table).where(columns.queue == queue, free)).rowcount
@@ -158,19 +158,20 @@ class Queues:
         *,
         takes_over: bool = False,
     ) -> None:
-        """Let a queue have what is sent to an exchange; by name alone, declare it.
+        """Bind a queue to an exchange; a binding to the exchange ``BY_NAME`` declares the queue.
 
-        With an *owner* the binding, and a queue declared so, go when that taker is gone. What is
-        there already stays whose it is, unless the owner *takes_over*.
+        A binding with an *owner*, and a queue declared with one, is deleted when that taker is
+        dead. A binding that exists keeps its owner, unless this owner *takes_over*.
         """
         table = self.tables.bindings
         key = {"exchange": exchange, "routing_key": routing_key or "", "queue": queue}
-        if not self.dialect.insert_once(connection, table, {**key, "owner": owner}) and takes_over:
+        row = {**key, "owner": owner}
+        if not self.queueing.dialect.insert_once(connection, table, row) and takes_over:
             is_it = [table.c[name] == value for name, value in key.items()]
             connection.execute(update(table).where(*is_it).values(owner=owner))
 
     def unbind(self, connection: Connection, queue: str, exchange: str, routing_key: str) -> None:
-        """Take a binding back. Repeating it is harmless."""
+        """Delete a binding. Repeating it is harmless."""
         columns = self.tables.bindings.c
         is_it = (columns.exchange == exchange, columns.routing_key == routing_key)
         connection.execute(delete(self.tables.bindings).where(columns.queue == queue, *is_it))
@@ -182,13 +183,13 @@ class Queues:
         return connection.execute(query).all()
 
     def exists(self, connection: Connection, queue: str) -> bool:
-        """Whether a queue was declared, and was not deleted since."""
+        """True if a queue is declared."""
         columns = self.tables.bindings.c
         found = select(columns.queue).where(columns.queue == queue, columns.exchange == BY_NAME)
         return connection.scalar(found) is not None
 
     def drop(self, connection: Connection, queues: Collection[str]) -> None:
-        """Delete queues with all that is in them, and their bindings."""
+        """Delete queues with all of their messages and bindings."""
         if queues:
             for table in (self.table, self.tables.bindings):
                 connection.execute(delete(table).where(table.c.queue.in_(queues)))
@@ -196,11 +197,11 @@ class Queues:
     # ── takers ──────────────────────────────────────────────────────────────────────────────
 
     def register(self, connection: Connection, presence: Presence) -> int:
-        """Make a taker of this connection; returns its id. Commits.
+        """Make this connection a taker; returns the taker's id. Commits.
 
-        It is there before the others can see it, or they would take it for a dead one.
+        The presence is announced before the commit: a taker seen without one counts as dead.
         """
-        values = {"name": presence.name, "at": self.dialect.now()}
+        values = {"name": presence.name, "at": self.queueing.dialect.now()}
         table = self.tables.takers
         taker: int = connection.execute(
             insert(table).values(**values).returning(table.c.id)
@@ -209,15 +210,15 @@ class Queues:
         connection.commit()
         return taker
 
-    def absent(self, connection: Connection, engine: Engine, me: int) -> list[int]:
-        """Takers that are gone, and have left what they had."""
-        return self.dialect.absent(connection, engine, self.tables, me)
+    def dead_takers(self, connection: Connection, engine: Engine, me: int) -> list[int]:
+        """Takers other than *me* that are dead and still have leases, bindings or queues."""
+        return self.queueing.dead_takers(connection, engine, self.tables, me)
 
-    def bury(self, connection: Connection, taker: int) -> set[str]:
-        """Give everybody what *taker* had, and drop its private queues.
+    def reclaim(self, connection: Connection, taker: int) -> set[str]:
+        """Free the messages leased to *taker*, and delete its private queues.
 
         Returns:
-            The queues that something came back to.
+            The queues that got messages back.
         """
         bindings, takers = self.tables.bindings, self.tables.takers
         connection.execute(delete(takers).where(takers.c.id == taker))
@@ -229,14 +230,14 @@ class Queues:
         return self._free(connection, self.table.c.owner == taker)
 
     def _free(self, connection: Connection, which: Any) -> set[str]:
-        """Let everybody have these messages, and wake who takes from their queues."""
+        """Free these messages and wake the takers of their queues; returns those queues."""
         columns = self.table.c
         statement = update(self.table).where(which).values(owner=None)
         found = lowest(connection.execute(statement.returning(columns.queue, columns.id)).all())
-        self.dialect.wake(connection, self.tables, found)
+        self.queueing.wake(connection, self.tables, found)
         return set(found)
 
 
-def _moment(value: Any) -> datetime:
+def _utc(value: Any) -> datetime:
     moment: datetime = datetime.fromisoformat(value) if isinstance(value, str) else value
     return moment.replace(tzinfo=timezone.utc) if moment.tzinfo is None else moment

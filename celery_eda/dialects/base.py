@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import (
-    URL,
     BindParameter,
     ColumnElement,
     Connection,
@@ -37,11 +36,7 @@ from sqlalchemy.exc import DBAPIError, TimeoutError
 
 from celery_eda.column_types import Moment
 from celery_eda.dialects import idle
-from celery_eda.dialects.statements import chosen, made_once
-from celery_eda.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from celery_eda.dialects.queueing import Queueing
+from celery_eda.dialects.statements import cached_statement, columns_of
 
 Values = Mapping[str, Any]
 
@@ -178,12 +173,12 @@ class Dialect:
         waited = self._rows(connection, came_due, max(1, limit // 2))
         return [*waited, *self._rows(connection, ready, limit - len(waited), after=after)]
 
-    @made_once
+    @cached_statement
     def _claims(self, table: Table, columns: tuple[str, ...]) -> tuple[Select[Any], ...]:
         """What takes rows that are named, that waited and are due, and that need not wait."""
         queries = self._named(table), self._came_due(table), self._ready(table)
         return tuple(
-            query.with_only_columns(*chosen(table, columns))
+            query.with_only_columns(*columns_of(table, columns))
             .limit(bindparam("room"))
             .with_for_update(skip_locked=True)
             for query in queries
@@ -239,7 +234,7 @@ class Dialect:
         parameters = {"ids": self._as_parameter(ids), "its_owner": owner}
         return self.execute(connection, self._clearing(table), parameters).rowcount
 
-    @made_once
+    @cached_statement
     def _clearing(self, table: Table) -> Delete | TextClause:
         owned = self._owned(table, bindparam("its_owner"))
         return delete(table).where(self._is_named(table), *owned)
@@ -315,19 +310,6 @@ class Dialect:
             False if the key was taken. The transaction is still usable then.
         """
         raise NotImplementedError
-
-    # ── queues: the database as the broker ──────────────────────────────────────────────────
-
-    def queueing(self, url: URL) -> Queueing:
-        """This dialect as that of a broker, which the database at *url* is to be.
-
-        Raises:
-            ConfigurationError: it cannot wake who waits for a message, or not tell who is gone.
-        """
-        raise ConfigurationError(
-            f"{url.get_backend_name()} cannot be the broker: it does not wake who waits for a row. "
-            "Use eda+postgresql:// or eda+sqlite:///, or RabbitMQ or Redis beside this database."
-        )
 
     # ── housekeeping ────────────────────────────────────────────────────────────────────────
 

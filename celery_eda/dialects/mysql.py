@@ -31,7 +31,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from celery_eda.column_types import Moment
 from celery_eda.dialects.base import Dialect, Values
-from celery_eda.dialects.statements import made_once
+from celery_eda.dialects.statements import cached_statement
 from celery_eda.errors import SchemaOutdated
 
 #: Seconds; below the read time-out.
@@ -114,7 +114,7 @@ class MySQL(Dialect):
         behind = columns.available_at.is_(None), columns.id > bindparam("after")
         return _by_index(select(table).where(*behind).order_by(columns.id), table)
 
-    @made_once
+    @cached_statement
     def _clearing(self, table: Table) -> TextClause:
         name = _PREPARER.format_table(table)
         return text(f"DELETE {name} FROM {GIVEN} STRAIGHT_JOIN {name} ON {name}.id = given.id")
@@ -151,7 +151,7 @@ class MySQL(Dialect):
             return False
         return True
 
-    @made_once
+    @cached_statement
     def _inserting(self, table: Table, now: str | None) -> Insert:
         return insert(table).values({now: self.now()} if now else {})
 

@@ -29,8 +29,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from celery_eda.dialects.base import Values
-from celery_eda.dialects.postgresql_queueing import PostgreSQLQueueing
-from celery_eda.dialects.statements import made_once, quoted
+from celery_eda.dialects.statements import cached_statement, quoted_name
 from celery_eda.dialects.upserting import Upserting
 
 #: Of the columns of the outbox that are no text.
@@ -44,7 +43,7 @@ _TYPES = {
 _POOLED = "celery_eda_pooled"
 
 
-class PostgreSQL(Upserting, PostgreSQLQueueing):
+class PostgreSQL(Upserting):
     insert = staticmethod(insert)
     transient_codes = frozenset({"40001", "40P01", "55P03"})
 
@@ -113,7 +112,7 @@ class PostgreSQL(Upserting, PostgreSQLQueueing):
         text, values = self._compiled(statement, connection.dialect)
         return connection.exec_driver_sql(text, {**values, **parameters})
 
-    @made_once
+    @cached_statement
     def _compiled(self, statement: Any, dialect: SQLAlchemyDialect) -> tuple[str, Values]:
         """The text of a statement, and the values that it has already."""
         compiled = statement.compile(dialect=dialect)
@@ -130,7 +129,7 @@ class PostgreSQL(Upserting, PostgreSQLQueueing):
             values = tuple([row[name] for row in rows] for name in names)
         return list(connection.exec_driver_sql(statement, values).scalars())
 
-    @made_once
+    @cached_statement
     def _adding_one(self, table: Table, names: tuple[str, ...]) -> str:
         values = (_scheduled(name, f"%b::{_TYPES.get(name, 'text')}") for name in names)
         return (
@@ -138,7 +137,7 @@ class PostgreSQL(Upserting, PostgreSQLQueueing):
             f"VALUES ({', '.join(values)}, clock_timestamp()) RETURNING id"
         )
 
-    @made_once
+    @cached_statement
     def _adding(self, table: Table, names: tuple[str, ...]) -> str:
         """Binary arrays: one statement for any number of rows, 2 to 4 times as fast as the rest."""
         arrays = ", ".join(f"%b::{_TYPES.get(name, 'text')}[]" for name in names)
@@ -151,7 +150,7 @@ class PostgreSQL(Upserting, PostgreSQLQueueing):
 
     def _named_columns(self, table: Table, names: tuple[str, ...]) -> str:
         columns = ("available_at" if name == "delay" else name for name in names)
-        return f"{quoted(table)} ({', '.join(columns)}, created_at)"
+        return f"{quoted_name(table)} ({', '.join(columns)}, created_at)"
 
     def insert_once(
         self, connection: Connection, table: Table, values: Values, now: str | None = None
@@ -161,12 +160,12 @@ class PostgreSQL(Upserting, PostgreSQLQueueing):
         statement = self._inserting_once(table, tuple(values), now)
         return connection.exec_driver_sql(statement, tuple(values.values())).first() is not None
 
-    @made_once
+    @cached_statement
     def _inserting_once(self, table: Table, names: tuple[str, ...], now: str | None) -> str:
         columns = ", ".join((*names, now) if now else names)
         values = ", ".join(["%s"] * len(names) + ["clock_timestamp()"] * bool(now))
         return (
-            f"INSERT INTO {quoted(table)} ({columns}) VALUES ({values}) "
+            f"INSERT INTO {quoted_name(table)} ({columns}) VALUES ({values}) "
             f"ON CONFLICT DO NOTHING RETURNING {next(iter(table.primary_key)).name}"
         )
 

@@ -1,8 +1,9 @@
-"""A taker on PostgreSQL behind a pooler: it is there for as long as it says so.
+"""The presence of a taker on PostgreSQL behind a pooler: a heartbeat in the taker's row.
 
-A pooler keeps no lock for a session and passes no wake-up on. So a thread writes the time by the
-database's clock into the taker's row, and has it look into its queues. Whoever is silent for
-longer than its lease is taken for gone: the least sure kind of presence, and the slowest.
+A pooler neither preserves a session's locks nor forwards notifications. So a thread writes the
+time, by the database's clock, into the taker's row, and wakes the taker to poll its queues. A taker
+without a heartbeat for longer than its lease counts as dead. This is the least reliable kind of
+presence, and the slowest.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from celery_eda.tables import Tables
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks into the queues.
-LOOK = 0.25
-#: How often it says so within the lease: some may fail.
+#: Seconds between two polls of the queues.
+POLL_INTERVAL = 0.25
+#: Heartbeats within one lease: some may fail.
 BEATS = 5
 
 
-class Beating:
-    """One taker; *lease* are the seconds after which it is taken for gone.
+class Heartbeat:
+    """The presence of one taker, which counts as dead *lease* seconds after its last heartbeat.
 
-    It gives up itself when it could not say so for that long, or finds that others have buried it.
+    The presence ends by itself when no heartbeat could be written for that long, or when another
+    taker has reclaimed this one's messages.
     """
 
     def __init__(self, engine: Engine, tables: Tables, lease: float) -> None:
@@ -47,8 +49,8 @@ class Beating:
         os.set_blocking(self._ringer, False)
 
     def announce(self, connection: Connection, taker: int) -> None:
-        here = self._table.c.id == taker
-        connection.execute(update(self._table).where(here).values(lease=self._lease))
+        is_own = self._table.c.id == taker
+        connection.execute(update(self._table).where(is_own).values(lease=self._lease))
         self._thread = threading.Thread(target=self._run, args=(taker,), daemon=True)
         self._thread.start()
 
@@ -77,38 +79,38 @@ class Beating:
         self._over.set()
         os.close(self._bell)
         if self._thread is None:
-            os.close(self._ringer)  # else it is the thread's: it may be about to write
+            os.close(self._ringer)  # otherwise the thread closes it: it may be about to write
 
     def _run(self, taker: int) -> None:
-        """Say that it is there and look, until the end."""
-        with suppress(OSError):  # nobody listens any more
+        """Write heartbeats and wake the taker, until the end."""
+        with suppress(OSError):  # the taker has ended
             self._beat_and_ring(taker)
         os.close(self._ringer)
 
     def _beat_and_ring(self, taker: int) -> None:
-        said = monotonic()
-        due = said + self._lease / BEATS
-        while not self._over.wait(LOOK) and not self._lost:
+        written = monotonic()
+        due = written + self._lease / BEATS
+        while not self._over.wait(POLL_INTERVAL) and not self._lost:
             if monotonic() >= due:
                 due = monotonic() + self._lease / BEATS
                 before = monotonic()
                 if self._beat(taker):
-                    said = before
-            if monotonic() > said + self._lease:
-                self._lost = f"nothing was heard of taker {taker} for {self._lease:g} s"
+                    written = before
+            if monotonic() > written + self._lease:
+                self._lost = f"taker {taker} could write no heartbeat for {self._lease:g} s"
             with suppress(BlockingIOError):
                 os.write(self._ringer, b".")
 
     def _beat(self, taker: int) -> bool:
-        """Write down that it is there; False if the database is away."""
-        here = self._table.c.id == taker
+        """Write a heartbeat; False if the database cannot be reached."""
+        is_own = self._table.c.id == taker
         now = func.clock_timestamp()
         try:
             with self._engine.begin() as connection:
-                rows = connection.execute(update(self._table).where(here).values(at=now)).rowcount
+                rows = connection.execute(update(self._table).where(is_own).values(at=now)).rowcount
         except SQLAlchemyError as error:
-            log.warning("taker %s cannot say that it is there: %s", taker, error)
+            log.warning("taker %s could not write its heartbeat: %s", taker, error)
             return False
         if not rows:
-            self._lost = f"others have taken taker {taker} for gone"
+            self._lost = f"other takers have reclaimed the messages of taker {taker}"
         return True

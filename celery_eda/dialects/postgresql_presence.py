@@ -1,7 +1,7 @@
-"""A taker on PostgreSQL: a lock that belongs to its connection, and a channel that wakes it.
+"""The presence of a taker on PostgreSQL: a lock of its connection, and a channel that wakes it.
 
-Messages are taken over this same connection. When the server ends it, the lock is free and
-nothing more can be taken; so nobody holds messages who is thought to be gone.
+The taker leases messages over this same connection. When the server ends the connection, the lock
+is free and the taker can lease nothing more: no taker that counts as dead still leases messages.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from celery_eda.tables import Tables
 
 
 def key_of(tables: Tables) -> int:
-    """The first half of the advisory locks of takers; the second is a taker's id."""
+    """The first half of the key of a taker's advisory lock; the taker's id is the second half."""
     return crc32(tables.takers.fullname.encode()) - 2**31
 
 
 def channel_of(tables: Tables) -> str:
-    """The channel that says where something was put."""
+    """The channel that announces free messages."""
     return f"celery_eda_{crc32(tables.queue.fullname.encode()):08x}"
 
 
 def note_of(queue: str, id_: int) -> str:
-    """What is said there: the lowest id that can be taken, and its queue."""
+    """The payload of a notification: the lowest free id, and its queue."""
     return f"{id_} {queue}"
 
 
 class Listening:
-    """One taker, on the connection that it is announced on."""
+    """The presence of one taker, on the connection that announces it."""
 
     def __init__(self, tables: Tables) -> None:
         self.name = uuid4().hex
         self._tables = tables
         self._driver: Any = None
-        self._heard: dict[str, int] = {}
+        self._notified: dict[str, int] = {}
 
     def announce(self, connection: Connection, taker: int) -> None:
         self._driver = connection.connection.driver_connection
         require_direct(connection, self._driver.pgconn.backend_pid)
-        # What comes while a statement runs is handed to the handler alone.
-        self._driver.add_notify_handler(lambda each: self._hear(each.payload))
+        # Notifications that arrive while a statement runs go to this handler only.
+        self._driver.add_notify_handler(lambda each: self._receive(each.payload))
         connection.execute(select(func.pg_advisory_lock(key_of(self._tables), taker)))
         connection.execute(text(f"LISTEN {channel_of(self._tables)}"))
 
@@ -62,46 +62,47 @@ class Listening:
         try:
             connection.consume_input()
             while note := connection.notifies():
-                self._hear(note.extra.decode())
+                self._receive(note.extra.decode())
         except Exception as error:
             raise ConnectionResetError(f"the connection that listens is lost: {error}") from error
-        heard, self._heard = self._heard, {}
-        return heard
+        notified, self._notified = self._notified, {}
+        return notified
 
-    def _hear(self, note: str) -> None:
+    def _receive(self, note: str) -> None:
         id_, _, queue = note.partition(" ")
-        self._heard[queue] = min(int(id_), self._heard.get(queue, int(id_)))
+        self._notified[queue] = min(int(id_), self._notified.get(queue, int(id_)))
 
     def missed(self, connection: Connection) -> bool:
         return False
 
     def disown(self) -> None:
-        # Not closed: libpq would say goodbye for the parent, to whatever has this number then.
+        # Not closed: libpq would send the parent's goodbye to the server.
         if self._driver is not None and not self._driver.closed:
-            _let_go(self._driver.fileno())
+            _detach(self._driver.fileno())
 
     def end(self) -> None:
         if self._driver is not None:
             self._driver.close()
 
 
-def require_direct(connection: Connection, said: int) -> None:
-    """Refuse a pooler, which has *said* that the server process was one of its own making.
+def require_direct(connection: Connection, reported: int) -> None:
+    """Refuse a pooler: the server process *reported* to the driver is not the one that answers.
 
     Raises:
-        ConfigurationError: there is one.
+        ConfigurationError: there is a pooler.
     """
-    if connection.scalar(select(func.pg_backend_pid())) != said:
+    if connection.scalar(select(func.pg_backend_pid())) != reported:
         raise ConfigurationError(
-            "A pooler such as pgbouncer is between here and PostgreSQL. It hands one connection "
-            "to many, so that locks outlive whose they are and nobody is woken. Give broker_url "
-            "the address of PostgreSQL itself, or set broker_transport_options = "
-            "{'heartbeat': 30}: then a worker that is silent for 30 s is taken for gone, which an "
-            "ordinary task may not survive, and queues are looked into four times a second."
+            "A pooler such as pgbouncer is between this process and PostgreSQL. It shares each "
+            "connection among clients, so that locks outlive their owners and no consumer is "
+            "woken. Set broker_url to the address of PostgreSQL itself, or set "
+            "broker_transport_options = {'heartbeat': 30}: then a worker that is silent for 30 s "
+            "counts as dead and its messages are redelivered, even if a task is still running, "
+            "and queues are polled four times a second."
         )
 
 
-def _let_go(descriptor: int) -> None:
+def _detach(descriptor: int) -> None:
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     os.dup2(nothing, descriptor, inheritable=False)
     os.close(nothing)

@@ -1,7 +1,7 @@
-"""PostgreSQL as the broker: each claim begins behind what has been taken.
+"""PostgreSQL as the broker: each claim begins behind the messages that have been claimed.
 
-What is leased and deleted stays in the index of what waits as long as some transaction may still
-see it, and a claim would pass all of that before the first message.
+Leased and deleted messages stay in the index of free messages as long as any transaction may still
+see them, and a claim that began at the start would pass all of them before the first message.
 """
 
 from __future__ import annotations
@@ -15,46 +15,59 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
+    Executable,
     Integer,
     Row,
     Table,
     bindparam,
     case,
     cast,
-    delete,
     func,
     select,
     true,
     tuple_,
-    update,
 )
 
 from celery_eda.dialects.base import Values
-from celery_eda.dialects.postgresql_heartbeat import Beating
+from celery_eda.dialects.postgresql_heartbeat import Heartbeat
 from celery_eda.dialects.postgresql_presence import Listening, channel_of, key_of, note_of
-from celery_eda.dialects.queueing import NOT_DUE, Passed, Presence, Queueing, in_order
-from celery_eda.dialects.statements import made_once, quoted
+from celery_eda.dialects.queueing import NOT_DUE, Passed, Presence, Queueing
+from celery_eda.dialects.statements import cached_statement, quoted_name
 from celery_eda.tables import Tables
 
-#: The columns of a message that waits, and their types.
+#: The columns of a message in a queue, and their types.
 _COLUMNS = {
-    "queue": "text", "rank": "int4", "message": "text", "body": "bytea",
-    "delay": "float8", "lifetime": "float8",
-}  # fmt: skip
+    "queue": "text",
+    "rank": "int4",
+    "message": "text",
+    "body": "bytea",
+    "delay": "float8",
+    "lifetime": "float8",
+}
 
 
-class PostgreSQLQueueing(Queueing):
-    """Takers are told with its id what can be taken, so that they know where to begin."""
+class PostgreSQLQueues(Queueing):
+    """The statements of queues in PostgreSQL.
+
+    A wake-up carries the id of the message, so that takers know where to begin.
+    """
 
     def presence(self, engine: Engine, tables: Tables, heartbeat: float | None) -> Presence:
-        return Listening(tables) if heartbeat is None else Beating(engine, tables, heartbeat)
+        return Listening(tables) if heartbeat is None else Heartbeat(engine, tables, heartbeat)
 
-    def absent(self, connection: Connection, engine: Engine, tables: Tables, me: int) -> list[int]:
+    def dead_takers(
+        self, connection: Connection, engine: Engine, tables: Tables, me: int
+    ) -> list[int]:
         takers = tables.takers.c
-        # The lock is free once the connection that held it is gone, and ours until the commit.
+        # A dead taker's lock is free, since its connection is gone, and is ours until the commit.
         free = func.pg_try_advisory_xact_lock(key_of(tables), cast(takers.id, Integer))
-        gone = case((takers.lease.is_(None), free), else_=takers.at < _ago(takers.lease))
-        return list(connection.scalars(select(takers.id).where(takers.id != me, gone)))
+        is_dead = case((takers.lease.is_(None), free), else_=takers.at < _ago(takers.lease))
+        return list(connection.scalars(select(takers.id).where(takers.id != me, is_dead)))
+
+    def wake(self, connection: Connection, tables: Tables, lowest: Mapping[str, int]) -> None:
+        channel = channel_of(tables)
+        for queue, id_ in lowest.items():
+            connection.execute(select(func.pg_notify(channel, note_of(queue, id_))))
 
     def enqueue(self, connection: Connection, tables: Tables, messages: Sequence[Values]) -> None:
         if connection.dialect.driver != "psycopg":
@@ -68,98 +81,75 @@ class PostgreSQLQueueing(Queueing):
             values = [[each[name] for each in messages] for name in _COLUMNS]
         connection.exec_driver_sql(statement, tuple(values))
 
-    @made_once
+    @cached_statement
     def _enqueueing_one(self, tables: Tables) -> str:
         values = ", ".join(f"%b::{kind}" for kind in _COLUMNS.values())
         return _enqueued(tables, f"(VALUES ({values}, 1))")
 
-    @made_once
+    @cached_statement
     def _enqueueing(self, tables: Tables) -> str:
         arrays = ", ".join(f"%b::{kind}[]" for kind in _COLUMNS.values())
         return _enqueued(tables, f"unnest({arrays}) WITH ORDINALITY")
 
-    def wake(self, connection: Connection, tables: Tables, lowest: Mapping[str, int]) -> None:
-        channel = channel_of(tables)
-        for queue, id_ in lowest.items():
-            connection.execute(select(func.pg_notify(channel, note_of(queue, id_))))
-
-    def lease(
+    def _claim(
         self,
         connection: Connection,
         table: Table,
-        queue: str,
-        taker: int,
-        room: int,
+        statement: Executable,
+        parameters: Values,
         passed: Passed,
     ) -> Sequence[Row[Any]]:
-        leasing, _ = self._takings(table)
-        parameters = {"its_queue": queue, "room": room, "passed": list(passed), "taker": taker}
-        return in_order(self.execute(connection, leasing, parameters).all())
+        bounds = {"passed": list(passed)}
+        return self.dialect.execute(connection, statement, {**parameters, **bounds}).all()
 
-    def take(
-        self, connection: Connection, table: Table, queue: str, room: int, passed: Passed
-    ) -> Sequence[Row[Any]]:
-        _, taking = self._takings(table)
-        parameters = {"its_queue": queue, "room": room, "passed": list(passed)}
-        return in_order(self.execute(connection, taking, parameters).all())
-
-    @made_once
-    def _takings(self, table: Table) -> tuple[Any, ...]:
-        """What leases messages, and what takes them for good."""
+    def _is_first(self, table: Table) -> ColumnElement[bool]:
         columns = table.c
-        place = (
+        bound = (
             func.unnest(bindparam("passed", type_=ARRAY(BigInteger)))
-            .table_valued("id", with_ordinality="number", name="place")
+            .table_valued("id", with_ordinality="number", name="bound")
             .render_derived()
         )
-        rank = cast(place.c.number, Integer) - 1
+        rank = cast(bound.c.number, Integer) - 1
         room = bindparam("room", type_=Integer)
-        # Rank and id are compared together, and ordered by both though there is one rank, so that
-        # nothing but the index of what waits has this order, and is entered at the place.
+        # Rank and id are compared together, and ordered by both though there is one rank: so only
+        # the index of free messages has this order, and the scan of it begins at the bound.
         of_a_rank = (
             select(columns.id)
             .where(
-                columns.queue == bindparam("its_queue"),
-                tuple_(columns.rank, columns.id) > tuple_(rank, place.c.id),
+                self._can_be_claimed(table),
+                tuple_(columns.rank, columns.id) > tuple_(rank, bound.c.id),
                 columns.rank <= rank,
-                columns.owner.is_(None),
-                columns.expires_at.is_(None) | (columns.expires_at > self.now()),
             )
             .order_by(columns.rank, columns.id)
             .limit(room)
             .with_for_update(skip_locked=True)
             .lateral("of_a_rank")
         )
-        first = select(of_a_rank.c.id).select_from(place.join(of_a_rank, true())).limit(room)
-        # Without MATERIALIZED the limit would be applied anew for every row that is locked.
+        first = select(of_a_rank.c.id).select_from(bound.join(of_a_rank, true())).limit(room)
+        # Without MATERIALIZED the limit would be applied again for every row that is locked.
         ready = first.cte("ready").prefix_with("MATERIALIZED")
-        is_ready = columns.id == ready.c.id
-        values = {"owner": bindparam("taker"), "fence": columns.fence + 1}
-        return (
-            update(table).where(is_ready).values(values).returning(*columns),
-            delete(table).where(is_ready).returning(*columns),
-        )
+        return columns.id == ready.c.id
 
     def complete(self, connection: Connection, table: Table, leases: Sequence[Values]) -> None:
         if connection.dialect.driver != "psycopg":
             super().complete(connection, table, leases)
             return
-        of = [[each[name] for each in leases] for name in ("id", "fence")]
-        connection.exec_driver_sql(self._completing_all(table), tuple(of))
+        arrays = [[each[name] for each in leases] for name in ("id", "fence")]
+        connection.exec_driver_sql(self._completing_all(table), tuple(arrays))
 
-    @made_once
+    @cached_statement
     def _completing_all(self, table: Table) -> str:
         return (
-            f"DELETE FROM {quoted(table)} AS queue USING unnest(%b::int8[], %b::int4[]) "
+            f"DELETE FROM {quoted_name(table)} AS queue USING unnest(%b::int8[], %b::int4[]) "
             "AS its(id, fence) WHERE queue.id = its.id AND queue.fence = its.fence"
         )
 
 
 def _enqueued(tables: Tables, source: str) -> str:
-    """Inserts what *source* has, and tells it to who takes from those queues."""
+    """The statement that inserts the messages of *source* and notifies the takers of each queue."""
     later = "clock_timestamp() + make_interval(secs => {})"
     return (
-        f"WITH put AS (INSERT INTO {quoted(tables.queue)} "
+        f"WITH put AS (INSERT INTO {quoted_name(tables.queue)} "
         "(queue, rank, message, body, due, owner, expires_at, at) "
         f"SELECT queue, rank, message, body, {later.format('delay')}, "
         f"CASE WHEN delay > 0 THEN {NOT_DUE} END, {later.format('lifetime')}, clock_timestamp() "

@@ -35,8 +35,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from celery_eda.column_types import Moment
 from celery_eda.dialects.base import Values
-from celery_eda.dialects.sqlite_queueing import SQLiteQueueing
-from celery_eda.dialects.statements import chosen, made_once
+from celery_eda.dialects.statements import cached_statement, columns_of
 from celery_eda.dialects.upserting import Upserting
 
 _BEGINS_NOTHING = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN")
@@ -54,7 +53,7 @@ MILLISECONDS_A_DAY = 86_400_000
 _FORMAT = "%Y-%m-%d %H:%M:%f000"
 
 
-class SQLite(Upserting, SQLiteQueueing):
+class SQLite(Upserting):
     insert = staticmethod(insert)
     admits_first = False
     refused_pools: Mapping[str, str] = dict.fromkeys(
@@ -126,7 +125,7 @@ class SQLite(Upserting, SQLiteQueueing):
         connection.commit()
         return sorted(taken, key=lambda row: row.id)
 
-    @made_once
+    @cached_statement
     def _leases(self, table: Table, columns: tuple[str, ...]) -> tuple[ReturningUpdate[Any], ...]:
         """What leases rows that are named and due, and rows that are due."""
         until = self.later(self.claim_timeout)
@@ -139,7 +138,7 @@ class SQLite(Upserting, SQLiteQueueing):
                 )
             )
             .values(claimed_by=bindparam("its_owner"), available_at=until)
-            .returning(*chosen(table, columns))
+            .returning(*columns_of(table, columns))
             for which in (self._is_named(table) & due, due)
         )
 

@@ -1,7 +1,7 @@
-"""A taker on SQLite: a pipe beside the file, locked for as long as its process lives.
+"""The presence of a taker on SQLite: a pipe beside the file, locked while its process lives.
 
-The kernel drops the lock when the process ends, however it ends. Who has put something into a
-queue rings at every pipe; should nobody ring, the file itself tells that it was written to.
+The kernel drops the lock when the process ends, however it ends. A process that has put a message
+into a queue writes to every pipe; a write to the file without that shows in its data version.
 """
 
 from __future__ import annotations
@@ -19,16 +19,32 @@ from sqlalchemy import URL, Connection, Engine
 from celery_eda.errors import ConfigurationError
 from celery_eda.tables import Tables
 
-#: File systems whose locks and pipes end at the machine, or that lie about them.
+#: File systems whose locks and pipes do not reach other machines, or cannot be relied on.
 REMOTE = frozenset(
-    (
-        *("9p", "afs", "beegfs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.s3fs"),
-        *("fuse.sshfs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "smb2", "smb3"),
-        *("smbfs", "virtiofs"),
-    )
+    {
+        "9p",
+        "afs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "fuse.ceph",
+        "fuse.glusterfs",
+        "fuse.s3fs",
+        "fuse.sshfs",
+        "glusterfs",
+        "gpfs",
+        "lustre",
+        "ncpfs",
+        "nfs",
+        "nfs4",
+        "smb2",
+        "smb3",
+        "smbfs",
+        "virtiofs",
+    }
 )
-#: Milliseconds that a taker waits for the write lock, each time.
-BUSY = 50
+#: Milliseconds that a statement of a taker waits for the write lock.
+BUSY_TIMEOUT = 50
 MOUNTS = "/proc/self/mounts"
 
 
@@ -36,26 +52,26 @@ def file_of(url: URL) -> Path:
     """The file of the database at *url*.
 
     Raises:
-        ConfigurationError: it has none.
+        ConfigurationError: the database is in memory.
     """
     if url.database in (None, "", ":memory:"):
         raise ConfigurationError(
             "A SQLite database in memory cannot be the broker: each connection would have its "
-            "own. Name a file: eda+sqlite:///queue.db."
+            "own database. Name a file: eda+sqlite:///queue.db."
         )
     return Path(os.path.abspath(str(url.database)))
 
 
 def folder_of(engine: Engine, tables: Tables) -> Path:
-    """Where the pipes of takers are."""
+    """The folder of the takers' pipes."""
     return Path(f"{file_of(engine.url)}-{tables.takers.fullname}")
 
 
 def refuse_remote(path: Path, mounts: str | None = None) -> None:
-    """Refuse a database whose file is on another machine, as far as the system says so.
+    """Refuse a database file on a network file system, as far as the list of mounts shows it.
 
     Raises:
-        ConfigurationError: it is.
+        ConfigurationError: the file system of *path* is in ``REMOTE``.
     """
     if (kind := _file_system(path, mounts)) in REMOTE:
         raise ConfigurationError(
@@ -71,20 +87,20 @@ def _file_system(path: Path, mounts: str | None) -> str:
         except OSError:
             return ""
     found = [line.split(" ")[1:3] for line in mounts.splitlines() if line.count(" ") >= 2]
-    places = [path.resolve(), *path.resolve().parents]
+    folders = [path.resolve(), *path.resolve().parents]
     kinds = {Path(where.replace("\\040", " ")): kind for where, kind in found}
-    return next((kinds[place] for place in places if place in kinds), "")
+    return next((kinds[folder] for folder in folders if folder in kinds), "")
 
 
 class Doorbell:
-    """One taker: a locked pipe with its name."""
+    """The presence of one taker: a locked pipe with a unique name."""
 
     def __init__(self, folder: Path) -> None:
         self.name = uuid4().hex
         self._path = folder / self.name
         self._seen: Any = None
         folder.mkdir(exist_ok=True)
-        # Under its name only once it is locked: who finds it unlocked takes it for a dead one's.
+        # Renamed to its visible name only once locked: an unlocked pipe means a dead taker.
         hidden = folder / f".{self.name}"
         os.mkfifo(hidden)
         self._descriptor: int | None = os.open(hidden, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -92,9 +108,9 @@ class Doorbell:
         hidden.rename(self._path)
 
     def announce(self, connection: Connection, taker: int) -> None:
-        # It is there already. A handler may hold the write lock for long; a worker has other
-        # things to do meanwhile, and tries again.
-        connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY}")
+        # The locked pipe exists already. A handler may hold the write lock for long; meanwhile a
+        # worker must not be blocked by it, and tries again.
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
 
     def fileno(self) -> int:
         if self._descriptor is None:
@@ -112,7 +128,7 @@ class Doorbell:
         return bool(before != self._seen)
 
     def disown(self) -> None:
-        # A lock on an open file ends when all who have it open have closed it.
+        # The lock of an open file ends when every process that shares it has closed it.
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -124,13 +140,13 @@ class Doorbell:
 
 
 def is_gone(folder: Path, name: str) -> bool:
-    """Whether nobody holds the pipe of this *name*; it is removed then."""
+    """True if no process holds the lock of the pipe *name*; the pipe is removed then."""
     path = folder / name
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
-    except PermissionError:  # it belongs to somebody else, who will see to it
+    except PermissionError:  # another user's pipe: that user's processes look after it
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,14 +160,14 @@ def is_gone(folder: Path, name: str) -> bool:
 
 
 def ring_all(folder: Path) -> None:
-    """Ring at every pipe in *folder* that somebody listens to."""
+    """Wake the takers of all pipes in *folder*."""
     with suppress(OSError):
         for name in os.listdir(folder):
             _ring(folder / name)
 
 
 def _ring(path: Path) -> None:
-    with suppress(OSError):  # nobody is there any more, or has been rung for already
+    with suppress(OSError):  # the taker has ended, or its pipe is full
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             os.write(descriptor, b"!")

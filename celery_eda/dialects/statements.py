@@ -22,7 +22,7 @@ class KeepsStatements(Protocol):
     statements: dict[Any, Any]
 
 
-def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
+def cached_statement(make: Callable[..., Made]) -> Callable[..., Made]:
     """A method whose result depends on its arguments alone, a table among them.
 
     Values go into a statement as parameters, so that it stays the same from call to call.
@@ -39,12 +39,12 @@ def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
     return made
 
 
-def chosen(table: Table, names: tuple[str, ...]) -> Sequence[Column[Any]]:
+def columns_of(table: Table, names: tuple[str, ...]) -> Sequence[Column[Any]]:
     """The columns of *table* with these *names*; all of them, if none is named."""
     return [table.c[name] for name in names] or list(table.c)
 
 
-def quoted(table: Table) -> str:
+def quoted_name(table: Table) -> str:
     """The name of *table*, as psycopg has it in the text of a statement."""
     preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
     name: str = preparer.format_table(table)

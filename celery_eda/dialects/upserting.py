@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Table
 
 from celery_eda.dialects.base import Dialect, Values
-from celery_eda.dialects.statements import made_once
+from celery_eda.dialects.statements import cached_statement
 
 
 class Upserting(Dialect):
@@ -23,7 +23,7 @@ class Upserting(Dialect):
         # Not rowcount: SQLAlchemy keeps none for an INSERT.
         return connection.execute(self._inserting(table, now), values).first() is not None
 
-    @made_once
+    @cached_statement
     def _inserting(self, table: Table, now: str | None) -> Any:
         clock = {now: self.now()} if now else {}
         key = next(iter(table.primary_key))
@@ -34,7 +34,7 @@ class Upserting(Dialect):
     ) -> Sequence[Row[Any]]:
         return connection.execute(self._moving_on(table), rows).all()
 
-    @made_once
+    @cached_statement
     def _moving_on(self, table: Table) -> Any:
         fresh = self.insert(table).values(epoch=self.milliseconds())
         statement = fresh.on_conflict_do_update(

@@ -18,12 +18,12 @@ from sqlalchemy import URL
 from celery_eda.errors import ConfigurationError
 from celery_eda.message import Message
 from celery_eda.tables import Tables
-from celery_eda.transports.base import EnvelopeTemplate, ReplyQueues, Transport
+from celery_eda.transports.base import EnvelopeTemplate, ReplyConsumer, Transport
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from celery_eda.transports.database import Shortcut
+    from celery_eda.transports.database import DirectEnqueue
 
 #: By the ``driver_type`` of kombu's transport, so that ``rediss`` and ``sentinel`` are ``redis``.
 #: A broker from elsewhere is added as ``ALIASES["driver_type"] = "module:Class"``.
@@ -123,26 +123,26 @@ def is_database(url: str | None) -> bool:
     return str(url or "").startswith("eda+")
 
 
-def shortcut_of(app: Any, url: URL, tables: Tables) -> Shortcut | None:
+def direct_enqueue_of(app: Any, url: URL, tables: Tables) -> DirectEnqueue | None:
     """What puts messages straight into their queues; None where they have to be sent.
 
     They need not be sent if the broker of *app* is the database at *url* itself.
     """
     if not is_database(app.conf.broker_write_url):
         return None
-    found: Shortcut | None = import_module("celery_eda.transports.database").shortcut_of(
+    found: DirectEnqueue | None = import_module("celery_eda.transports.database").direct_enqueue_of(
         app, url, tables
     )
     return found
 
 
-def reply_queues_of(app: Any, *, expires: float) -> Callable[[], ReplyQueues]:
+def reply_queues_of(app: Any, *, expires: float) -> Callable[[], ReplyConsumer]:
     """Makes what replies come in through; a queue goes when it was left for *expires* seconds.
 
     Raises:
         ConfigurationError: this broker has no such queues.
     """
-    return partial(_replies_of(app).Replies, app, expires=expires)
+    return partial(_replies_of(app).ReplyConsumer, app, expires=expires)
 
 
 def declare_reply_queue(app: Any, name: str, expires: float) -> None:

@@ -166,7 +166,7 @@ class EnvelopeTemplate(Protocol):
         ...
 
 
-class ReplyQueues(Protocol):
+class ReplyConsumer(Protocol):
     """The queues over which replies come to one process: one connection, used by one thread.
 
     It connects when the first queue is opened. Whatever goes wrong is raised; then it is of no

@@ -1,7 +1,7 @@
-"""Messages to queues in a database: one transaction for a batch; confirmed is what is committed.
+"""Messages to queues in a database: one transaction a batch; its commit confirms the messages.
 
-Where that database is the service's own, most need no relay: they are put into their queue by the
-transaction that publishes them.
+Where that database is the service's own, most messages need no relay: the transaction that
+publishes them puts them into their queue.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from celery import Celery
 from kombu.exceptions import OperationalError
 from sqlalchemy import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
@@ -16,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_eda import addresses, checkpoints
 from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.message import Message
-from celery_eda.queues import Waiting
+from celery_eda.queues import Queued
 from celery_eda.tables import Tables
 from celery_eda.transports.base import (
     CONFIRMED,
@@ -28,15 +29,15 @@ from celery_eda.transports.base import (
     unknown,
     unroutable,
 )
-from celery_eda.transports.database_broker import Broker, prepared_for, waiting
+from celery_eda.transports.database_broker import DatabaseBroker, kombu_message, queued
 
 OUTAGES = (SQLAlchemyError, OSError, OperationalError)
 
 
 class Database:
-    """One connection to a database that is the broker."""
+    """One connection to a database which is the broker."""
 
-    def __init__(self, app: Any, *, timeout: float) -> None:
+    def __init__(self, app: Celery, *, timeout: float) -> None:
         self._app = app
         self._timeout = timeout
         self._broker = app.connection_for_write()
@@ -58,35 +59,35 @@ class Database:
         self._declared = set()
 
     def _connect(self) -> Any:
-        # By default kombu would try for ever.
+        # Without a limit kombu would retry forever.
         self._broker.ensure_connection(max_retries=0, timeout=self._timeout)
         return self._broker.channel()
 
     def _send(self, messages: Sequence[Sendable]) -> list[Answer]:
         channel = self._channel = self._channel or self._connect()
-        broker: Broker = channel.broker
+        broker: DatabaseBroker = channel.broker
         routed = [self._routed(channel, each) for each in messages]
-        placed = [each for each in routed if not isinstance(each, Answer)]
-        broker.put([one for each in placed for one in each])
+        accepted = [each for each in routed if not isinstance(each, Answer)]
+        broker.put([copy for copies in accepted for copy in copies])
         checkpoints.reach("relay.published")
         return [each if isinstance(each, Answer) else CONFIRMED for each in routed]
 
-    def _routed(self, channel: Any, message: Sendable) -> list[Waiting] | Answer:
-        """*message* as it will wait in each queue that it goes to."""
+    def _routed(self, channel: Any, message: Sendable) -> list[Queued] | Answer:
+        """The copies of *message*, one for each queue that it is routed to; or its refusal."""
         try:
             if message.queue and message.queue not in self._declared:
                 declare(self._app, channel, message.queue)
                 self._declared.add(message.queue)
             queues = _queues_of(channel, message)
             if not queues:
-                if not _is_heard_by_chance(channel, message):
+                if not _is_fanout(channel, message):
                     return refused(unroutable(message))
                 return []
-            prepared = prepared_for(message)
-            return [waiting(queue, prepared) for queue in queues]
+            payload = kombu_message(message)
+            return [queued(queue, payload) for queue in queues]
         except OUTAGES:
             raise
-        except Exception as error:  # whatever is wrong with it, it is wrong with it alone
+        except Exception as error:  # this message alone is at fault, not the batch
             self._declared.discard(message.queue or "")
             return refused(error)
 
@@ -94,23 +95,23 @@ class Database:
 def _queues_of(channel: Any, message: Sendable) -> list[str]:
     if not message.exchange:
         name = message.routing_key
-        gone = addresses.is_volatile(name) and not channel._has_queue(name)
-        return [] if gone else [name]
+        is_gone = addresses.is_volatile(name) and not channel._has_queue(name)
+        return [] if is_gone else [name]
     exchange, table = channel.typeof(message.exchange), channel.get_table(message.exchange)
     if message.exchange == EVENT_EXCHANGE:
         return subscribers(table, message.routing_key)
     return sorted(exchange.lookup(table, message.exchange, message.routing_key, None))
 
 
-def _is_heard_by_chance(channel: Any, message: Sendable) -> bool:
-    """Whether it goes to whoever happens to listen, so that it may be nobody."""
+def _is_fanout(channel: Any, message: Sendable) -> bool:
+    """True if *message* goes to the consumers of the moment, of which there may be none."""
     return bool(message.exchange) and channel.typeof(message.exchange).type == "fanout"
 
 
-class Shortcut:
-    """Puts messages straight into their queues, in the transaction that publishes them."""
+class DirectEnqueue:
+    """Puts messages directly into their queues, in the transaction that publishes them."""
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: DatabaseBroker) -> None:
         self._broker = broker
 
     def put(
@@ -119,29 +120,28 @@ class Shortcut:
         """Put *messages* into their queues.
 
         Returns:
-            The queues that got one, and the messages that have to go through the outbox: they
-            have to be preceded by something, or to find their queues by way of an exchange.
+            The queue of each message put, and the messages that have to go through the outbox:
+            those with prerequisites, and those that an exchange has to route.
         """
-        queued = [
-            waiting(each.routing_key, prepared_for(each)) for each in messages if _is_plain(each)
-        ]
-        self._broker.queues.put(connection, queued)
-        return [each.queue for each in queued], [each for each in messages if not _is_plain(each)]
+        direct = [each for each in messages if _is_direct(each)]
+        rows = [queued(each.routing_key, kombu_message(each)) for each in direct]
+        self._broker.queues.put(connection, rows)
+        return [row.queue for row in rows], [each for each in messages if not _is_direct(each)]
 
     def ring(self) -> None:
-        """Wake who waits for what has just been committed."""
+        """Wake the takers, after the transaction has committed."""
         self._broker.ring()
 
 
-def _is_plain(message: Message) -> bool:
+def _is_direct(message: Message) -> bool:
     queue = message.routing_key
     return not (message.exchange or message.preparation or addresses.is_volatile(queue))
 
 
-def shortcut_of(app: Any, url: URL, tables: Tables) -> Shortcut | None:
-    """What puts messages of *app* into queues in the database at *url*.
+def direct_enqueue_of(app: Celery, url: URL, tables: Tables) -> DirectEnqueue | None:
+    """The direct way into the queues, for an app whose own database is at *url*.
 
-    None if the broker of *app* is another database, or has other *tables*.
+    None if the broker of *app* is another database, or uses other *tables*.
     """
-    broker: Broker = app.connection_for_write().transport.broker
-    return Shortcut(broker) if broker.is_at(url, tables) else None
+    broker: DatabaseBroker = app.connection_for_write().transport.broker
+    return DirectEnqueue(broker) if broker.is_at(url, tables) else None

@@ -1,4 +1,4 @@
-"""A database as a broker: its engine and its queues, shared by all connections of a process."""
+"""A database as the broker: its engine and its queues, shared by all connections of a process."""
 
 from __future__ import annotations
 
@@ -15,40 +15,47 @@ from kombu import Producer
 from kombu.utils.json import dumps
 from sqlalchemy import URL, Connection, create_engine, event, inspect, make_url
 
-from celery_eda.dialects import dialect_of
-from celery_eda.dialects.queueing import RANKS
+from celery_eda.dialects import Dialect, dialect_of
+from celery_eda.dialects.postgresql import PostgreSQL
+from celery_eda.dialects.postgresql_queueing import PostgreSQLQueues
+from celery_eda.dialects.queueing import RANKS, Queueing
+from celery_eda.dialects.sqlite import SQLite
+from celery_eda.dialects.sqlite_presence import file_of, refuse_remote
+from celery_eda.dialects.sqlite_queueing import SQLiteQueues
 from celery_eda.errors import ConfigurationError
-from celery_eda.queues import Lease, Queues, Waiting
+from celery_eda.queues import Lease, Queued, Queues
 from celery_eda.tables import Tables
 from celery_eda.transports.base import Sendable, publish_with
 
-#: The scheme before the ``+`` of a database that is a broker: ``eda+sqlite:///queue.db``.
+#: The scheme before the ``+`` in the URL of a database as the broker: ``eda+sqlite:///queue.db``.
 SCHEME = "eda"
-#: Seconds after which the server ends a transaction in which nothing happens.
+#: Seconds after which the server ends an idle transaction.
 PATIENCE = 60.0
-#: Of priorities as kombu knows them: the higher, the sooner.
+#: The highest of kombu's priorities; higher ones come first.
 HIGHEST = RANKS - 1
 #: Longest delay or lifetime in seconds; databases end in the year 9999.
 LONGEST = 36500 * 86400.0
 SYNCHRONOUS = ("FULL", "NORMAL")
 
-_brokers: dict[tuple[Any, ...], Broker] = {}
+_brokers: dict[tuple[Any, ...], DatabaseBroker] = {}
 _making = Lock()
 
 
-class Broker:
-    """One database as a broker.
+class DatabaseBroker:
+    """One database as the broker.
 
     Attributes:
-        late: leases completed by who had lost its connection by then. Whoever has one completes
-            them; they are void if somebody else has taken the message meanwhile.
+        late: leases of messages that were acknowledged after their taker had lost its connection.
+            The next taker with a connection completes them; a lease is void if its message has
+            been leased again meanwhile.
     """
 
     def __init__(self, url: URL, tables: Tables, options: Mapping[str, Any]) -> None:
         self.url = url
         self.tables = tables
-        self.dialect = dialect_of(url, claim_timeout=PATIENCE).queueing(url)
-        self.queues = Queues(tables, self.dialect)
+        self.dialect = dialect_of(url, claim_timeout=PATIENCE)
+        self.queueing = queueing_of(self.dialect, url)
+        self.queues = Queues(tables, self.queueing)
         self.engine = create_engine(url, max_overflow=-1, **self.dialect.engine_options(PATIENCE))
         self.dialect.prepare(self.engine, PATIENCE)
         self.heartbeat = _heartbeat(options.get("heartbeat"), url)
@@ -66,34 +73,34 @@ class Broker:
         os.register_at_fork(after_in_child=partial(self.engine.dispose, close=False))
 
     def make_ready(self) -> None:
-        """See to it that the database is there, and has the tables.
+        """Connect to the database, and create the tables if they are missing.
 
         Raises:
-            SQLAlchemyError: it is away.
+            SQLAlchemyError: the database cannot be reached.
         """
         if self._ready:
             return
         with self.engine.connect() as connection:
             queue = self.tables.queue
-            there = inspect(connection).has_table(queue.name, queue.schema)
-        if not there and self.creates:
-            from celery_eda import upgrading  # Alembic takes long to import, and is needed once
+            exists = inspect(connection).has_table(queue.name, queue.schema)
+        if not exists and self.creates:
+            from celery_eda import upgrading  # Alembic is slow to import and rarely needed
 
             upgrading.upgrade(self.engine, self.tables)
         self._ready = True
 
-    def put(self, messages: Sequence[Waiting]) -> None:
+    def put(self, messages: Sequence[Queued]) -> None:
         """Put *messages* into their queues, in a transaction of their own."""
         with self.engine.begin() as connection:
             self.queues.put(connection, messages)
         self.ring()
 
     def ring(self) -> None:
-        """Wake who waits for what has just been committed."""
-        self.dialect.ring(self.engine, self.tables)
+        """Wake all takers, after a commit."""
+        self.queueing.ring(self.engine, self.tables)
 
     def complete_late(self, connection: Connection) -> None:
-        """Complete what was done with a connection that is lost."""
+        """Complete the ``late`` leases."""
         leases: list[Lease] = []
         with suppress(IndexError):
             while True:
@@ -105,21 +112,39 @@ class Broker:
             raise
 
     def is_at(self, url: URL, tables: Tables) -> bool:
-        """Whether these are the *tables* of the database at *url*."""
+        """True if this broker is the database at *url*, with the same *tables*."""
         same = (tables.prefix, tables.schema) == (self.tables.prefix, self.tables.schema)
-        return same and _place(url) == _place(self.url)
+        return same and _address(url) == _address(self.url)
+
+
+def queueing_of(dialect: Dialect, url: URL) -> Queueing:
+    """The statements of queues for *dialect*, to use the database at *url* as the broker.
+
+    Raises:
+        ConfigurationError: this database cannot wake a taker, or cannot prove that one is dead.
+    """
+    if isinstance(dialect, PostgreSQL):
+        return PostgreSQLQueues(dialect)
+    if isinstance(dialect, SQLite):
+        refuse_remote(file_of(url))
+        return SQLiteQueues(dialect)
+    raise ConfigurationError(
+        f"{url.get_backend_name()} cannot be the broker: it cannot wake a consumer that waits "
+        "for a row. Use eda+postgresql:// or eda+sqlite:///, or RabbitMQ or Redis beside this "
+        "database."
+    )
 
 
 def _heartbeat(seconds: Any, url: URL) -> float | None:
-    """The seconds after which a silent taker is taken for gone; None if something better tells."""
+    """Seconds after which a silent taker counts as dead; None if its connection proves its life."""
     if seconds is None:
         return None
     is_number = isinstance(seconds, int | float) and seconds >= 1
     if url.get_backend_name() != "postgresql" or not is_number:
         raise ConfigurationError(
             f"broker_transport_options: heartbeat is {seconds!r}. It is for a pooler before "
-            "PostgreSQL, and says after how many seconds (1 or more) a silent worker is taken for "
-            "gone. Leave it out elsewhere."
+            "PostgreSQL: the number of seconds (1 or more) after which a silent worker counts as "
+            "dead. Remove it elsewhere."
         )
     return float(seconds)
 
@@ -128,37 +153,37 @@ def _relax(dbapi_connection: Any, record: Any) -> None:
     dbapi_connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def _place(url: URL) -> tuple[Any, ...]:
+def _address(url: URL) -> tuple[Any, ...]:
     vendor, name = url.get_backend_name(), url.database
     if vendor == "sqlite":
         return vendor, os.path.realpath(str(name))
     return vendor, url.host, url.port, name, url.username
 
 
-def broker_at(url: str, options: Mapping[str, Any]) -> Broker:
-    """The broker at *url*, without the scheme; *options* are those of kombu's transport.
+def broker_at(url: str, options: Mapping[str, Any]) -> DatabaseBroker:
+    """The broker at *url*, given without ``eda+``; *options* are those of kombu's transport.
 
     Raises:
-        ConfigurationError: this database, or one of the options, is none for a broker.
+        ConfigurationError: this database cannot be the broker, or an option is invalid.
     """
-    place = make_url(url)
+    address = make_url(url)
     tables = Tables.on(prefix=options.get("table_prefix", "eda_"), schema=options.get("schema"))
     chosen = (options.get("synchronous", "FULL"), options.get("heartbeat"))
-    key = (place, tables.prefix, tables.schema, *chosen)
+    key = (address, tables.prefix, tables.schema, *chosen)
     with _making:
         if key not in _brokers:
-            _brokers[key] = Broker(place, tables, options)
+            _brokers[key] = DatabaseBroker(address, tables, options)
         return _brokers[key]
 
 
-# ── messages as they wait ───────────────────────────────────────────────────────────────────
+# ── messages as rows of a queue ─────────────────────────────────────────────────────────────
 
 
 class _Unsent:
-    """Stands where kombu's producer expects a channel: keeps the message, and where it goes."""
+    """A stand-in for the channel of kombu's producer, which keeps the message and its route."""
 
     def __init__(self) -> None:
-        self.prepared: dict[str, Any] = {}
+        self.message: dict[str, Any] = {}
 
     def prepare_message(
         self,
@@ -169,7 +194,7 @@ class _Unsent:
         headers: dict[str, Any] | None = None,
         properties: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        # As kombu's virtual channels do.
+        # The same dictionary as kombu's virtual channels make.
         properties = properties or {}
         properties.setdefault("delivery_info", {})
         properties.setdefault("priority", priority or 0)
@@ -185,32 +210,32 @@ class _Unsent:
         self, message: dict[str, Any], exchange: str, routing_key: str, **_: Any
     ) -> None:
         message["properties"]["delivery_info"].update(exchange=exchange, routing_key=routing_key)
-        self.prepared = message
+        self.message = message
 
 
-def waiting(queue: str, prepared: Mapping[str, Any]) -> Waiting:
-    """What kombu has *prepared* for a channel, as it waits in *queue*.
+def queued(queue: str, message: Mapping[str, Any]) -> Queued:
+    """Kombu's dictionary of a *message*, as a row of *queue*.
 
     Raises:
-        Exception: a header or a property cannot be written down.
+        Exception: a header or a property cannot be encoded as JSON.
     """
-    body, properties = prepared["body"], prepared["properties"]
-    kept = {name: value for name, value in prepared.items() if name != "body"}
-    return Waiting(
+    body, properties = message["body"], message["properties"]
+    rest = {name: value for name, value in message.items() if name != "body"}
+    return Queued(
         queue=queue,
-        message=dumps(kept),
+        message=dumps(rest),
         body=body.encode() if isinstance(body, str) else bytes(body or b""),
         rank=HIGHEST - _priority(properties.get("priority")),
-        delay=_delay(prepared["headers"].get("eta")),
+        delay=_delay(message["headers"].get("eta")),
         lifetime=_lifetime(properties.get("expiration")),
     )
 
 
-def prepared_for(message: Sendable) -> dict[str, Any]:
-    """*message* as kombu would hand it to a channel."""
+def kombu_message(message: Sendable) -> dict[str, Any]:
+    """The dictionary that kombu's producer passes to a channel for *message*."""
     channel = _Unsent()
     publish_with(Producer(channel), message)
-    return channel.prepared
+    return channel.message
 
 
 def _priority(value: Any) -> int:
@@ -220,7 +245,7 @@ def _priority(value: Any) -> int:
 
 
 def _delay(eta: Any) -> float | None:
-    """Seconds until *eta*; None if that is none, over, or absurd: the worker sees to it then."""
+    """Seconds until *eta*; None if it is no date, past, or absurd: the worker decides then."""
     if not isinstance(eta, str):
         return None
     try:
@@ -233,7 +258,7 @@ def _delay(eta: Any) -> float | None:
 
 
 def _lifetime(expiration: Any) -> float | None:
-    """Seconds, of the milliseconds that AMQP has in a string; None if there is no end."""
+    """The lifetime in seconds, from AMQP's milliseconds in a string; None for an endless one."""
     try:
         milliseconds = float(expiration)
     except (TypeError, ValueError):

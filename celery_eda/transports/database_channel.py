@@ -1,6 +1,6 @@
-"""What one channel holds of a database that is the broker, and takes from it.
+"""Kombu's channel on a database which is the broker.
 
-Acknowledgements and the next messages share a transaction, since a commit is what costs.
+Acknowledgements and the next leases share a transaction, since the commit is what costs.
 """
 
 from __future__ import annotations
@@ -19,24 +19,33 @@ from sqlalchemy import exc
 
 from celery_eda.message import UNREADABLE
 from celery_eda.queues import BY_NAME, Lease
-from celery_eda.transports.database_broker import Broker, waiting
+from celery_eda.transports.database_broker import DatabaseBroker, queued
 from celery_eda.transports.database_taker import Busy, Taker
 
-#: Seconds until it is tried again to change what others have locked.
-REST = 0.1
-#: Messages taken at once where nothing else limits it.
-AT_ONCE = 100
+#: Seconds until the next attempt after another transaction had locked the rows.
+RETRY_DELAY = 0.1
+#: Messages claimed at once where no prefetch count limits them.
+BATCH = 100
 
 OUTAGES = (
-    *(OSError, OperationalError, base.ConnectionError),
-    *(exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError),
+    OSError,
+    OperationalError,
+    base.ConnectionError,
+    exc.OperationalError,
+    exc.InterfaceError,
+    exc.InternalError,
+    exc.TimeoutError,
 )
 
 
 class QoS:
-    """What a channel holds, and what is to be told to the database of it.
+    """The unacknowledged messages of a channel, and the results not written to the database yet.
 
-    May be told by any thread.
+    Any thread may acknowledge or reject.
+
+    Attributes:
+        done: leases to complete.
+        returned: leases to requeue.
     """
 
     def __init__(self, channel: Channel, prefetch_count: int = 0) -> None:
@@ -54,14 +63,14 @@ class QoS:
 
     @property
     def room(self) -> int:
-        """How many more messages it may hold."""
+        """The number of messages that may be delivered before the next acknowledgement."""
         if not self.prefetch_count:
-            return AT_ONCE
+            return BATCH
         return max(0, self.prefetch_count - len(self._delivered))
 
     @property
     def is_low(self) -> bool:
-        """Whether half of what it may hold is worked off."""
+        """True if half of the prefetched messages have been acknowledged."""
         return not self.prefetch_count or len(self._delivered) <= self.prefetch_count // 2
 
     def append(self, message: Any, delivery_tag: str) -> None:
@@ -76,18 +85,18 @@ class QoS:
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         self._settle(delivery_tag, self.returned if requeue else self.done)
 
-    def _settle(self, tag: str, where: deque[Lease]) -> None:
+    def _settle(self, tag: str, results: deque[Lease]) -> None:
         lease = Lease.of(tag)
         self._delivered.pop(tag, None)
         if self.channel.closed:
-            if where is self.done:
+            if results is self.done:
                 self.channel.broker.late.append(lease)
             return
-        where.append(lease)
+        results.append(lease)
         self.channel.settled()
 
     def restore_unacked(self) -> None:
-        """Let others have what is not acknowledged."""
+        """Requeue the messages that are not acknowledged."""
         self.returned.extend(map(Lease.of, self._delivered))
         self._delivered.clear()
 
@@ -95,11 +104,11 @@ class QoS:
         self.restore_unacked()
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: what a dead worker held comes back by itself."""
+        """Nothing to do: takers reclaim the messages of a dead worker."""
 
 
 class Channel(virtual.Channel):
-    """Puts messages into queues, and takes them out."""
+    """Puts messages into queues and delivers those that it leases."""
 
     QoS = QoS
     body_encoding = None
@@ -107,22 +116,22 @@ class Channel(virtual.Channel):
 
     def __init__(self, connection: Any, **options: Any) -> None:
         super().__init__(connection, **options)
-        self.broker: Broker = connection.broker
+        self.broker: DatabaseBroker = connection.broker
         self._inbox: deque[tuple[Any, bool]] = deque()
-        self._hungry: dict[str, None] = {}
+        self._to_claim: dict[str, None] = {}
         self._without_ack: set[str] = set()
 
-    # ── putting ─────────────────────────────────────────────────────────────────────────────
+    # ── publishing ──────────────────────────────────────────────────────────────────────────
 
     def _put(self, queue: str, message: dict[str, Any], **_: Any) -> None:
-        self.broker.put([waiting(queue, message)])
+        self.broker.put([queued(queue, message)])
 
     def _put_fanout(
         self, exchange: str, message: dict[str, Any], routing_key: str, **_: Any
     ) -> None:
         queues = {queue for _, _, queue in self.get_table(exchange)}
         if queues:
-            self.broker.put([waiting(queue, message) for queue in sorted(queues)])
+            self.broker.put([queued(queue, message) for queue in sorted(queues)])
 
     # ── queues and bindings ─────────────────────────────────────────────────────────────────
 
@@ -132,7 +141,7 @@ class Channel(virtual.Channel):
         known = self.connection.known
         if (BY_NAME, queue, queue) in known:
             return
-        owner = self.connection.taker.id if auto_delete or exclusive else None
+        owner = self.connection.ensure_taker().id if auto_delete or exclusive else None
         if owner is not None:
             self.connection.private[queue] = owner
         with self.broker.engine.begin() as connection:
@@ -192,30 +201,30 @@ class Channel(virtual.Channel):
         with self.broker.engine.begin() as connection:
             return self.broker.queues.purge(connection, queue)
 
-    # ── taking ──────────────────────────────────────────────────────────────────────────────
+    # ── consuming ───────────────────────────────────────────────────────────────────────────
 
     def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> None:
         (self._without_ack.add if no_ack else self._without_ack.discard)(queue)
-        self._hungry[queue] = None
+        self._to_claim[queue] = None
         super().basic_consume(queue, no_ack, *args, **kwargs)
         if queue in self.connection.private:
             self._own(queue)
-        self.connection.begin_taking()
+        self.connection.begin_consuming()
 
     def _own(self, queue: str) -> None:
-        """Let a private queue end with us, who take from it, and not with who declared it first."""
-        owner = self.connection.taker.id
+        """Make this taker, which consumes a private queue, the owner instead of who declared it."""
+        owner = self.connection.ensure_taker().id
         bindings = [each for each in self.connection.known if each[2] == queue]
         with self.broker.engine.begin() as connection:
             for exchange, key, _ in bindings:
                 self.broker.queues.bind(connection, queue, exchange, key, owner, takes_over=True)
 
     def basic_cancel(self, consumer_tag: str) -> None:
-        self._hungry.pop(self._tag_to_queue.get(consumer_tag, ""), None)
+        self._to_claim.pop(self._tag_to_queue.get(consumer_tag, ""), None)
         super().basic_cancel(consumer_tag)
 
     def basic_get(self, queue: str, no_ack: bool = False, **_: Any) -> Any:
-        taker = self.connection.taker
+        taker = self.connection.ensure_taker()
         with suppress(Busy):
             taker.sweep()
         while True:
@@ -228,7 +237,7 @@ class Channel(virtual.Channel):
                     )
                 break
             except Busy:
-                sleep(REST)
+                sleep(RETRY_DELAY)
         if not rows:
             return None
         message = self.Message(payload_of(rows[0]), channel=self)
@@ -240,62 +249,65 @@ class Channel(virtual.Channel):
         return queue in self._active_queues
 
     def wake(self, queues: Collection[str] | None) -> None:
-        """Look into these *queues* the next time; None for all."""
+        """Claim from these *queues* the next time; None for all."""
         for queue in self._active_queues:
             if queues is None or queue in queues:
-                self._hungry.setdefault(queue, None)
+                self._to_claim.setdefault(queue, None)
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether something is left to be told to the database, or to be taken from it."""
+    def has_work(self) -> bool:
+        """True if there are results to write, messages to deliver, or queues to claim from."""
         qos = self.qos
-        return bool(qos.done or qos.returned or self._inbox or (self._hungry and qos.room))
+        return bool(qos.done or qos.returned or self._inbox or (self._to_claim and qos.room))
 
     @property
     def is_urgent(self) -> bool:
-        """Whether that should not wait for company."""
-        return bool(self._inbox or self.qos.returned or (self._hungry and self.qos.is_low))
+        """True if acknowledgements should be written now instead of with the next batch."""
+        return bool(self._inbox or self.qos.returned or (self._to_claim and self.qos.is_low))
 
     def refill(self, taker: Taker) -> int:
-        """Tell what is done, take what there is room for; returns how many were delivered.
+        """Write the results, claim messages up to the prefetch count, and deliver them.
+
+        Returns:
+            The number of messages delivered.
 
         Raises:
-            Busy: neither could be done now.
+            Busy: another transaction had locked the rows; nothing has been written or claimed.
         """
-        if self.is_waiting:
-            self._exchange(taker)
+        if self.has_work:
+            self._synchronize(taker)
         return self._deliver_inbox()
 
     def flush(self) -> None:
-        """Tell the database what is done."""
+        """Write the results to the database."""
         if self.qos.done or self.qos.returned:
-            with suppress(Busy):  # with the next messages, then
-                self._exchange(self.connection.taker, take=False)
+            with suppress(Busy):  # the next claim writes them
+                self._synchronize(self.connection.ensure_taker(), claim=False)
 
-    def _exchange(self, taker: Taker, *, take: bool = True) -> None:
+    def _synchronize(self, taker: Taker, *, claim: bool = True) -> None:
         qos = self.qos
         done, returned = _drained(qos.done), _drained(qos.returned)
         try:
             with taker.transaction() as connection:
                 taker.queues.complete(connection, done)
-                taker.queues.give_back(connection, returned)
-                rows = self._taken(taker, connection) if take else []
+                taker.queues.requeue(connection, returned)
+                rows = self._claimed(taker, connection) if claim else []
         except BaseException:
             qos.done.extend(done)
             qos.returned.extend(returned)
             raise
         self._inbox.extend(rows)
         if returned:
-            # Somebody else may be waiting for them, or we.
+            # Other takers may be waiting for them, or this one.
             self.wake(None)
             self.broker.ring()
 
-    def _taken(self, taker: Taker, connection: Any) -> list[tuple[Any, bool]]:
-        taken: list[tuple[Any, bool]] = []
+    def _claimed(self, taker: Taker, connection: Any) -> list[tuple[Any, bool]]:
+        claimed: list[tuple[Any, bool]] = []
         room = self.qos.room - len(self._inbox)
-        for queue in list(self._hungry):
+        for queue in list(self._to_claim):
             no_ack = queue in self._without_ack
-            limit = AT_ONCE if no_ack else min(room, AT_ONCE)
+            limit = BATCH if no_ack else min(room, BATCH)
             if limit <= 0:
                 continue
             rows = (
@@ -304,16 +316,16 @@ class Channel(virtual.Channel):
                 else taker.lease(connection, queue, limit)
             )
             room -= 0 if no_ack else len(rows)
-            taken += [(row, no_ack) for row in rows]
-            del self._hungry[queue]
-            if len(rows) == limit:  # there may be more; after those of the other queues
-                self._hungry[queue] = None
-        return taken
+            claimed += [(row, no_ack) for row in rows]
+            del self._to_claim[queue]
+            if len(rows) == limit:  # there may be more: claim again, after the other queues
+                self._to_claim[queue] = None
+        return claimed
 
     def _deliver_inbox(self) -> int:
         number = 0
         while self._inbox:
-            # A pool without processes runs the task right here, however long that takes.
+            # A pool without processes runs the task inside deliver(), however long it takes.
             self.flush()
             row, no_ack = self._inbox.popleft()
             if self.is_consuming(row.queue):
@@ -324,7 +336,7 @@ class Channel(virtual.Channel):
         return number
 
     def settled(self) -> None:
-        """Something is done: tell the database soon, or at once if we are in the way of that."""
+        """Write new results soon, or at once if this thread keeps the event loop from it."""
         if (transport := self.connection) is not None:
             transport.settled(self)
 
@@ -338,14 +350,14 @@ class Channel(virtual.Channel):
         self.qos.restore_unacked()
         if transport is not None and transport.has_taker:
             try:
-                self._exchange(transport.taker, take=False)
+                self._synchronize(transport.ensure_taker(), claim=False)
             except (Busy, *OUTAGES):
                 self.broker.late.extend(self.qos.done)
         super().close()
 
 
 def _drained(pending: deque[Any]) -> list[Any]:
-    """What is *pending*, each for one thread alone."""
+    """All *pending* items; no two threads get the same one."""
     drained = []
     with suppress(IndexError):
         while True:
@@ -354,7 +366,10 @@ def _drained(pending: deque[Any]) -> list[Any]:
 
 
 def payload_of(row: Any) -> dict[str, Any]:
-    """What kombu makes a message of; one that cannot be read says so in a header."""
+    """The payload from which kombu makes a message.
+
+    The payload of an unreadable message has the header ``UNREADABLE`` in place of its own.
+    """
     tag = Lease(row.id, row.fence).tag
     try:
         payload: dict[str, Any] = loads(row.message)

@@ -1,9 +1,10 @@
-"""Where in a queue there may be something to take.
+"""Watermarks: the point in a queue up to which nothing is left to claim.
 
-While an old transaction is open, whatever was taken stays in the way of the next claim, as dead
-rows. So a claim begins where the last one ended. What becomes free behind that is told with its
-id, and moves the mark back. What nobody tells is found by a look at the whole queue now and then:
-that somebody's claim was undone, or that a row was changed by hand.
+While an old transaction is open, claimed messages stay in the index as dead rows, and a claim that
+began at the start would read them all. So a claim begins where the last one ended. A message that
+becomes free behind that point is announced with its id, which lowers the watermark. Changes that
+nobody announces (a claim that was rolled back, a row edited by hand) are found by a scan of the
+whole queue now and then.
 """
 
 from __future__ import annotations
@@ -14,40 +15,41 @@ from typing import Any
 
 from celery_eda.dialects.queueing import RANKS, Passed
 
-#: Seconds at least between two looks at the whole of a queue.
-REST = 0.9
-#: How many times as long as such a look took it rests at least: it costs a twentieth at most.
-RESTS = 20
+#: Seconds at least between two scans of a whole queue.
+SCAN_INTERVAL = 0.9
+#: The pause after a scan, as a multiple of the scan's duration: scans take a twentieth at most.
+PAUSES_PER_SCAN = 20
 
 
-class Marks:
-    """Those of one taker, by queue and rank: everything up to there is taken."""
+class Watermarks:
+    """The watermarks of one taker, by queue and rank: every id up to one has been claimed."""
 
     def __init__(self) -> None:
         self._marks: dict[str, list[int]] = {}
-        self._whole: dict[str, float] = {}
+        self._next_scan: dict[str, float] = {}
 
     def claimed(self, queue: str, claim: Callable[[Passed], Sequence[Any]]) -> Sequence[Any]:
-        """The rows that *claim* finds in *queue* behind the marks, which move on behind them."""
+        """The rows that *claim* finds in *queue* above the watermarks, which rise above them."""
         begun = monotonic()
-        if is_whole := begun >= self._whole.get(queue, 0.0):
+        if is_scan := begun >= self._next_scan.get(queue, 0.0):
             self._marks[queue] = [0] * RANKS
         marks = self._marks[queue]
         rows = claim(marks)
         for row in rows:
             marks[row.rank] = max(marks[row.rank], row.id)
-        if is_whole:
+        if is_scan:
             ended = monotonic()
-            self._whole[queue] = ended + max(REST, RESTS * (ended - begun))
+            pause = max(SCAN_INTERVAL, PAUSES_PER_SCAN * (ended - begun))
+            self._next_scan[queue] = ended + pause
         return rows
 
-    def move_back(self, lowest: Mapping[str, int]) -> None:
-        """In each queue there may be something from its *lowest* id on, whatever its rank."""
+    def lower(self, lowest: Mapping[str, int]) -> None:
+        """Lower the watermarks of each queue, in every rank, below its *lowest* free id."""
         for queue, id_ in lowest.items():
             if queue in self._marks:
                 self._marks[queue] = [min(mark, id_ - 1) for mark in self._marks[queue]]
 
-    def forget(self) -> None:
-        """There may be something anywhere."""
+    def reset(self) -> None:
+        """Forget all watermarks; the next claim of each queue scans the whole queue."""
         self._marks.clear()
-        self._whole.clear()
+        self._next_scan.clear()

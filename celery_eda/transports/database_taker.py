@@ -1,4 +1,4 @@
-"""One connection's standing among those who take messages out of a database."""
+"""A taker: one connection that leases messages from a database which is the broker."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from celery_eda.transports.database_broker import Broker
-from celery_eda.transports.database_marks import Marks
+from celery_eda.transports.database_broker import DatabaseBroker
+from celery_eda.transports.database_marks import Watermarks
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks for takers that are gone, and for what has expired; less than those
-#: between two looks at all, or every second one would be left out.
-SWEEP = 0.9
-#: Seconds at least between two questions when the next message is due.
-PLAN = 0.05
+#: Seconds between two sweeps for dead takers and expired messages; shorter than the poll interval,
+#: or every second poll would skip its sweep.
+SWEEP_INTERVAL = 0.9
+#: Seconds at least between two queries for when the next message is due.
+PLAN_INTERVAL = 0.05
 
 
 class Busy(Exception):
-    """Others were quicker to lock what was to be changed; nothing has been. Try again soon."""
+    """Another transaction locked the rows first; nothing has been changed. Try again soon."""
 
 
 class Taker:
-    """Holds messages for as long as it is there; the others see at once when it is gone.
+    """Leases messages for as long as it lives; its death shows to other takers at once.
 
-    Everything it takes it takes over one connection, which is the one that says it is there.
+    All leases are made over one connection, and that connection is the proof that the taker lives.
     """
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: DatabaseBroker) -> None:
         self.broker = broker
         self.queues = broker.queues
         self.lock = threading.RLock()
-        self.marks = Marks()
-        self._told: set[str] | None = set()
-        self._swept = self._planned = -SWEEP
-        self.presence = broker.dialect.presence(broker.engine, broker.tables, broker.heartbeat)
+        self.watermarks = Watermarks()
+        self._woken_for: set[str] | None = set()
+        self._swept = self._planned = -SWEEP_INTERVAL
+        self.presence = broker.queueing.presence(broker.engine, broker.tables, broker.heartbeat)
         try:
             self.connection = broker.engine.connect()
         except BaseException:
@@ -57,17 +57,17 @@ class Taker:
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """A transaction on the connection; committed at the end.
+        """A transaction on the taker's connection, committed at the end.
 
         Raises:
-            Busy: it lost against others.
+            Busy: the transaction lost against others and has been rolled back.
         """
         with self.lock:
             try:
                 yield self.connection
                 self.connection.commit()
             except BaseException as error:
-                self.marks.forget()
+                self.watermarks.reset()
                 with suppress(Exception):
                     self.connection.rollback()
                 if self.broker.dialect.is_transient(error):
@@ -78,63 +78,69 @@ class Taker:
         return self.presence.fileno()
 
     def woken(self) -> Collection[str] | None:
-        """The queues that it was woken for since it was asked; None if nobody knows which."""
+        """The queues that the taker was woken for since the last call; None if any may be it."""
         with self.lock:  # not while another thread uses the connection
-            self._listen()
-            told, self._told = self._told, set()
-            return told
+            self._receive_wakeups()
+            woken_for, self._woken_for = self._woken_for, set()
+            return woken_for
 
-    def _listen(self) -> None:
+    def _receive_wakeups(self) -> None:
         if (lowest := self.presence.woken()) is None:
-            self._told = None
-            self.marks.forget()
+            self._woken_for = None
+            self.watermarks.reset()
         else:
-            self.marks.move_back(lowest)
-            if self._told is not None:
-                self._told.update(lowest)
+            self.watermarks.lower(lowest)
+            if self._woken_for is not None:
+                self._woken_for.update(lowest)
 
     def lease(self, connection: Connection, queue: str, room: int) -> Sequence[Any]:
-        """Get up to *room* messages, to hold until they are completed or it is gone."""
-        self._listen()
-        return self.marks.claimed(
+        """Lease up to *room* messages, until they are completed or the taker is dead."""
+        self._receive_wakeups()
+        return self.watermarks.claimed(
             queue, lambda passed: self.queues.lease(connection, queue, self.id, room, passed)
         )
 
     def take(self, connection: Connection, queue: str, room: int) -> Sequence[Any]:
-        """Take up to *room* messages for good."""
-        self._listen()
-        return self.marks.claimed(
+        """Delete up to *room* messages of a queue and return them."""
+        self._receive_wakeups()
+        return self.watermarks.claimed(
             queue, lambda passed: self.queues.take(connection, queue, room, passed)
         )
 
     def missed(self) -> bool:
-        """Whether there may be something that nobody has woken it for."""
+        """True if there may be messages that no wake-up has announced."""
         with self.transaction() as connection:
             return self.presence.missed(connection)
 
     def sweep(self) -> bool:
-        """Do what is to be done now and then; returns whether it was time for that.
+        """Free what is due, drop what has expired, and reclaim the leases of dead takers.
 
-        It is time to look into every queue, too. A message that somebody else had locked was
-        passed over, and is free again without a word if that transaction was undone.
+        Returns:
+            True if a sweep was due and done. Then every queue has to be looked into as well: a
+            message that another transaction had locked was skipped, and is free again without a
+            wake-up if that transaction was rolled back.
         """
-        if (now := monotonic()) < self._swept + SWEEP:
+        if (now := monotonic()) < self._swept + SWEEP_INTERVAL:
             return False
         self._swept = now
         with self.transaction() as connection:
             found = self.queues.come_due(connection)
             self.queues.expire(connection)
             self.broker.complete_late(connection)
-            for gone in self.queues.absent(connection, self.broker.engine, self.id):
-                if left := self.queues.bury(connection, gone):
-                    log.warning("taker %s is gone, what it held of %s is back", gone, sorted(left))
-                found |= left
+            for dead in self.queues.dead_takers(connection, self.broker.engine, self.id):
+                if freed := self.queues.reclaim(connection, dead):
+                    log.warning(
+                        "taker %s is dead; its messages in %s have been requeued",
+                        dead,
+                        sorted(freed),
+                    )
+                found |= freed
         if found:
             self.broker.ring()
         return True
 
     def come_due(self) -> set[str]:
-        """Let those be taken whose time has come; returns their queues."""
+        """Free the messages that are due by now; returns their queues."""
         with self.transaction() as connection:
             found = self.queues.come_due(connection)
         if found:
@@ -142,19 +148,22 @@ class Taker:
         return found
 
     def plan(self) -> float | None:
-        """Seconds until the next message is due; None if that is far, or was just asked."""
-        if (now := monotonic()) < self._planned + PLAN:
+        """Seconds until the next message is due; None if no message is delayed.
+
+        Also None within ``PLAN_INTERVAL`` seconds of the last query.
+        """
+        if (now := monotonic()) < self._planned + PLAN_INTERVAL:
             return None
         self._planned = now
         with self.transaction() as connection:
             return self.queues.next_due(connection)
 
     def end(self) -> None:
-        """Be gone, in good order if the database is there."""
+        """End the taker, and free its messages at once if the database can be reached."""
         _takers.discard(self)
         with self.lock:
             with suppress(Exception), self.transaction() as connection:
-                self.queues.bury(connection, self.id)
+                self.queues.reclaim(connection, self.id)
             self._drop()
         self.broker.ring()
 
@@ -169,13 +178,13 @@ _takers: weakref.WeakSet[Taker] = weakref.WeakSet()
 
 
 def _disown_all() -> None:
-    """In a forked child: it must not seem to be its parent, least of all after that has died."""
+    """Disown, in a forked child, the presences of its parent, or they would outlive the parent."""
     for taker in list(_takers):
         taker.presence.disown()
         _inherited.append(taker)
     _takers.clear()
 
 
-#: Kept from being collected: to close such a connection is its parent's business.
+#: The parent's takers, kept from being collected: only the parent may close their connections.
 _inherited: list[Any] = []
 os.register_at_fork(after_in_child=_disown_all)

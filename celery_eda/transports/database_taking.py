@@ -1,7 +1,7 @@
 """Kombu's transport on a database: ``eda+sqlite:///file`` and ``eda+postgresql://…``.
 
-It waits for what may be taken, in an event loop or without one. A worker takes more when it has
-worked off half of what it may hold, or has nothing else to do.
+It waits for messages in an event loop or without one. A worker claims more messages when half of
+its prefetched ones are acknowledged, or when it is idle.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 from kombu.exceptions import ChannelError
 from kombu.transport import virtual
 
-from celery_eda.transports.database_broker import Broker, broker_at
-from celery_eda.transports.database_channel import OUTAGES, REST, Channel
+from celery_eda.transports.database_broker import DatabaseBroker, broker_at
+from celery_eda.transports.database_channel import OUTAGES, RETRY_DELAY, Channel
 from celery_eda.transports.database_taker import Busy, Taker
 
-#: Seconds that an acknowledgement waits for company.
-COMPANY = 0.01
+#: Seconds that an acknowledgement waits for others to share its transaction.
+BATCHING_DELAY = 0.01
 
 
 class Transport(virtual.Transport):
-    """Connections to a database as broker."""
+    """Connections to a database which is the broker."""
 
     Channel = Channel
     can_parse_url = True
@@ -39,7 +39,7 @@ class Transport(virtual.Transport):
 
     def __init__(self, client: Any, **options: Any) -> None:
         super().__init__(client, **options)
-        self._broker: Broker | None = None
+        self._broker: DatabaseBroker | None = None
         self._taker: Taker | None = None
         self._loop: Any = None
         self._timers: list[Any] = []
@@ -48,11 +48,11 @@ class Transport(virtual.Transport):
         self._delivering: int | None = None
         #: Bindings that this connection has made, as exchange, routing key and queue.
         self.known: set[tuple[str, str, str]] = set()
-        #: Queues that go with this connection's taker, whose id this is.
+        #: Queues that are deleted with this connection's taker, and the taker's id.
         self.private: dict[str, int] = {}
 
     @property
-    def broker(self) -> Broker:
+    def broker(self) -> DatabaseBroker:
         if self._broker is None:
             self._broker = broker_at(self.client.hostname, self.client.transport_options)
         return self._broker
@@ -61,9 +61,8 @@ class Transport(virtual.Transport):
     def has_taker(self) -> bool:
         return self._taker is not None
 
-    @property
-    def taker(self) -> Taker:
-        """Who takes over this connection; it begins to be there with the first use."""
+    def ensure_taker(self) -> Taker:
+        """The taker of this connection; the first call makes it, and announces its presence."""
         if self._taker is None:
             self._taker = Taker(self.broker)
             self._attach()
@@ -85,13 +84,13 @@ class Transport(virtual.Transport):
             taker, self._taker = self._taker, None
             if taker is not None:
                 taker.end()
-            # What is declared again after this belongs to another taker.
+            # Queues declared after this belong to another taker.
             self.known.clear()
             self.private.clear()
             self.state.clear()
 
     def deliver(self, payload: dict[str, Any], queue: str) -> None:
-        """Hand a message to the consumer of *queue*."""
+        """Deliver a message to the consumer of *queue*."""
         before, self._delivering = self._delivering, threading.get_ident()
         try:
             self._deliver(payload, queue)
@@ -109,7 +108,7 @@ class Transport(virtual.Transport):
         if self._loop is None or self._taker is None or self._timers:
             return
         self._loop.add_reader(self._taker.fileno(), self._on_readable)
-        self._timers = [self._loop.call_repeatedly(self.broker.dialect.glance, self._glance)]
+        self._timers = [self._loop.call_repeatedly(self.broker.queueing.poll_interval, self._poll)]
 
     def _detach(self) -> None:
         timers, self._timers = self._timers, []
@@ -117,21 +116,21 @@ class Transport(virtual.Transport):
             timer.cancel()
         self._later = None
         if timers and self._taker is not None:
-            with suppress(Exception):  # it was reset by who lost the connection
+            with suppress(Exception):  # the loop was reset when the connection was lost
                 self._loop.remove(self._taker.fileno())
         self._loop = None
 
-    def listen(self) -> None:
-        """Learn what can be taken, as far as that has been told."""
-        self._wake(self.taker.woken())
+    def receive_wakeups(self) -> None:
+        """Mark the queues that this connection has been woken for."""
+        self._wake(self.ensure_taker().woken())
 
-    def begin_taking(self) -> None:
-        """Take what is in the queues of a new consumer, as soon as it is complete."""
-        self.taker  # noqa: B018  # begins to be there
+    def begin_consuming(self) -> None:
+        """Claim messages for a new consumer, as soon as its registration is complete."""
+        self.ensure_taker()
         self._call_soon()
 
     def settled(self, channel: Any) -> None:
-        """Something is done on *channel*; told by any thread."""
+        """Write results of *channel* soon, or at once in the thread that delivers. Thread-safe."""
         if self._loop is None or self._delivering == threading.get_ident():
             channel.flush()
         elif not self._soon:
@@ -146,11 +145,11 @@ class Transport(virtual.Transport):
         self._soon = False
         if self._loop is None or self._taker is None:
             return
-        self.listen()
+        self.receive_wakeups()
         if any(channel.is_urgent for channel in self.channels):
             self._refill()
-        elif any(channel.is_waiting for channel in self.channels):
-            self._call_later(COMPANY)
+        elif any(channel.has_work for channel in self.channels):
+            self._call_later(BATCHING_DELAY)
 
     def _call_later(self, seconds: float) -> None:
         if self._loop is not None and self._later is None:
@@ -161,12 +160,12 @@ class Transport(virtual.Transport):
         self._refill()
 
     def _on_readable(self) -> None:
-        self.listen()
+        self.receive_wakeups()
         with suppress(Busy):
             self._plan()
         self._on_soon()
 
-    def _glance(self) -> None:
+    def _poll(self) -> None:
         if self._taker is None:
             return
         with suppress(Busy):
@@ -176,14 +175,14 @@ class Transport(virtual.Transport):
         self._on_soon()
 
     def _plan(self) -> None:
-        """Be there when the next message is due, if that is before the next look."""
-        due = self.taker.plan()
-        if due is not None and due < self.broker.dialect.glance and self._loop is not None:
+        """Schedule a call for when the next message is due, if that is before the next poll."""
+        due = self.ensure_taker().plan()
+        if due is not None and due < self.broker.queueing.poll_interval and self._loop is not None:
             self._loop.call_later(due, self._on_due)
 
     def _on_due(self) -> None:
         if self._taker is not None and self._loop is not None:
-            with suppress(Busy):  # the next look sees to it
+            with suppress(Busy):  # the next poll does it
                 self._wake(self._taker.come_due())
             self._on_soon()
 
@@ -196,17 +195,17 @@ class Transport(virtual.Transport):
             return 0
         number, busy = 0, False
         for channel in tuple(self.channels):
-            # Without the taker's lock: a pool that is full stops us here until a task is done,
-            # which has to be told to the database by another thread.
+            # Without the taker's lock: a full pool blocks this call until a task ends, and another
+            # thread has to write that result to the database.
             try:
                 number += channel.refill(self._taker)
             except Busy:
                 busy = True
-        if self._taker is None:  # closed by what was delivered
+        if self._taker is None:  # a delivered task closed the connection
             return number
-        self.listen()
+        self.receive_wakeups()
         if busy:
-            self._call_later(REST)
+            self._call_later(RETRY_DELAY)
         elif any(channel.is_urgent for channel in self.channels):
             self._call_soon()
         return number
@@ -214,35 +213,35 @@ class Transport(virtual.Transport):
     # ── without one ─────────────────────────────────────────────────────────────────────────
 
     def drain_events(self, connection: Any, timeout: float | None = None, **_: Any) -> None:
-        """Deliver what there is; wait for the first, *timeout* seconds at most.
+        """Deliver the messages there are; wait for the first for *timeout* seconds at most.
 
         Raises:
-            socket.timeout: nothing came.
+            socket.timeout: no message has come.
         """
-        taker = self.taker
+        taker = self.ensure_taker()
         until = None if timeout is None else monotonic() + timeout
         while True:
             with suppress(Busy):
                 if taker.missed() | taker.sweep():
                     self._wake(None)
-            self.listen()
+            self.receive_wakeups()
             if self._refill():
                 return
-            left = self.broker.dialect.glance if until is None else until - monotonic()
+            left = self.broker.queueing.poll_interval if until is None else until - monotonic()
             if left <= 0:
                 raise TimeoutError
-            self._wait(taker, min(left, self.broker.dialect.glance))
+            self._wait(taker, min(left, self.broker.queueing.poll_interval))
 
     def _wait(self, taker: Taker, seconds: float) -> None:
         due = None
         with suppress(Busy):
             due = taker.plan()
-        if (told := taker.woken()) is None or told:
-            self._wake(told)
+        if (woken_for := taker.woken()) is None or woken_for:
+            self._wake(woken_for)
             return
         readable, _, _ = select([taker.fileno()], [], [], min(seconds, due or seconds))
         if readable:
-            self.listen()
+            self.receive_wakeups()
         elif due is not None:
             with suppress(Busy):
                 self._wake(taker.come_due())

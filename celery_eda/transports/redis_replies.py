@@ -57,7 +57,7 @@ def mark(client: Any, name: str, expires: float) -> None:
     client.pexpire(name, milliseconds)
 
 
-class Replies:
+class ReplyConsumer:
     """The lists of one process, on one connection."""
 
     def __init__(self, app: Any, *, expires: float) -> None:

@@ -14,7 +14,7 @@ from tests.road.test_no_broker import FILL, expect_all
 from tests.servers.pgbouncer import PgBouncer
 from tests.servers.postgresql import PostgreSQL
 
-#: Seconds after which a silent worker is taken for gone.
+#: Seconds after which a silent worker counts as dead.
 HEARTBEAT = 2.0
 on_pgbouncer = pytest.mark.parametrize("road", ["eda-pgbouncer"], indirect=True)
 
@@ -76,7 +76,10 @@ def test_a_frozen_worker_that_wakes_finds_itself_buried_and_doubles_nothing(road
 
     frozen.signal(signal.SIGCONT)
 
-    road.until(lambda: road.logged("have taken taker") > 0, "it to hear of its burial")
+    road.until(
+        lambda: road.logged("reclaimed the messages of taker") > 0,
+        "it to learn that it counts as dead",
+    )
     road.run("for n in range(3, 50): charge.delay(n)")
     expect_all(road, 50)
     assert road.effects("tally") == Counter([0])

@@ -283,7 +283,7 @@ def test_an_acknowledgement_of_what_somebody_else_has_taken_changes_nothing(
     held = get(one)
     taker = one.transport.taker
     with taker.transaction() as database:  # as whoever finds that it is gone
-        taker.queues.bury(database, taker.id)
+        taker.queues.reclaim(database, taker.id)
     taken = get(other)
 
     held.ack()
@@ -409,13 +409,13 @@ def test_a_pooler_needs_a_heartbeat(pgbouncer_url: str) -> None:
 def test_a_heartbeat_that_makes_no_sense_is_refused(
     postgresql_url: str, options: dict[str, Any]
 ) -> None:
-    with pytest.raises(ConfigurationError, match="taken for gone"):
+    with pytest.raises(ConfigurationError, match="counts as dead"):
         Connection(f"eda+{postgresql_url}", transport_options=options).connect()
 
 
 def test_a_heartbeat_is_for_postgresql(tmp_path: Path) -> None:
     options = {"heartbeat": 30}
-    with pytest.raises(ConfigurationError, match="taken for gone"):
+    with pytest.raises(ConfigurationError, match="counts as dead"):
         Connection(f"eda+sqlite:///{tmp_path}/q.db", transport_options=options).connect()
 
 

@@ -19,16 +19,17 @@ from kombu.message import Message
 from sqlalchemy import Engine, create_engine, text
 
 from celery_eda.dialects.postgresql import PostgreSQL
-from celery_eda.queues import Lease, Queues, Waiting
+from celery_eda.dialects.postgresql_queueing import PostgreSQLQueues
+from celery_eda.queues import Lease, Queued, Queues
 from celery_eda.tables import Tables
 from celery_eda.transports import database_marks
-from celery_eda.transports.database_broker import prepared_for, waiting
-from celery_eda.transports.database_marks import Marks
+from celery_eda.transports.database_broker import kombu_message, queued
+from celery_eda.transports.database_marks import Watermarks
 from tests.transports.conftest import Broker
 from tests.transports.letters import letter
 from tests.transports.test_database import drain, get, put, until
 
-QUEUES = Queues(Tables.on(), PostgreSQL())
+QUEUES = Queues(Tables.on(), PostgreSQLQueues(PostgreSQL()))
 #: Blocks of the database: a claim reads some 30, and one that passes all dead rows some 250.
 FEW_BLOCKS = 100
 DEAD = 2000
@@ -62,11 +63,11 @@ def connect(request: pytest.FixtureRequest, broker: Broker) -> Iterator[Callable
 
 @pytest.fixture
 def no_whole_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database_marks, "REST", 3600.0)
+    monkeypatch.setattr(database_marks, "SCAN_INTERVAL", 3600.0)
 
 
-def a_waiting(body: object) -> Waiting:
-    return waiting("letters", prepared_for(letter(body=json.dumps(body).encode())))
+def a_queued(body: object) -> Queued:
+    return queued("letters", kombu_message(letter(body=json.dumps(body).encode())))
 
 
 def consumed(connection: Connection, count: int) -> list[Any]:
@@ -100,15 +101,16 @@ def test_a_claim_passes_nothing_that_is_dead(
 ) -> None:
     with Connection(broker.url) as making:
         making.connect()  # which makes the tables
-    marks, old = Marks(), engine.connect().execution_options(isolation_level="REPEATABLE READ")
+    marks, old = Watermarks(), engine.connect().execution_options(isolation_level="REPEATABLE READ")
     old.scalar(text("SELECT count(*) FROM pg_class"))
     connection = engine.connect()
-    QUEUES.put(connection, [a_waiting(number) for number in range(DEAD)])
+    QUEUES.put(connection, [a_queued(number) for number in range(DEAD)])
     connection.commit()
 
     def blocks_read(passed: Any) -> int:
-        statement, values = PostgreSQL()._compiled(
-            PostgreSQL()._takings(QUEUES.table)[0], connection.dialect
+        queueing = PostgreSQLQueues(PostgreSQL())
+        statement, values = queueing.dialect._compiled(
+            queueing._leasing(QUEUES.table), connection.dialect
         )
         its = {"its_queue": "letters", "room": 4, "passed": list(passed), "taker": 1}
         (found,) = connection.exec_driver_sql(
@@ -123,7 +125,7 @@ def test_a_claim_passes_nothing_that_is_dead(
     while rows := marks.claimed("letters", claim):
         QUEUES.complete(connection, [Lease(row.id, row.fence) for row in rows])
         connection.commit()
-    QUEUES.put(connection, [a_waiting("next")])
+    QUEUES.put(connection, [a_queued("next")])
     connection.commit()
     passed: list[int] = []
     marks.claimed("letters", lambda now: passed.extend(now) or [])
@@ -144,7 +146,7 @@ def test_what_commits_late_is_found_behind_what_was_taken(
     put(connection, "before")
     assert taken(connection, 1) == ["before"]
     with engine.begin() as late:
-        QUEUES.put(late, [a_waiting("late"), a_waiting("too")])
+        QUEUES.put(late, [a_queued("late"), a_queued("too")])
         put(connection, "after")
         assert taken(connection, 1) == ["after"]
     put(connection, "last")
@@ -160,7 +162,7 @@ def test_who_is_told_of_what_commits_late_takes_it_before_what_is_younger(
     put(connection, "before")
     assert consumed(connection, 1) == ["before"]
     with engine.begin() as late:
-        QUEUES.put(late, [a_waiting("late")])
+        QUEUES.put(late, [a_queued("late")])
         put(connection, "after")
         assert consumed(connection, 1) == ["after"]
     put(connection, "last")
@@ -254,7 +256,7 @@ def test_what_nobody_tells_is_found_by_a_look_at_the_whole(
 def test_a_look_at_the_whole_that_takes_long_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(database_marks, "monotonic", lambda: now)
-    marks, begun = Marks(), []
+    marks, begun = Watermarks(), []
 
     def claim(passed: Any) -> list[Any]:
         nonlocal now

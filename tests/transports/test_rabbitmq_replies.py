@@ -10,13 +10,13 @@ from celery import Celery
 from kombu import Connection
 
 from celery_eda import addresses
-from celery_eda.transports.rabbitmq_replies import Replies
+from celery_eda.transports.rabbitmq_replies import ReplyConsumer
 
 NAME = addresses.of_process()
 
 
-def replies(url: str) -> Replies:
-    return Replies(Celery(broker=url, set_as_current=False), expires=60.0)
+def replies(url: str) -> ReplyConsumer:
+    return ReplyConsumer(Celery(broker=url, set_as_current=False), expires=60.0)
 
 
 def put(url: str, numbers: range) -> None:
@@ -25,7 +25,7 @@ def put(url: str, numbers: range) -> None:
             connection.Producer().publish(json.dumps(number), routing_key=NAME)
 
 
-def taken(waiting: Replies, count: int) -> list[Any]:
+def taken(waiting: ReplyConsumer, count: int) -> list[Any]:
     """What comes, until there are *count* or nothing has come for a while."""
     found: list[Any] = []
     until = time.monotonic() + 5.0

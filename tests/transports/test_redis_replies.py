@@ -10,14 +10,14 @@ from celery import Celery
 from redis import Redis as Client
 
 from celery_eda import addresses
-from celery_eda.transports.redis_replies import MARK, Replies
+from celery_eda.transports.redis_replies import MARK, ReplyConsumer
 from tests.servers.redis import Redis
 
 NAME = addresses.of_process()
 
 
-def replies(url: str, expires: float = 60.0) -> Replies:
-    return Replies(Celery(broker=url, set_as_current=False), expires=expires)
+def replies(url: str, expires: float = 60.0) -> ReplyConsumer:
+    return ReplyConsumer(Celery(broker=url, set_as_current=False), expires=expires)
 
 
 def test_whoever_waits_is_woken_at_once(redis_url: str) -> None:
