@@ -66,8 +66,8 @@ from celery_eda.task import ReliableTask
 from celery_eda.transaction import Store, Written
 from celery_eda.transports import (
     direct_enqueue_of,
-    reply_queues_of,
-    seal_of,
+    envelope_encoder_of,
+    reply_consumer_of,
     transport_of,
     undelivered,
 )
@@ -172,7 +172,7 @@ class Parts:
     @made_once
     def outbox(self) -> Outbox:
         """Messages committed and not sent yet."""
-        return Outbox(self.tables.outbox, self.dialect, seal_of(self.app))
+        return Outbox(self.tables.outbox, self.dialect, envelope_encoder_of(self.app))
 
     @made_once
     def inbox(self) -> Inbox:
@@ -395,7 +395,7 @@ class Parts:
     def mailbox(self) -> Mailbox:
         """Where the replies to this process come in."""
         expires = self.settings.reply_expires
-        return Mailbox(reply_queues_of(self.app, expires=expires), self.reading)
+        return Mailbox(reply_consumer_of(self.app, expires=expires), self.reading)
 
     @made_once
     def reply_watcher(self) -> ReplyWatcher:

@@ -106,7 +106,7 @@ class Form:
             app.conf.task_repr_maxlevels,
             Template(texts.headers, {name: _json(marks[name]) for name in headers}),
             Template(texts.properties, {name: _json(marks[name]) for name in PROPERTIES}),
-            transports.template_of(app, marked, headers, PROPERTIES),
+            transports.envelope_template_of(app, marked, headers, PROPERTIES),
         )
 
     def body(self, arguments: Arguments) -> tuple[str, str, bytes]:

@@ -28,7 +28,7 @@ from celery_eda.relay_batch import Batch, Hands
 from celery_eda.results import Preparation
 from celery_eda.retry import backoff
 from celery_eda.settings import Settings
-from celery_eda.transports.base import Answer, Pipelined, Transport, Verdict
+from celery_eda.transports.base import Pipelined, PublishResult, Transport, Verdict
 
 log = redaction.logger(__name__)
 
@@ -254,7 +254,7 @@ class Relay:
     def _note(
         self,
         connection: Connection,
-        answered: Sequence[tuple[Pending, Answer]],
+        answered: Sequence[tuple[Pending, PublishResult]],
         unprepared: Mapping[int, str],
     ) -> Round:
         """Clear what was confirmed, let rest what cannot be sent, give back the others."""
@@ -284,7 +284,7 @@ class Relay:
     def _leave(
         self,
         connection: Connection,
-        unknown: Sequence[tuple[Pending, Answer]],
+        unknown: Sequence[tuple[Pending, PublishResult]],
         *,
         broker_answers: bool,
     ) -> None:
@@ -342,7 +342,7 @@ class Relay:
         return None
 
 
-def _is_unwanted(pending: Pending, answer: Answer) -> bool:
+def _is_unwanted(pending: Pending, answer: PublishResult) -> bool:
     """Whether it may go unheard: a reply to a process that is gone, or an event."""
     message = pending.message
     unheard = _is_event(pending) or addresses.is_volatile(message.routing_key)

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine
 
 from celery_eda.message import Message
 from celery_eda.outbox import ClaimedMessage, Pending
-from celery_eda.transports.base import Answer, Verdict
+from celery_eda.transports.base import PublishResult, Verdict
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,7 +30,7 @@ class Batch:
     connection: Connection
     pending: Sequence[Pending] = ()
     unprepared: Mapping[int, str] = field(default_factory=dict)
-    answers: Sequence[Answer] = ()
+    answers: Sequence[PublishResult] = ()
     since: float = field(default_factory=time.monotonic)
 
     @property
@@ -42,7 +42,7 @@ class Batch:
         return [each.message for each in self.sendable]
 
     @property
-    def answered(self) -> list[tuple[Pending, Answer]]:
+    def answered(self) -> list[tuple[Pending, PublishResult]]:
         return list(zip(self.sendable, self.answers, strict=True))
 
 
@@ -74,7 +74,7 @@ class Hands:
         self.taken += 1
         return batch
 
-    def hear(self, batch: Batch, answers: Sequence[Answer]) -> None:
+    def hear(self, batch: Batch, answers: Sequence[PublishResult]) -> None:
         """Have the broker's *answers* to *batch*; where one is missing it may be away."""
         batch.answers = answers
         self.is_in_doubt |= any(each.verdict is Verdict.unknown for each in answers)

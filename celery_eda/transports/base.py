@@ -1,12 +1,13 @@
-"""What the road needs of a broker: send a batch, and say of each message what became of it."""
+"""The protocols of a broker: publish a batch and report the result of each message."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
+from celery import Celery
 from kombu.common import Broadcast
 from kombu.messaging import Producer
 
@@ -17,22 +18,22 @@ from celery_eda.message import Message
 
 
 class Verdict(Enum):
-    """What became of one message."""
+    """The broker's decision on one message."""
 
-    #: The broker has taken responsibility for this very message.
+    #: The broker has taken responsibility for this message.
     confirmed = "confirmed"
-    #: The broker refused this very message: unroutable, nacked, queue full, queue mismatch.
+    #: The broker refused this message: unroutable, nacked, queue full, queue mismatch.
     refused = "refused"
-    #: Nobody knows: the connection broke, or no answer came in time. It must be sent again.
+    #: The connection broke, or no answer came in time. The message must be sent again.
     unknown = "unknown"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The broker's answer to one message, with the broker's own words if it refused.
+class PublishResult:
+    """The result of publishing one message, with the broker's own words if it refused.
 
     Attributes:
-        unroutable: whether it was refused because no queue would get it.
+        unroutable: True if the message was refused because no queue would get it.
     """
 
     verdict: Verdict
@@ -40,21 +41,21 @@ class Answer:
     unroutable: bool = False
 
 
-CONFIRMED = Answer(Verdict.confirmed)
+CONFIRMED = PublishResult(Verdict.confirmed)
 
 
 class Unroutable(LookupError):
     """No queue would get a message."""
 
 
-def refused(error: BaseException) -> Answer:
-    """The answer to a message that is itself the reason of *error*."""
-    return Answer(Verdict.refused, _words(error), unroutable=isinstance(error, Unroutable))
+def refused(error: BaseException) -> PublishResult:
+    """The result for a message that is itself the cause of *error*."""
+    return PublishResult(Verdict.refused, _words(error), unroutable=isinstance(error, Unroutable))
 
 
-def unknown(error: BaseException) -> Answer:
-    """The answer to messages that were on their way, or not sent yet, when *error* came."""
-    return Answer(Verdict.unknown, _words(error))
+def unknown(error: BaseException) -> PublishResult:
+    """The result for messages that were in flight, or not sent yet, when *error* occurred."""
+    return PublishResult(Verdict.unknown, _words(error))
 
 
 def _words(error: BaseException) -> str:
@@ -99,20 +100,20 @@ class Sendable(Protocol):
 class Transport(Protocol):
     """One connection to one broker, used by one thread.
 
-    A transport connects when it first sends, and again by itself after an outage.
+    A transport connects when it first publishes, and reconnects by itself after an outage.
     """
 
-    def publish(self, messages: Sequence[Sendable]) -> list[Answer]:
-        """Send messages and wait for the broker's answer to each.
+    def publish(self, messages: Sequence[Sendable]) -> list[PublishResult]:
+        """Publish messages and wait for the broker's answer to each.
 
-        Takes at most the transport's time-out in all. Never raises for anything the broker or
-        the network does: an outage is the answer ``unknown`` to every message it concerns.
+        Takes at most the transport's time-out in all. Never raises because of the broker or the
+        network: an outage gives ``unknown`` for every message it concerns.
 
         Args:
             messages: in the order of sending.
 
         Returns:
-            One answer for each message, in the same order.
+            One result for each message, in the same order.
         """
         ...
 
@@ -123,38 +124,33 @@ class Transport(Protocol):
 
 @runtime_checkable
 class Pipelined(Transport, Protocol):
-    """A transport that sends a batch while those before it are not answered yet."""
+    """A transport that sends a batch while earlier batches are still unanswered."""
 
     def begin(self, messages: Sequence[Sendable]) -> None:
-        """Send messages, and wait until they are on their way."""
+        """Send messages without waiting for the answers."""
         ...
 
-    def finish(self) -> list[Answer]:
-        """Wait for the answers to the batch that was begun first, as :meth:`publish` gives them.
+    def finish(self) -> list[PublishResult]:
+        """Wait for the answers to the oldest batch begun; the results are those of ``publish``.
 
-        Its time-out counts from its beginning, but what has been answered counts however late it
-        is asked for. An outage makes unknown what is unanswered in any batch.
+        The batch's time-out counts from its ``begin``, but an answer that has arrived counts
+        however late it is collected. An outage makes every unanswered message of all batches
+        ``unknown``.
         """
         ...
 
 
-class TransportFactory(Protocol):
-    """Makes the transport of an app; *timeout* is in seconds and covers one batch."""
-
-    def __call__(self, app: Any, *, timeout: float) -> Transport: ...
-
-
 class EnvelopeTemplate(Protocol):
-    """Makes the envelopes of messages that differ in some texts only.
+    """Makes the envelopes of messages that differ only in some texts.
 
     Args:
-        message: one of them, with something of its own at each place that differs.
-        envelope: its own.
-        headers: the names of its headers that differ.
-        properties: the names of its properties that do.
+        message: an example, with a unique text in each header and property that differs.
+        envelope: the example's envelope.
+        headers: the names of the headers that differ.
+        properties: the names of the properties that differ.
 
     Raises:
-        ValueError: its places cannot be told apart.
+        ValueError: the texts cannot be told apart in the envelope.
     """
 
     def __init__(
@@ -162,59 +158,102 @@ class EnvelopeTemplate(Protocol):
     ) -> None: ...
 
     def filled(self, values: Mapping[str, str]) -> bytes:
-        """The envelope with these *values*; there may be more than are needed."""
+        """The envelope with these *values*; values without a slot in it are ignored."""
         ...
 
 
 class ReplyConsumer(Protocol):
-    """The queues over which replies come to one process: one connection, used by one thread.
+    """The queues over which one process receives replies: one connection, used by one thread.
 
-    It connects when the first queue is opened. Whatever goes wrong is raised; then it is of no
-    more use.
+    The first ``open`` connects. Every error is raised, and makes the consumer unusable.
     """
 
     def open(self, name: str) -> None:
-        """Have the queue *name*, and take from it from now on."""
+        """Declare the queue *name* and consume it from now on."""
         ...
 
     def close(self, name: str) -> None:
-        """Delete the queue *name*, with what is in it."""
+        """Delete the queue *name* with its messages."""
         ...
 
     def take(self, timeout: float) -> list[Any]:
-        """What has come, as kombu's messages; waits for the first, *timeout* seconds at most.
+        """Wait *timeout* seconds at most for replies.
 
-        What came and is no message is None.
+        Returns:
+            The replies as kombu's messages; None in place of one that is no message.
         """
         ...
 
     def wake(self) -> None:
-        """Have :meth:`take` return at once. For any thread."""
+        """Make :meth:`take` return at once. Any thread may call it."""
         ...
 
     def drop(self) -> None:
-        """Forget the connection."""
+        """Drop the connection."""
         ...
+
+
+@dataclass(frozen=True)
+class ReplyQueues:
+    """The parts of a broker that transport replies to a waiting process.
+
+    Attributes:
+        consumer: makes the consumer of an app; ``expires`` is in seconds.
+        declare: declares a queue by name, which expires after so many seconds without use.
+    """
+
+    consumer: Callable[..., ReplyConsumer]
+    declare: Callable[[Celery, str, float], None]
+
+
+@dataclass(frozen=True)
+class Envelopes:
+    """The parts of a broker that encode headers and properties when a message is captured.
+
+    Attributes:
+        encode: returns the envelope of a message, or None if it can have none.
+        template: makes envelopes of messages that differ only in some texts.
+    """
+
+    encode: Callable[[Message], bytes | None]
+    template: type[EnvelopeTemplate]
+
+
+@dataclass(frozen=True)
+class Broker:
+    """The descriptor of one kind of broker: every part that celery_eda has for it.
+
+    Attributes:
+        transport: makes the transport of an app; ``timeout`` is in seconds and covers one batch.
+        consumers: transports that workers use in place of kombu's, by kombu's class.
+        replies: None if no process can wait for replies over this broker.
+        envelopes: None if messages are encoded only when they are sent.
+    """
+
+    transport: Callable[..., Transport]
+    consumers: Mapping[type, type] = field(default_factory=dict)
+    replies: ReplyQueues | None = None
+    envelopes: Envelopes | None = None
 
 
 @runtime_checkable
 class KeepsMalformed(Protocol):
-    """A channel that sets aside what it has taken and could not read as a message."""
+    """A channel that sets aside payloads that it could not read as messages."""
 
     def malformed(self, limit: int) -> list[bytes]:
-        """The oldest of them, *limit* at the most."""
+        """The oldest *limit* of those payloads."""
         ...
 
     def forget_malformed(self, payload: bytes) -> None:
-        """Drop one of them: it has been written down elsewhere. Repeating it is harmless."""
+        """Drop one payload, which has been recorded elsewhere. Repeating it is harmless."""
         ...
 
 
 def publish_with(producer: Producer, message: Sendable) -> Any:
-    """Let kombu's *producer* publish *message*, byte for byte as Celery would have.
+    """Publish *message* with kombu's *producer*, byte for byte as Celery would.
 
     Returns:
-        What its channel says to that.
+        The result of the producer's channel.
     """
     whole = message.whole()
     return producer.publish(
@@ -231,8 +270,8 @@ def publish_with(producer: Producer, message: Sendable) -> Any:
 def declare(app: Any, channel: Any, name: str) -> None:
     """Declare the queue that *app* knows as *name*, with its exchange and binding.
 
-    Of a broadcast only the exchange: every consumer declares a queue of its own. By the name of
-    the exchange of events, that and the subscriptions of *app*.
+    Of a broadcast only the exchange is declared: every consumer declares a queue of its own. The
+    name of the exchange of events declares that exchange and the subscriptions of *app*.
 
     Raises:
         KeyError: there is no such queue, and the app does not create missing ones.
@@ -246,16 +285,16 @@ def declare(app: Any, channel: Any, name: str) -> None:
 
 
 def subscribers(bindings: Iterable[tuple[str, Any, str]], name: str) -> list[str]:
-    """The queues that the event *name* goes to, by kombu's *bindings* of the exchange of events.
+    """The queues that get the event *name*, by kombu's *bindings* of the exchange of events.
 
-    Kombu's own look-up is not asked: to it `order.#` does not choose `order`.
+    Kombu's own lookup is not used: in it the pattern ``order.#`` does not match ``order``.
     """
-    chosen = (queue for pattern, _, queue in bindings if topics.matches(pattern, name))
-    return list(dict.fromkeys(chosen))
+    matching = (queue for pattern, _, queue in bindings if topics.matches(pattern, name))
+    return list(dict.fromkeys(matching))
 
 
 def unroutable(message: Sendable) -> Unroutable:
-    """The error for a message that no queue would get, where the broker itself says nothing."""
+    """The error for an unroutable message, where the broker itself reports none."""
     return Unroutable(
         f"No queue is bound to exchange {message.exchange!r} "
         f"with routing key {message.routing_key!r}."

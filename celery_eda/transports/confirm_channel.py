@@ -11,7 +11,7 @@ from itertools import count
 from amqp import Connection
 
 from celery_eda import checkpoints
-from celery_eda.transports.base import Answer, Sendable, refused
+from celery_eda.transports.base import PublishResult, Sendable, refused
 from celery_eda.transports.confirms import Flight
 from celery_eda.transports.frames import Frames
 
@@ -27,7 +27,7 @@ class ConfirmChannel:
         is_proven: whether the broker has answered on it.
     """
 
-    def __init__(self, connection: Connection, answers: dict[int, Answer]) -> None:
+    def __init__(self, connection: Connection, answers: dict[int, PublishResult]) -> None:
         self.flight = Flight(count(1), answers)
         self.is_proven = False
         self._answers = answers

@@ -13,11 +13,13 @@ from typing import Any
 from amqp.exceptions import ChannelError, UnexpectedFrame
 
 from celery_eda.identity import ID_HEADER, REVISION_HEADER
-from celery_eda.transports.base import CONFIRMED, Answer, Sendable, Verdict
+from celery_eda.transports.base import CONFIRMED, PublishResult, Sendable, Verdict
 
 #: The broker's code for a message that no queue would get.
 NO_ROUTE = 312
-NACKED = Answer(Verdict.refused, "basic.nack: the queue is full, or cannot store the message")
+NACKED = PublishResult(
+    Verdict.refused, "basic.nack: the queue is full, or cannot store the message"
+)
 
 
 class Flight:
@@ -28,11 +30,11 @@ class Flight:
         answers: where the answers go, by the message's number.
     """
 
-    def __init__(self, tags: Iterator[int], answers: MutableMapping[int, Answer]) -> None:
+    def __init__(self, tags: Iterator[int], answers: MutableMapping[int, PublishResult]) -> None:
         self._tags = tags
         self._answers = answers
         self._under_way: dict[int, tuple[int, Sendable]] = {}
-        self._returned: dict[int, Answer] = {}
+        self._returned: dict[int, PublishResult] = {}
 
     def __len__(self) -> int:
         return len(self._under_way)
@@ -80,7 +82,7 @@ class Flight:
         if not alike:
             raise UnexpectedFrame("The broker returned a message that is not under way.")
         why = f"{error.reply_code} {error.reply_text}: {exchange=} {routing_key=}"
-        answer = Answer(Verdict.refused, why, unroutable=error.reply_code == NO_ROUTE)
+        answer = PublishResult(Verdict.refused, why, unroutable=error.reply_code == NO_ROUTE)
         self._returned.update(dict.fromkeys(alike, answer))
 
     def _meant(self, tag: int, multiple: bool) -> list[int]:
@@ -89,6 +91,6 @@ class Flight:
             return list(takewhile(lambda each: each <= tag, self._under_way))
         return [tag] if tag in self._under_way else []
 
-    def _land(self, tag: int, answer: Answer) -> None:
+    def _land(self, tag: int, answer: PublishResult) -> None:
         number, _ = self._under_way.pop(tag)
         self._answers[number] = answer

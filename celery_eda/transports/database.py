@@ -21,7 +21,7 @@ from celery_eda.queues import Queued
 from celery_eda.tables import Tables
 from celery_eda.transports.base import (
     CONFIRMED,
-    Answer,
+    PublishResult,
     Sendable,
     declare,
     refused,
@@ -44,7 +44,7 @@ class Database:
         self._channel: Any = None
         self._declared: set[str] = set()
 
-    def publish(self, messages: Sequence[Sendable]) -> list[Answer]:
+    def publish(self, messages: Sequence[Sendable]) -> list[PublishResult]:
         if not messages:
             return []
         try:
@@ -63,16 +63,16 @@ class Database:
         self._broker.ensure_connection(max_retries=0, timeout=self._timeout)
         return self._broker.channel()
 
-    def _send(self, messages: Sequence[Sendable]) -> list[Answer]:
+    def _send(self, messages: Sequence[Sendable]) -> list[PublishResult]:
         channel = self._channel = self._channel or self._connect()
         broker: DatabaseBroker = channel.broker
         routed = [self._routed(channel, each) for each in messages]
-        accepted = [each for each in routed if not isinstance(each, Answer)]
+        accepted = [each for each in routed if not isinstance(each, PublishResult)]
         broker.put([copy for copies in accepted for copy in copies])
         checkpoints.reach("relay.published")
-        return [each if isinstance(each, Answer) else CONFIRMED for each in routed]
+        return [each if isinstance(each, PublishResult) else CONFIRMED for each in routed]
 
-    def _routed(self, channel: Any, message: Sendable) -> list[Queued] | Answer:
+    def _routed(self, channel: Any, message: Sendable) -> list[Queued] | PublishResult:
         """The copies of *message*, one for each queue that it is routed to; or its refusal."""
         try:
             if message.queue and message.queue not in self._declared:

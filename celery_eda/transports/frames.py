@@ -89,7 +89,7 @@ class Frames:
         return frame
 
 
-def seal(message: Message) -> bytes | None:
+def encode_envelope(message: Message) -> bytes | None:
     """The envelope of *message*; None if it cannot be encoded, or says more than that."""
     try:
         envelope, immediate = _encoded(message)

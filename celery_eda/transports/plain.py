@@ -16,7 +16,7 @@ from kombu.transport import virtual
 
 from celery_eda.transports.base import (
     CONFIRMED,
-    Answer,
+    PublishResult,
     Sendable,
     declare,
     publish_with,
@@ -26,7 +26,7 @@ from celery_eda.transports.base import (
 )
 
 
-class Plain:
+class GenericTransport:
     """One connection to a broker, through kombu alone."""
 
     def __init__(self, app: Any, *, timeout: float) -> None:
@@ -37,9 +37,9 @@ class Plain:
         self._producer: Producer | None = None
         self._declared: set[str] = set()
 
-    def publish(self, messages: Sequence[Sendable]) -> list[Answer]:
+    def publish(self, messages: Sequence[Sendable]) -> list[PublishResult]:
         until = time.monotonic() + self._timeout
-        answers: list[Answer] = []
+        answers: list[PublishResult] = []
         try:
             producer = self._producer = self._producer or self._connect()
             for message in messages:
@@ -63,7 +63,7 @@ class Plain:
         )
         return Producer(self._broker.channel())
 
-    def _send(self, producer: Producer, message: Sendable) -> Answer:
+    def _send(self, producer: Producer, message: Sendable) -> PublishResult:
         try:
             if message.queue and message.queue not in self._declared:
                 declare(self._app, producer.channel, message.queue)

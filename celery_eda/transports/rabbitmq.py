@@ -18,7 +18,7 @@ from amqp import Connection
 from amqp.exceptions import AMQPError, Blocked, ConnectionForced
 from kombu.exceptions import OperationalError
 
-from celery_eda.transports.base import Answer, Sendable, Verdict, declare, refused, unknown
+from celery_eda.transports.base import PublishResult, Sendable, Verdict, declare, refused, unknown
 from celery_eda.transports.confirm_channel import ConfirmChannel, left, readable
 
 WINDOW = 1000  # messages that wait for their confirm at the same time
@@ -61,11 +61,11 @@ class RabbitMQ:
         self._blocked = False
         self._batches: deque[_Batch] = deque()
         self._unsent: deque[tuple[int, Sendable]] = deque()
-        self._answers: dict[int, Answer] = {}
+        self._answers: dict[int, PublishResult] = {}
         self._numbered = 0
         self._window = WINDOW
 
-    def publish(self, messages: Sequence[Sendable]) -> list[Answer]:
+    def publish(self, messages: Sequence[Sendable]) -> list[PublishResult]:
         self.begin(messages)
         return self.finish()
 
@@ -79,7 +79,7 @@ class RabbitMQ:
         self._unsent.extend(zip(numbers, messages, strict=True))
         self._work(lambda: not self._unsent, batch.until)
 
-    def finish(self) -> list[Answer]:
+    def finish(self) -> list[PublishResult]:
         batch = self._batches[0]
         numbers = batch.numbers
         # The last one first: as long as that is not answered, the others need not be looked for.

@@ -17,7 +17,7 @@ from kombu.exceptions import OperationalError
 from redis import exceptions
 
 from celery_eda import checkpoints
-from celery_eda.transports.base import Answer, Sendable, Verdict, declare, unknown
+from celery_eda.transports.base import PublishResult, Sendable, Verdict, declare, unknown
 from celery_eda.transports.redis_commands import Commands, answers, of_error, worst
 from celery_eda.transports.redis_envelopes import Payloads
 
@@ -37,9 +37,9 @@ class _Batch:
     """
 
     messages: Sequence[Sendable]
-    places: list[list[int] | Answer] = field(default_factory=list)
+    places: list[list[int] | PublishResult] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
-    lost: Answer | None = None
+    lost: PublishResult | None = None
 
 
 class Redis:
@@ -66,7 +66,7 @@ class Redis:
         self._declared: set[str] = set()
         self._batches: deque[_Batch] = deque()
 
-    def publish(self, messages: Sequence[Sendable]) -> list[Answer]:
+    def publish(self, messages: Sequence[Sendable]) -> list[PublishResult]:
         self.begin(messages)
         return self.finish()
 
@@ -78,7 +78,7 @@ class Redis:
         except OUTAGES as error:
             self._lose(unknown(error))
 
-    def finish(self) -> list[Answer]:
+    def finish(self) -> list[PublishResult]:
         batch, replies = self._batches[0], list[Any]()
         try:
             if not batch.lost:
@@ -114,7 +114,7 @@ class Redis:
         if not is_silent:
             self._connection.disconnect()  # it is opened again when it is written to
 
-    def _put(self, message: Sendable, commands: Commands) -> list[int] | Answer:
+    def _put(self, message: Sendable, commands: Commands) -> list[int] | PublishResult:
         """Add *message* to *commands*: the places of its own, or why there are none."""
         try:
             if message.queue and message.queue not in self._declared:
@@ -133,10 +133,12 @@ class Redis:
         except exceptions.ResponseError as error:
             return error
 
-    def _heard(self, batch: _Batch, replies: Sequence[Any]) -> list[Answer]:
+    def _heard(self, batch: _Batch, replies: Sequence[Any]) -> list[PublishResult]:
         """What the server says of each message with its *replies* to their commands."""
         said = answers(batch.commands, replies)
-        found = [each if isinstance(each, Answer) else worst(said, each) for each in batch.places]
+        found = [
+            each if isinstance(each, PublishResult) else worst(said, each) for each in batch.places
+        ]
         if lost := next((each for each in found if each.verdict is Verdict.unknown), None):
             self._lose(lost)  # by now the name of the server may lead to another one
         elif any(each.verdict is Verdict.refused for each in found):
@@ -160,7 +162,7 @@ class Redis:
         self._channel.state.clear()
         self._payloads = None
 
-    def _lose(self, lost: Answer) -> None:
+    def _lose(self, lost: PublishResult) -> None:
         """Give up the connection; *lost* is the answer to all that is under way on it."""
         for batch in self._batches:
             batch.lost = batch.lost or lost

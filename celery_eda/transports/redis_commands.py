@@ -15,7 +15,7 @@ from celery_eda.event import EVENT_EXCHANGE, OF_ONE_WORKER
 from celery_eda.transports import redis_replies
 from celery_eda.transports.base import (
     CONFIRMED,
-    Answer,
+    PublishResult,
     Sendable,
     Verdict,
     publish_with,
@@ -106,28 +106,30 @@ class Commands:
         return [name.upper(), self._channel.global_keyprefix + key, *rest]
 
 
-def answers(commands: Iterable[str], replies: Iterable[Any]) -> list[Answer]:
+def answers(commands: Iterable[str], replies: Iterable[Any]) -> list[PublishResult]:
     """What the server's *replies* to *commands* of these names mean."""
     return [_answer(name, reply) for name, reply in zip(commands, replies, strict=True)]
 
 
-def of_error(error: Exception) -> Answer:
+def of_error(error: Exception) -> PublishResult:
     """The answer to a message that the server did not take for this reason."""
     is_everybodys = isinstance(error, SERVER_ERRORS) or str(error).startswith(SERVER_WORDS)
     return unknown(error) if is_everybodys else refused(error)
 
 
-def _answer(command: str, reply: Any) -> Answer:
+def _answer(command: str, reply: Any) -> PublishResult:
     if isinstance(reply, Exception):
         return of_error(reply)
     if command == "EVAL" and reply == 0:
-        return Answer(Verdict.refused, "Nobody waits for this reply any more.", unroutable=True)
+        return PublishResult(
+            Verdict.refused, "Nobody waits for this reply any more.", unroutable=True
+        )
     if command == "PUBLISH" and reply == 0:
-        return Answer(Verdict.refused, "Nobody is subscribed to the exchange.")
+        return PublishResult(Verdict.refused, "Nobody is subscribed to the exchange.")
     return CONFIRMED
 
 
-def worst(said: Sequence[Answer], places: Iterable[int]) -> Answer:
+def worst(said: Sequence[PublishResult], places: Iterable[int]) -> PublishResult:
     """The answer to a message by what was *said* to its commands: the first that confirms nothing.
 
     They are those at these *places*.

@@ -86,7 +86,7 @@ class EnvelopeTemplate:
         return self._template.filled({name: _text(values[name]) for name in self._template.names})
 
 
-def seal(message: Message) -> bytes | None:
+def encode_envelope(message: Message) -> bytes | None:
     """The envelope of *message*; None if it cannot be encoded, or its list is to be looked up."""
     if message.exchange:
         return None

@@ -17,12 +17,12 @@ from celery_eda.message import Message
 from celery_eda.outbox import Outbox
 from celery_eda.relay import Relay, Round
 from celery_eda.settings import Settings
-from celery_eda.transports.base import CONFIRMED, Answer, Verdict
+from celery_eda.transports.base import CONFIRMED, PublishResult, Verdict
 from tests.databases import LOCKING, Database
 from tests.dialects.messages import message
 
-REFUSED = Answer(Verdict.refused, "312 NO_ROUTE")
-UNKNOWN = Answer(Verdict.unknown, "no answer in time")
+REFUSED = PublishResult(Verdict.refused, "312 NO_ROUTE")
+UNKNOWN = PublishResult(Verdict.unknown, "no answer in time")
 
 MakeRelay = Callable[..., tuple[Relay, list[str]]]
 
@@ -30,11 +30,11 @@ MakeRelay = Callable[..., tuple[Relay, list[str]]]
 class ScriptedBroker:
     """Answers each message by its queue, and notes what it was sent, and whether it was closed."""
 
-    def __init__(self, answers: dict[str, Answer], sent: list[str]) -> None:
+    def __init__(self, answers: dict[str, PublishResult], sent: list[str]) -> None:
         self.answers = answers
         self.sent = sent
 
-    def publish(self, messages: Sequence[Message]) -> list[Answer]:
+    def publish(self, messages: Sequence[Message]) -> list[PublishResult]:
         self.sent += [each.routing_key for each in messages]
         return [self.answers.get(each.routing_key, CONFIRMED) for each in messages]
 
@@ -45,14 +45,14 @@ class ScriptedBroker:
 class PatientBroker(ScriptedBroker):
     """Answers a batch when it is asked to, and may be sent others before."""
 
-    def __init__(self, answers: dict[str, Answer], sent: list[str]) -> None:
+    def __init__(self, answers: dict[str, PublishResult], sent: list[str]) -> None:
         super().__init__(answers, sent)
-        self.unanswered: deque[list[Answer]] = deque()
+        self.unanswered: deque[list[PublishResult]] = deque()
 
     def begin(self, messages: Sequence[Message]) -> None:
         self.unanswered.append(self.publish(messages))
 
-    def finish(self) -> list[Answer]:
+    def finish(self) -> list[PublishResult]:
         self.sent.append("answer")
         return self.unanswered.popleft()
 
@@ -60,7 +60,9 @@ class PatientBroker(ScriptedBroker):
 @pytest.fixture
 def make_relay(database: Database, outbox: Outbox, dead_letters: DeadLetters) -> MakeRelay:
     def make(
-        answers: dict[str, Answer], kind: type[ScriptedBroker] = ScriptedBroker, **settings: object
+        answers: dict[str, PublishResult],
+        kind: type[ScriptedBroker] = ScriptedBroker,
+        **settings: object,
     ) -> tuple[Relay, list[str]]:
         sent: list[str] = []
         broker = kind(answers, sent)
@@ -283,7 +285,7 @@ def test_what_was_claimed_too_long_ago_to_be_sent_in_time_is_given_back(
     database: Database, outbox: Outbox, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class SlowBroker(PatientBroker):
-        def finish(self) -> list[Answer]:
+        def finish(self) -> list[PublishResult]:
             time.sleep(0.6)
             return super().finish()
 

@@ -12,7 +12,7 @@ from kombu import Connection, Queue
 
 from celery_eda.identity import Identity
 from celery_eda.message import Message
-from celery_eda.transports.base import Answer, Pipelined, Transport, Verdict
+from celery_eda.transports.base import Pipelined, PublishResult, Transport, Verdict
 
 BODY = b'[[1, 2], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
 
@@ -103,12 +103,12 @@ def ids(received: Iterable[Any]) -> list[UUID]:
     return [UUID(message.headers["eda_id"]) for message in received]
 
 
-def verdicts(answers: Iterable[Answer]) -> list[str]:
+def verdicts(answers: Iterable[PublishResult]) -> list[str]:
     """Only the verdicts, as words."""
     return [answer.verdict.value for answer in answers]
 
 
-def confirmed(messages: Iterable[Message], answers: Iterable[Answer]) -> set[UUID]:
+def confirmed(messages: Iterable[Message], answers: Iterable[PublishResult]) -> set[UUID]:
     """The ids of the messages that the broker took over."""
     return {
         message.identity.id

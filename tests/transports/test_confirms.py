@@ -10,7 +10,7 @@ import pytest
 from amqp.exceptions import ChannelError, UnexpectedFrame
 
 from celery_eda.message import Message
-from celery_eda.transports.base import Answer
+from celery_eda.transports.base import PublishResult
 from celery_eda.transports.confirms import Flight
 from tests.transports.letters import letter
 
@@ -19,7 +19,7 @@ class Air:
     """A flight of some messages on a fresh channel, whose tags are 1, 2, 3…"""
 
     def __init__(self, *messages: Message) -> None:
-        self.answers: dict[int, Answer] = {}
+        self.answers: dict[int, PublishResult] = {}
         self.flight = Flight(count(1), self.answers)
         for position, message in enumerate(messages):
             self.flight.add(position, message)

@@ -17,7 +17,7 @@ from kombu.utils.json import dumps
 from celery_eda.message import Encoded, Message
 from celery_eda.transports import frames, redis_envelopes
 from celery_eda.transports.base import publish_with
-from celery_eda.transports.redis_envelopes import EnvelopeTemplate, Payloads, seal
+from celery_eda.transports.redis_envelopes import EnvelopeTemplate, Payloads, encode_envelope
 from tests.transports.letters import letter
 
 
@@ -44,7 +44,7 @@ class Silent(Channel):
 
 
 def sealed(message: Message, envelope: bytes | None = None) -> Message:
-    return message.knowing(Encoded("", "", envelope or seal(message)))
+    return message.knowing(Encoded("", "", envelope or encode_envelope(message)))
 
 
 def by_kombu(message: Message) -> tuple[str, bytes]:
@@ -86,21 +86,23 @@ def test_a_payload_is_the_one_that_kombu_makes(
 @given(some.text(), some.text())
 def test_an_envelope_made_by_a_template_is_that_of_the_message(header: str, other: str) -> None:
     first = letter(headers={"id": "<its id>"}, reply_to="<its address>")
-    template = EnvelopeTemplate(first, seal(first) or b"", ["id"], ["reply_to"])
+    template = EnvelopeTemplate(first, encode_envelope(first) or b"", ["id"], ["reply_to"])
     second = replace(
         first,
         headers={**first.headers, "id": header},
         properties={**first.properties, "reply_to": other},
     )
 
-    assert template.filled({"id": header, "reply_to": other, "more": "x"}) == seal(second)
+    assert template.filled({"id": header, "reply_to": other, "more": "x"}) == encode_envelope(
+        second
+    )
 
 
 def test_what_does_not_stand_out_is_no_template() -> None:
     twice = letter(headers={"id": "1", "shadow": "1"})
 
     with pytest.raises(ValueError, match="no place of its own"):
-        EnvelopeTemplate(twice, seal(twice) or b"", ["id"], [])
+        EnvelopeTemplate(twice, encode_envelope(twice) or b"", ["id"], [])
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_what_does_not_stand_out_is_no_template() -> None:
     ids=["through an exchange", "that cannot be encoded"],
 )
 def test_a_message_has_no_envelope(message: Message) -> None:
-    assert seal(message) is None
+    assert encode_envelope(message) is None
 
 
 def test_without_an_envelope_the_payload_is_made_by_kombu() -> None:
@@ -119,13 +121,13 @@ def test_without_an_envelope_the_payload_is_made_by_kombu() -> None:
 def test_an_envelope_for_rabbitmq_is_no_payload() -> None:
     message = letter()
 
-    assert Payloads(Silent()).of(sealed(message, frames.seal(message))) is None
+    assert Payloads(Silent()).of(sealed(message, frames.encode_envelope(message))) is None
 
 
 def test_an_envelope_for_redis_is_nothing_for_rabbitmq() -> None:
     message = letter()
     by_envelope, anew = frames.Frames(1, 2**17), frames.Frames(1, 2**17)
-    by_envelope.add(sealed(message, redis_envelopes.seal(message)))
+    by_envelope.add(sealed(message, redis_envelopes.encode_envelope(message)))
     anew.add(message)
 
     assert by_envelope.take() == anew.take()

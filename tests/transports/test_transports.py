@@ -10,8 +10,8 @@ import pytest
 from celery import Celery
 
 from celery_eda.message import Message
-from celery_eda.transports import transport_of
-from celery_eda.transports.base import Answer, Transport, Verdict
+from celery_eda.transports import BROKERS, transport_of
+from celery_eda.transports.base import PublishResult, Transport, Verdict
 from tests.transports.conftest import Broker, app_of
 from tests.transports.letters import body_of, confirmed, ids, letter, letters, verdicts
 
@@ -181,17 +181,18 @@ class Postbox:
         self.app = app
         self.timeout = timeout
 
-    def publish(self, messages: list[Message]) -> list[Answer]:
-        return [Answer(Verdict.confirmed) for _ in messages]
+    def publish(self, messages: list[Message]) -> list[PublishResult]:
+        return [PublishResult(Verdict.confirmed) for _ in messages]
 
     def close(self) -> None:
         pass
 
 
-def test_a_private_vendor_is_named_by_module_and_class() -> None:
+def test_a_private_vendor_is_named_by_module_and_class(monkeypatch: pytest.MonkeyPatch) -> None:
     app = app_of("memory://")
+    monkeypatch.setitem(BROKERS, "memory", f"{__name__}:Postbox")
 
-    made: Any = transport_of(app, timeout=3, vendor=f"{__name__}:Postbox")
+    made: Any = transport_of(app, timeout=3)
 
     assert isinstance(made, Postbox)
     assert (made.app, made.timeout) == (app, 3)
@@ -206,7 +207,7 @@ def test_a_private_vendor_is_named_by_module_and_class() -> None:
         ("redis://", "Redis"),
         ("rediss://", "Redis"),
         ("sentinel://", "Redis"),
-        ("memory://", "Plain"),
+        ("memory://", "GenericTransport"),
         ("eda+sqlite:///queue.db", "Database"),
         ("eda+postgresql://nowhere/queue", "Database"),
     ],

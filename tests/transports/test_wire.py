@@ -21,7 +21,7 @@ from kombu.transport.pyamqp import Channel
 
 from celery_eda.message import Encoded, Message
 from celery_eda.transports.base import publish_with
-from celery_eda.transports.frames import Frames, seal
+from celery_eda.transports.frames import Frames, encode_envelope
 from tests.transports.letters import letter
 
 CHANNEL = 7
@@ -107,7 +107,7 @@ def by_us(*messages: Message) -> bytes:
 
 def in_envelope(message: Message) -> bytes:
     """What is written of a message whose headers were encoded when it was captured."""
-    sealed = message.knowing(Encoded("", "", seal(message)))
+    sealed = message.knowing(Encoded("", "", encode_envelope(message)))
     return by_us(sealed if sealed.envelope is None else blank(sealed))
 
 
@@ -151,8 +151,8 @@ def test_any_headers_are_encoded_as_py_amqp_does(found: dict[str, Any]) -> None:
 def test_only_what_an_envelope_cannot_say_has_none() -> None:
     cannot = letter(immediate=True), letter(headers={"bad": object()})
 
-    assert [seal(each) for each in cannot] == [None, None]
-    assert all(seal(each) for name, each in LETTERS.items() if "handed over" not in name)
+    assert [encode_envelope(each) for each in cannot] == [None, None]
+    assert all(encode_envelope(each) for name, each in LETTERS.items() if "handed over" not in name)
 
 
 @pytest.mark.parametrize(
