@@ -495,7 +495,7 @@ class Parts:
         if self.app.conf.task_default_queue_type != "quorum":
             return {}
         limit = self.settings.delivery_limit
-        limits = undelivered.limits(limit, self.service) if limit else {}
+        limits = undelivered.queue_arguments(limit, self.service) if limit else {}
         return {**limits, "x-queue-type": "quorum"}
 
     def _prepared_engine(self, patience: float) -> Engine:

@@ -97,7 +97,7 @@ class CapturingAMQP(AMQP):
         base, eda = super().queues_cls, self.app.eda
         if not (limit := eda.settings.delivery_limit):
             return base
-        return undelivered.limiting(base, limit, eda.service)
+        return undelivered.with_delivery_limit(base, limit, eda.service)
 
     @property
     def producer_pool(self) -> Any:

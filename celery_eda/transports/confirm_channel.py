@@ -1,4 +1,4 @@
-"""One channel to RabbitMQ in confirm mode: messages go in chunks, answers are heard in between."""
+"""One channel to RabbitMQ in confirm mode: messages go in chunks, with confirms read in between."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from amqp import Connection
 
 from celery_eda import checkpoints
 from celery_eda.transports.base import PublishResult, Sendable, refused
-from celery_eda.transports.confirms import Flight
+from celery_eda.transports.confirms import InFlight
 from celery_eda.transports.frames import Frames
 
-CHUNK = 2**17  # bytes written at once, so that the broker begins, and its answers are read
-PROMPT = 1.0  # seconds for the rest of an answer that has begun to come
+CHUNK = 2**17  # bytes written at once: the broker starts early, and its confirms are read soon
+PROMPT = 1.0  # seconds for the rest of a frame that has begun to arrive
 
 
 class ConfirmChannel:
-    """A channel in confirm mode. Good as long as no confirm is missing on it.
+    """A channel in confirm mode, usable as long as no confirm is missing on it.
 
     Attributes:
-        flight: what is under way on it.
-        is_proven: whether the broker has answered on it.
+        in_flight: the messages not confirmed yet.
+        is_proven: True once the broker has confirmed every message sent so far.
     """
 
-    def __init__(self, connection: Connection, answers: dict[int, PublishResult]) -> None:
-        self.flight = Flight(count(1), answers)
+    def __init__(self, connection: Connection, results: dict[int, PublishResult]) -> None:
+        self.in_flight = InFlight(count(1), results)
         self.is_proven = False
-        self._answers = answers
+        self._results = results
         self._connection = connection
         self._channel = connection.channel()
         self._channel.confirm_select()
         self._frames = Frames(self._channel.channel_id, connection.frame_max)
-        self.flight.listen(self._channel)
+        self.in_flight.listen(self._channel)
 
     @property
     def is_connected(self) -> bool:
@@ -48,23 +48,23 @@ class ConfirmChannel:
     def close(self) -> None:
         self._channel.close()
 
-    def hear(self, until: float) -> None:
-        """Wait for the next that the broker says; what it has said already is heard at any time."""
+    def receive(self, until: float) -> None:
+        """Wait for the next frame, *until* a time at most; one that has arrived is always read."""
         late = time.monotonic() > until and self.is_readable
         self._connection.sock.settimeout(PROMPT if late else left(until))
         self._connection.drain_events()
-        self.is_proven |= not self.flight
+        self.is_proven |= not self.in_flight
 
     def write(self, unsent: deque[tuple[int, Sendable]], room: int, until: float) -> None:
-        """Write *room* messages, or a chunk of bytes."""
+        """Write up to *room* messages, or a chunk of bytes."""
         while unsent and room and self._frames.size < CHUNK:
             number, message = unsent.popleft()
             try:
                 self._frames.add(message)
-            except Exception as error:  # whatever is wrong with it, it is wrong with it alone
-                self._answers[number] = refused(error)
+            except Exception as error:  # this message alone is at fault, not the batch
+                self._results[number] = refused(error)
             else:
-                self.flight.add(number, message)
+                self.in_flight.add(number, message)
                 room -= 1
         self._connection.sock.settimeout(left(until))
         self._connection.transport.write(self._frames.take())
@@ -72,14 +72,18 @@ class ConfirmChannel:
 
 
 def readable(sock: socket.socket) -> bool:
-    """Whether the broker said something, or hung up."""
+    """True if the broker has sent something, or has closed the connection."""
     watch = select.poll()
     watch.register(sock, select.POLLIN)
     return bool(watch.poll(0))
 
 
 def left(until: float) -> float:
-    """Seconds until then, for a socket; raises ``TimeoutError`` if there are none."""
-    if (left := until - time.monotonic()) <= 0:
+    """Seconds left *until* a time of :func:`time.monotonic`, as a socket's time-out.
+
+    Raises:
+        TimeoutError: no time is left.
+    """
+    if (seconds := until - time.monotonic()) <= 0:
         raise TimeoutError("The broker did not answer in time.")
-    return left
+    return seconds

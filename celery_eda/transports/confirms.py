@@ -1,7 +1,7 @@
-"""Publisher confirms: which answer of the broker belongs to which message.
+"""Publisher confirms, matched to the messages in flight on a channel.
 
-The broker answers with delivery tags, late, out of order, and many at once. A message that it
-could not route comes back first, without a tag, and is confirmed all the same.
+The broker confirms delivery tags late, out of order, and many at once. An unroutable message is
+returned first, without a tag, and is confirmed nevertheless.
 """
 
 from __future__ import annotations
@@ -22,75 +22,75 @@ NACKED = PublishResult(
 )
 
 
-class Flight:
-    """The messages under way on one channel.
+class InFlight:
+    """The messages in flight on one channel.
 
     Args:
-        tags: the delivery tags that the channel gives out from here on.
-        answers: where the answers go, by the message's number.
+        tags: the delivery tags that the channel assigns from here on.
+        results: receives the results, by the message's number.
     """
 
-    def __init__(self, tags: Iterator[int], answers: MutableMapping[int, PublishResult]) -> None:
+    def __init__(self, tags: Iterator[int], results: MutableMapping[int, PublishResult]) -> None:
         self._tags = tags
-        self._answers = answers
-        self._under_way: dict[int, tuple[int, Sendable]] = {}
+        self._results = results
+        self._messages: dict[int, tuple[int, Sendable]] = {}
         self._returned: dict[int, PublishResult] = {}
 
     def __len__(self) -> int:
-        return len(self._under_way)
+        return len(self._messages)
 
     @property
-    def under_way(self) -> list[tuple[int, Sendable]]:
-        """The messages under way with their numbers, in the order of sending."""
-        return list(self._under_way.values())
+    def messages(self) -> list[tuple[int, Sendable]]:
+        """The messages in flight with their numbers, in the order of sending."""
+        return list(self._messages.values())
 
     def add(self, number: int, message: Sendable) -> None:
-        """Take off with *message*; it is the next that is published on the channel."""
-        self._under_way[next(self._tags)] = number, message
+        """Add *message*, which must be the next one published on the channel."""
+        self._messages[next(self._tags)] = number, message
 
     def listen(self, channel: Any) -> None:
-        """Be the one that hears the answers on *channel*."""
+        """Subscribe to the confirms and returns of *channel*."""
         channel.events["basic_ack"] = {self.ack}
         channel.events["basic_nack"] = {self.nack}
-        channel.events["basic_return"] = {self.come_back}
+        channel.events["basic_return"] = {self.on_return}
 
     def ack(self, tag: int, multiple: bool) -> None:
-        for each in self._meant(tag, multiple):
-            self._land(each, self._returned.pop(each, CONFIRMED))
+        for each in self._tags_of(tag, multiple):
+            self._settle(each, self._returned.pop(each, CONFIRMED))
 
     def nack(self, tag: int, multiple: bool) -> None:
-        for each in self._meant(tag, multiple):
-            self._land(each, self._returned.pop(each, NACKED))
+        for each in self._tags_of(tag, multiple):
+            self._settle(each, self._returned.pop(each, NACKED))
 
-    def come_back(
+    def on_return(
         self, error: ChannelError, exchange: str, routing_key: str, returned: Any
     ) -> None:
-        """Remember that the broker could not route a message, until its confirm comes.
+        """Record that the broker could not route a message, until the message is confirmed.
 
-        Where two under way look the same, both count as returned: sending one of them again does
-        no harm, taking it for delivered would.
+        If two messages in flight are identical, both count as returned: publishing one of them
+        again does no harm, taking it for delivered would lose it.
         """
         headers = returned.headers or {}
         alike = [
             tag
-            for tag, (_, message) in self._under_way.items()
+            for tag, (_, message) in self._messages.items()
             if str(message.identity.id) == headers.get(ID_HEADER)
             and message.identity.revision == headers.get(REVISION_HEADER)
             and message.routing_key == routing_key
             and message.exchange == exchange
         ]
         if not alike:
-            raise UnexpectedFrame("The broker returned a message that is not under way.")
+            raise UnexpectedFrame("The broker returned a message that is not in flight.")
         why = f"{error.reply_code} {error.reply_text}: {exchange=} {routing_key=}"
-        answer = PublishResult(Verdict.refused, why, unroutable=error.reply_code == NO_ROUTE)
-        self._returned.update(dict.fromkeys(alike, answer))
+        result = PublishResult(Verdict.refused, why, unroutable=error.reply_code == NO_ROUTE)
+        self._returned.update(dict.fromkeys(alike, result))
 
-    def _meant(self, tag: int, multiple: bool) -> list[int]:
-        """The tags that the broker answers for: this one, or all up to it."""
+    def _tags_of(self, tag: int, multiple: bool) -> list[int]:
+        """The tags in flight that a confirm covers: this one, or all up to it."""
         if multiple:
-            return list(takewhile(lambda each: each <= tag, self._under_way))
-        return [tag] if tag in self._under_way else []
+            return list(takewhile(lambda each: each <= tag, self._messages))
+        return [tag] if tag in self._messages else []
 
-    def _land(self, tag: int, answer: PublishResult) -> None:
-        number, _ = self._under_way.pop(tag)
-        self._answers[number] = answer
+    def _settle(self, tag: int, result: PublishResult) -> None:
+        number, _ = self._messages.pop(tag)
+        self._results[number] = result

@@ -1,8 +1,8 @@
-"""AMQP frames for many messages, so that one write to the socket sends them all.
+"""AMQP frames of many messages, for one write to the socket.
 
-What kombu and py-amqp would write, byte for byte; in half their time, since most headers
-are the same from message to message. What takes most of it, the headers and properties, can be
-encoded beforehand: that is the envelope.
+Byte for byte the frames that kombu and py-amqp would write, in half their time, since most headers
+are the same from message to message. The slowest part, headers and properties, can be encoded in
+advance: that is the envelope.
 """
 
 from __future__ import annotations
@@ -26,58 +26,59 @@ METHOD, HEADER, BODY = 1, 2, 3
 FRAME_OVERHEAD = 8  # bytes around the payload of a frame
 FRAME_END = b"\xce"
 HEADER_SIZE = 12  # bytes of a header frame before the properties
-#: In the first octet of properties: there is a content type, as in all of kombu's.
+#: The flag of a content type, in the first octet of properties; set in all of kombu's messages.
 TYPED = 1 << 7
-#: Routes to remember.
+#: Number of cached routes.
 MOST_ROUTES = 1000
 
-#: Packs the start of a frame: kind, channel, size of the payload.
+#: Packs the start of a frame: type, channel, size of the payload.
 _start = Struct(">BHI").pack
 #: The same, and the start of the payload of a header: class, weight, size of the body.
 _header = Struct(">BHIHHQ").pack
 
 
 class Frames:
-    """Frames to write on the channel *channel_id*."""
+    """Frames for the channel *channel_id*."""
 
     def __init__(self, channel_id: int, frame_max: int) -> None:
         self.size = 0
         self._channel_id = channel_id
         self._room = frame_max - FRAME_OVERHEAD
         self._frames: list[bytes] = []
-        #: The method frames of the messages so far, by their route.
+        #: Method frames, by route.
         self._methods: dict[tuple[str, str, bool], bytes] = {}
 
     def add(self, message: Sendable) -> None:
-        """Encode *message* as *mandatory*: it comes back if no queue takes it.
+        """Encode *message* as *mandatory*: the broker returns it if no queue gets it.
 
-        Raises whatever kombu and py-amqp raise if that is impossible.
+        Raises:
+            Exception: any error of kombu and py-amqp, if the message cannot be encoded.
         """
         body, envelope, immediate = message.body, message.envelope, False
-        if not envelope or envelope[0] < TYPED:  # it has none, or one for another broker
+        if not envelope or envelope[0] < TYPED:  # no envelope, or one for another broker
             envelope, immediate = _encoded(message)
         size, room = len(body), self._room
-        places = range(0, size, room)
+        offsets = range(0, size, room)
         header = HEADER_SIZE + len(envelope)
         if header > room:  # the broker would close the connection
-            raise ContentTooLarge(f"{header} bytes of headers; one frame takes {room}.")
+            raise ContentTooLarge(f"The headers have {header} bytes; a frame holds {room}.")
         route = message.exchange, message.routing_key, immediate
         method = self._methods.get(route) or self._learn(route)
         start = _header(HEADER, self._channel_id, header, Basic.CLASS_ID, 0, size)
         frames = [method, start, envelope, FRAME_END]
-        for at in places:
+        for at in offsets:
             part = body[at : at + room]
             frames += (_start(BODY, self._channel_id, len(part)), part, FRAME_END)
         self._frames += frames
-        self.size += len(method) + header + size + FRAME_OVERHEAD * (1 + len(places))
+        self.size += len(method) + header + size + FRAME_OVERHEAD * (1 + len(offsets))
 
     def take(self) -> memoryview:
-        """All frames so far; starts anew."""
+        """Return all frames so far, and clear them."""
         taken, self._frames, self.size = b"".join(self._frames), [], 0
         return memoryview(taken)
 
     def _learn(self, route: tuple[str, str, bool]) -> bytes:
-        """The method frame of messages with this *route*."""
+        """The method frame of a *route*; caches it."""
         if len(self._methods) >= MOST_ROUTES:
             self._methods.clear()
         exchange, routing_key, immediate = route
@@ -90,16 +91,16 @@ class Frames:
 
 
 def encode_envelope(message: Message) -> bytes | None:
-    """The envelope of *message*; None if it cannot be encoded, or says more than that."""
+    """The envelope of *message*; None if it cannot be encoded, or is to be sent as immediate."""
     try:
         envelope, immediate = _encoded(message)
-    except Exception:  # whoever sends it finds out, and says so
+    except Exception:  # the transport will fail likewise, and report the error
         return None
     return None if immediate else envelope
 
 
 class EnvelopeTemplate:
-    """Octets in which the length of the table of headers differs too. See ``transports.base``."""
+    """Encoded properties with slots, and the length of their headers. See ``transports.base``."""
 
     def __init__(
         self, message: Message, envelope: bytes, headers: Iterable[str], properties: Iterable[str]
@@ -122,7 +123,7 @@ class EnvelopeTemplate:
 
 
 class _Encoder:
-    """Stands in for a channel, to kombu's producer, which gives each message its properties."""
+    """A stand-in for the channel of kombu's producer, which encodes the properties."""
 
     def prepare_message(
         self,
@@ -148,7 +149,7 @@ class _Encoder:
 
 
 def _encoded(message: Sendable) -> tuple[bytes, bool]:
-    """Headers and properties of *message*, and whether it is immediate."""
+    """Headers and properties of *message*, encoded, and its flag ``immediate``."""
     encoded: tuple[bytes, bool] = publish_with(_producer, message)
     return encoded
 
@@ -201,7 +202,7 @@ def _other(value: Any) -> bytes:
     return array_of_one[4:]  # without its length
 
 
-#: Typed, because True and 1 are equal and not the same.
+#: Typed, because True and 1 are equal but encoded differently.
 _number = lru_cache(maxsize=1024, typed=True)(_other)
 
 _ENCODERS: dict[str, Callable[[Any], bytes]] = {
@@ -210,8 +211,8 @@ _ENCODERS: dict[str, Callable[[Any], bytes]] = {
     "o": lambda value: pack("B", value),
     "L": lambda value: pack(">Q", value),
 }
-#: Of every property its flag, its name and how to encode it, in py-amqp's order.
+#: Flag, name and encoder of every property, in py-amqp's order.
 LAYOUT = [
-    (1 << 15 - place, name, _ENCODERS[kind])
-    for place, (name, kind) in enumerate(AMQPMessage.PROPERTIES)
+    (1 << 15 - position, name, _ENCODERS[kind])
+    for position, (name, kind) in enumerate(AMQPMessage.PROPERTIES)
 ]

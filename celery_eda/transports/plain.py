@@ -1,7 +1,7 @@
-"""Messages to any other broker that kombu knows, one by one.
+"""Messages to any other broker that kombu knows, one at a time.
 
-Confirmed means that kombu's publish has returned: what that is worth is up to the broker and to
-kombu's transport for it, and so are the time-outs of a single publish.
+``confirmed`` means that kombu's publish has returned. The broker and kombu's transport for it
+decide how much that guarantees, and how long a single publish may take.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from celery import Celery
 from kombu.exceptions import OperationalError
 from kombu.messaging import Producer
 from kombu.transport import virtual
@@ -27,9 +28,9 @@ from celery_eda.transports.base import (
 
 
 class GenericTransport:
-    """One connection to a broker, through kombu alone."""
+    """One connection to a broker, through kombu."""
 
-    def __init__(self, app: Any, *, timeout: float) -> None:
+    def __init__(self, app: Celery, *, timeout: float) -> None:
         self._app = app
         self._timeout = timeout
         self._broker = app.connection_for_write()
@@ -39,17 +40,17 @@ class GenericTransport:
 
     def publish(self, messages: Sequence[Sendable]) -> list[PublishResult]:
         until = time.monotonic() + self._timeout
-        answers: list[PublishResult] = []
+        results: list[PublishResult] = []
         try:
             producer = self._producer = self._producer or self._connect()
             for message in messages:
                 if time.monotonic() > until:
                     raise TimeoutError("The broker was too slow.")
-                answers.append(self._send(producer, message))
+                results.append(self._send(producer, message))
         except self._outages as error:
             self.close()
-            answers += [unknown(error)] * (len(messages) - len(answers))
-        return answers
+            results += [unknown(error)] * (len(messages) - len(results))
+        return results
 
     def close(self) -> None:
         self._broker.collect()
@@ -57,7 +58,7 @@ class GenericTransport:
         self._declared = set()
 
     def _connect(self) -> Producer:
-        """A producer on the first host that answers, by kombu's own failover."""
+        """A producer on the first host that answers, by kombu's failover."""
         self._broker.ensure_connection(
             max_retries=max(len(self._broker.alt) - 1, 0), timeout=self._timeout
         )
@@ -72,14 +73,14 @@ class GenericTransport:
             publish_with(producer, message)
         except self._outages:
             raise
-        except Exception as error:  # whatever is wrong with it, it is wrong with it alone
+        except Exception as error:  # this message alone is at fault, not the batch
             self._declared.discard(message.queue or "")
             return refused(error)
         return CONFIRMED
 
 
 def _require_route(channel: Any, message: Sendable) -> None:
-    """Raise ``LookupError`` where kombu would drop *message* in silence: no queue is bound."""
+    """Raise ``Unroutable`` where kombu would silently drop *message*: no queue is bound."""
     if not isinstance(channel, virtual.Channel) or not message.exchange:
         return
     if message.exchange not in channel.state.exchanges:

@@ -1,9 +1,9 @@
-"""Messages to RabbitMQ: many under way at once, each waiting for its own confirm.
+"""Messages to RabbitMQ: many in flight at once, each waiting for its own confirm.
 
-While the broker works on one batch the next one is sent, so that it is never without work.
-Every message is ``mandatory``: one that no queue takes is refused, not confirmed. A message that
-makes the broker close the channel is found and refused alone. A channel on which a confirm is
-missing is thrown away with its connection: a late confirm would count for another message.
+The next batch is sent while the broker works on the one before, so that the broker never idles.
+Every message is ``mandatory``: one that no queue accepts is refused, not confirmed. A message that
+makes the broker close the channel is identified and refused alone. A channel with a missing confirm
+is discarded with its connection: a late confirm would count for another message.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from amqp import Connection
 from amqp.exceptions import AMQPError, Blocked, ConnectionForced
+from celery import Celery
 from kombu.exceptions import OperationalError
 
 from celery_eda.transports.base import PublishResult, Sendable, Verdict, declare, refused, unknown
 from celery_eda.transports.confirm_channel import ConfirmChannel, left, readable
 
-WINDOW = 1000  # messages that wait for their confirm at the same time
-GOODBYE = 1.0  # seconds for closing in good order
+WINDOW = 1000  # messages in flight at the same time
+GOODBYE = 1.0  # seconds for an orderly close
 
 OUTAGES = (AMQPError, OperationalError, OSError)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Messages that were given to be sent.
+    """Messages to send.
 
     Attributes:
-        numbers: theirs, among all that this transport was ever given.
-        until: when the broker has to have answered, by :func:`time.monotonic`.
+        numbers: their serial numbers among all messages of this transport.
+        until: the deadline for the confirms, by :func:`time.monotonic`.
     """
 
     messages: Sequence[Sendable]
@@ -44,12 +44,12 @@ class _Batch:
 class RabbitMQ:
     """One connection to RabbitMQ, with one channel for sending."""
 
-    def __init__(self, app: Any, *, timeout: float) -> None:
+    def __init__(self, app: Celery, *, timeout: float) -> None:
         self._app = app
         self._timeout = timeout
         self._connect_timeout = min(app.conf.broker_connection_timeout or timeout, timeout)
-        # Without heartbeats: between two batches nobody would send one, and within a batch
-        # the time-out notices a dead broker.
+        # Without heartbeats: between two batches no code runs that would send one, and within a
+        # batch the time-out detects a dead broker.
         self._broker = app.connection_for_write(
             heartbeat=0,
             connect_timeout=self._connect_timeout,
@@ -61,7 +61,7 @@ class RabbitMQ:
         self._blocked = False
         self._batches: deque[_Batch] = deque()
         self._unsent: deque[tuple[int, Sendable]] = deque()
-        self._answers: dict[int, PublishResult] = {}
+        self._results: dict[int, PublishResult] = {}
         self._numbered = 0
         self._window = WINDOW
 
@@ -82,17 +82,17 @@ class RabbitMQ:
     def finish(self) -> list[PublishResult]:
         batch = self._batches[0]
         numbers = batch.numbers
-        # The last one first: as long as that is not answered, the others need not be looked for.
-        self._work(lambda: all(each in self._answers for each in reversed(numbers)), batch.until)
+        # The last one first: while it has no result, the others need not be checked.
+        self._work(lambda: all(each in self._results for each in reversed(numbers)), batch.until)
         self._batches.popleft()
-        answers = [self._answers.pop(each) for each in numbers]
-        # Their queues may have been deleted, so that they have to be declared again.
+        results = [self._results.pop(each) for each in numbers]
+        # The queues of refused messages may have been deleted: declare them again.
         self._declared -= {
             name
-            for message, answer in zip(batch.messages, answers, strict=True)
-            if answer.verdict is Verdict.refused and (name := message.queue)
+            for message, result in zip(batch.messages, results, strict=True)
+            if result.verdict is Verdict.refused and (name := message.queue)
         }
-        return answers
+        return results
 
     def close(self) -> None:
         if self._connection is not None and self._connection.connected:
@@ -100,12 +100,12 @@ class RabbitMQ:
             self._broker.release()
         self._drop()
         self._batches.clear()
-        self._answers.clear()
+        self._results.clear()
 
     def _work(self, is_done: Callable[[], bool], until: float) -> None:
-        """Send and listen until *is_done*, but not longer than *until*.
+        """Send and receive until *is_done*, but no longer than *until*.
 
-        An outage is the answer to everything that was not answered before.
+        An outage is the result of every message that has none yet.
         """
         try:
             while not is_done():
@@ -116,47 +116,47 @@ class RabbitMQ:
             self._drop()
             self._unsent.clear()
             for number in (each for batch in self._batches for each in batch.numbers):
-                self._answers.setdefault(number, lost)
+                self._results.setdefault(number, lost)
 
     def _step(self, until: float) -> None:
-        """Hear what the broker says, or write what there is room for.
+        """Receive a frame, or write as many messages as there is room for.
 
-        The first message on a new channel goes alone: a broker with a memory alarm takes
-        connections and reads what was sent only after the alarm, so every further message
-        would be one more copy.
+        The first message on a new channel goes alone: a broker with a memory alarm accepts
+        connections but reads what was sent only after the alarm, so that every further message
+        would be delivered as one more copy.
         """
-        if self._channel is None or not self._channel.flight:
-            self._wake(until)
+        if self._channel is None or not self._channel.in_flight:
+            self._catch_up(until)
         try:
             if self._is_to_write():
                 self._write(until)
             elif self._channel is not None:
-                self._channel.hear(until)
+                self._channel.receive(until)
         except AMQPError as error:
             if not _closed_over_message(error):
                 raise
-            self._blame(error)
+            self._find_culprit(error)
 
     def _is_to_write(self) -> bool:
-        """Whether there is room for all that is unsent, or much, and nothing to be heard first."""
+        """True if all unsent messages or half a window fit, and there is no frame to receive."""
         if self._blocked or not self._unsent:
             return False
         channel = self._channel
         if channel is None:
             return True
         window = self._window_on(channel)
-        room = window - len(channel.flight)
+        room = window - len(channel.in_flight)
         is_worth_it = room >= max(1, min(len(self._unsent), window // 2))
         return is_worth_it and not channel.is_readable
 
     def _window_on(self, channel: ConfirmChannel) -> int:
-        """Messages that may be under way on *channel*."""
+        """The number of messages that may be in flight on *channel*."""
         return self._window if channel.is_proven else 1
 
-    def _wake(self, until: float) -> None:
-        """Hear what came since the last batch, and wait for the end of an alarm.
+    def _catch_up(self, until: float) -> None:
+        """Read the frames since the last batch, and wait for the end of an alarm.
 
-        The broker may have closed the connection, which then need not cost a batch.
+        If the broker has closed the connection meanwhile, the next batch uses a new one.
         """
         if self._connection is None:
             return
@@ -170,23 +170,23 @@ class RabbitMQ:
             self._drop()
 
     def _write(self, until: float) -> None:
-        """Write a chunk of what is unsent."""
+        """Write a chunk of unsent messages."""
         connection = self._connection or self._connect(until)
         connection.sock.settimeout(left(until))
         self._declare(connection, until)
-        channel = self._channel = self._channel or ConfirmChannel(connection, self._answers)
-        channel.write(self._unsent, self._window_on(channel) - len(channel.flight), until)
+        channel = self._channel = self._channel or ConfirmChannel(connection, self._results)
+        channel.write(self._unsent, self._window_on(channel) - len(channel.in_flight), until)
 
-    def _blame(self, error: AMQPError) -> None:
-        """Refuse the only message under way; of several, send each again on its own."""
+    def _find_culprit(self, error: AMQPError) -> None:
+        """Refuse the only message in flight; if there are several, send each again alone."""
         channel, self._channel = self._channel, None
         if channel is None:
             raise error
-        under_way = channel.flight.under_way
-        if len(under_way) == 1:
-            self._answers[under_way[0][0]] = refused(error)
+        messages = channel.in_flight.messages
+        if len(messages) == 1:
+            self._results[messages[0][0]] = refused(error)
         else:
-            self._unsent.extendleft(reversed(under_way))
+            self._unsent.extendleft(reversed(messages))
         self._window = 1
         if channel.is_connected:
             channel.close()
@@ -194,7 +194,7 @@ class RabbitMQ:
             self._drop()
 
     def _connect(self, until: float) -> Connection:
-        """Connect to the first of the broker's hosts that answers, by kombu's own failover."""
+        """Connect to the first of the broker's hosts that answers, by kombu's failover."""
         self._broker.ensure_connection(
             max_retries=max(len(self._broker.alt) - 1, 0),
             timeout=max(left(until) - self._connect_timeout, 0.001),
@@ -211,9 +211,9 @@ class RabbitMQ:
         self._blocked = False
 
     def _declare(self, connection: Connection, until: float) -> None:
-        """Declare the queues of what is unsent that this connection has not declared yet.
+        """Declare the queues of unsent messages that this connection has not declared yet.
 
-        On a channel of its own, which the broker closes if a queue exists with other arguments.
+        A separate channel is used: the broker closes it if a queue exists with other arguments.
         """
         unsent = {name for _, message in self._unsent if (name := message.queue)}
         if not (names := unsent - self._declared):
@@ -235,12 +235,12 @@ class RabbitMQ:
         unsent, self._unsent = self._unsent, deque()
         for number, message in unsent:
             if message.queue == name:
-                self._answers[number] = refused(error)
+                self._results[number] = refused(error)
             else:
                 self._unsent.append((number, message))
 
     def _drop(self) -> None:
-        """Forget the connection, without a word to the broker: it may not be listening."""
+        """Drop the connection without an orderly close: the broker may not be reading."""
         if self._connection is not None and self._connection.connected:
             self._connection.sock.settimeout(0)
         self._broker.collect()
@@ -250,5 +250,5 @@ class RabbitMQ:
 
 
 def _closed_over_message(error: AMQPError) -> bool:
-    """Whether the broker closed the channel or connection over something that we sent."""
+    """True if the broker closed the channel or connection because of a message or declaration."""
     return error.method_sig is not None and error.reply_code != ConnectionForced.code

@@ -1,8 +1,9 @@
-"""Taking messages from RabbitMQ, those too whose properties the client library cannot read.
+"""Consuming from RabbitMQ, including messages whose properties the client library cannot read.
 
-RabbitMQ lets pass what py-amqp stumbles over: names that are no UTF-8, dates after the year 9999,
-tables nested a thousand deep. Py-amqp reads them before anybody can be asked, and its exception
-would end the worker, and the next one. Here such a message comes with its properties unread.
+RabbitMQ accepts properties that py-amqp cannot decode: names that are no UTF-8, dates after the
+year 9999, tables nested a thousand deep. Py-amqp decodes them before any callback, and its
+exception would end the worker, and the next one. Here such a message arrives with its properties
+undecoded, in one header.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from kombu.transport import pyamqp
 
 from celery_eda.message import UNREADABLE
 
-#: Of a frame: the header of a message's content, with its properties.
+#: The type of a frame with a message's properties.
 HEADER = 2
-#: Octets of such a frame before the properties: class, weight and body size.
+#: Octets in such a frame before the properties: class, weight and body size.
 BEFORE_PROPERTIES = 12
-#: The only property in the flags of a stand-in: the table of headers.
+#: The flags of a stand-in's properties: only the table of headers.
 ONLY_HEADERS = 0x2000
 
 
 def tolerant(connection: Any, callback: Callable[..., Any]) -> Callable[[Any], bool]:
-    """Py-amqp's reader of frames, which puts unreadable properties into one header."""
+    """A frame handler that is py-amqp's, but puts undecodable properties into one header."""
     read = frame_handler(connection, callback)
 
     def on_frame(frame: Any) -> bool:
@@ -37,14 +38,14 @@ def tolerant(connection: Any, callback: Callable[..., Any]) -> Callable[[Any], b
             kind, channel, buffer = frame
             if kind != HEADER or not (why := _unreadable(buffer)):
                 raise
-            # The first try has changed nothing but the size, which is the same.
+            # The first attempt has set nothing but the body size, and that is the same.
             return bool(read((kind, channel, _stand_in(buffer, why))))
 
     return on_frame
 
 
 def _unreadable(buffer: Any) -> str | None:
-    """Why the properties in *buffer* cannot be read; None if they can."""
+    """The reason why the properties in *buffer* cannot be decoded; None if they can."""
     try:
         decode_properties_basic(buffer, BEFORE_PROPERTIES)
     except Exception as error:
@@ -62,14 +63,14 @@ def _stand_in(buffer: Any, why: str) -> bytes:
 
 
 class Connection(pyamqp.Connection):
-    """Kombu's connection, with that reader."""
+    """Kombu's connection, with the tolerant frame handler."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"frame_handler": tolerant, **options})
 
 
 class Transport(pyamqp.Transport):
-    """Kombu's transport, with that connection."""
+    """Kombu's transport, with the tolerant connection."""
 
     Connection = Connection
 

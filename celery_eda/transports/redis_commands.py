@@ -1,4 +1,4 @@
-"""The commands that put a batch of messages into Redis, and what its replies to them mean."""
+"""The commands that put a batch of messages into Redis, and the results that its replies give."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from celery_eda.transports.base import (
 )
 from celery_eda.transports.redis_envelopes import Payloads
 
-#: The server cannot take anything at the moment, whatever it is.
+#: Errors of the server as a whole: at the moment it accepts no message at all.
 SERVER_ERRORS = (
     exceptions.ClusterError,
     exceptions.OutOfMemoryError,
@@ -37,12 +37,12 @@ SERVER_WORDS = ("BUSY", "MISCONF", "NOREPLICAS")
 
 
 class Commands:
-    """The commands of a batch; messages for the same list, one after the other, share one.
+    """The commands of a batch; consecutive messages for the same list share one.
 
-    Stands in for a channel, to kombu's producer, and for a batch, to kombu's channel.
+    A stand-in for the channel of kombu's producer, and for the pipeline of kombu's channel.
 
     Attributes:
-        all: each with its arguments, as they go to the server.
+        all: each command with its arguments, as sent to the server.
     """
 
     def __init__(self, channel: Any, payloads: Payloads) -> None:
@@ -52,19 +52,19 @@ class Commands:
         self._producer = Producer(self)
         self._payloads = payloads
         self._used: list[int] = []
-        #: The list that the last command pushes to, if more may be added to that.
+        #: The list that the last command pushes to, if it may take more messages.
         self._open: str | None = None
 
     def put(self, message: Sendable) -> list[int]:
-        """Add *message*; returns the places of its commands.
+        """Add *message*; returns the indexes of its commands.
 
         Raises:
             Unroutable: no queue would get it.
         """
         self._used = []
         if message.exchange == EVENT_EXCHANGE:
-            # One by one: of kombu's copies the acknowledgement of one would forget the others,
-            # since they have one delivery tag.
+            # One copy a queue: kombu's copies share one delivery tag, so that acknowledging one
+            # would acknowledge the others.
             event = message.whole()
             for queue in subscribers(self._bindings, event.routing_key):
                 publish_with(self._producer, replace(event, exchange="", routing_key=queue))
@@ -78,7 +78,7 @@ class Commands:
 
     @cached_property
     def _bindings(self) -> list[tuple[str, str, str]]:
-        """Those of the exchange of events, as they are while this batch is sent."""
+        """The bindings of the exchange of events, read once a batch."""
         bindings: list[tuple[str, str, str]] = self._channel.get_table(EVENT_EXCHANGE)
         return bindings
 
@@ -88,7 +88,7 @@ class Commands:
         )
 
     def add(self, name: str, key: str, *rest: Any) -> None:
-        """Add a command; kombu's channel calls this instead of the server."""
+        """Add a command; kombu's channel calls this as a pipeline."""
         if name == "lpush" and key == self._open:
             self.all[-1] += rest
         else:
@@ -101,40 +101,41 @@ class Commands:
             if addresses.is_volatile(key):
                 return redis_replies.push(self._channel, key, *rest)
             if key.startswith(OF_ONE_WORKER):
-                return redis_replies.push(self._channel, key, *rest, needed=False)
+                return redis_replies.push(self._channel, key, *rest, refuse=False)
             self._open = key
         return [name.upper(), self._channel.global_keyprefix + key, *rest]
 
 
-def answers(commands: Iterable[str], replies: Iterable[Any]) -> list[PublishResult]:
-    """What the server's *replies* to *commands* of these names mean."""
-    return [_answer(name, reply) for name, reply in zip(commands, replies, strict=True)]
+def results_of(commands: Iterable[str], replies: Iterable[Any]) -> list[PublishResult]:
+    """The results that the server's *replies* give to *commands* of these names."""
+    return [_result(name, reply) for name, reply in zip(commands, replies, strict=True)]
 
 
-def of_error(error: Exception) -> PublishResult:
-    """The answer to a message that the server did not take for this reason."""
-    is_everybodys = isinstance(error, SERVER_ERRORS) or str(error).startswith(SERVER_WORDS)
-    return unknown(error) if is_everybodys else refused(error)
+def result_of_error(error: Exception) -> PublishResult:
+    """The result of a message that the server did not accept because of *error*."""
+    is_outage = isinstance(error, SERVER_ERRORS) or str(error).startswith(SERVER_WORDS)
+    return unknown(error) if is_outage else refused(error)
 
 
-def _answer(command: str, reply: Any) -> PublishResult:
+def _result(command: str, reply: Any) -> PublishResult:
     if isinstance(reply, Exception):
-        return of_error(reply)
+        return result_of_error(reply)
     if command == "EVAL" and reply == 0:
         return PublishResult(
-            Verdict.refused, "Nobody waits for this reply any more.", unroutable=True
+            Verdict.refused, "No process waits for this reply any more.", unroutable=True
         )
     if command == "PUBLISH" and reply == 0:
-        return PublishResult(Verdict.refused, "Nobody is subscribed to the exchange.")
+        return PublishResult(Verdict.refused, "No consumer is subscribed to the exchange.")
     return CONFIRMED
 
 
-def worst(said: Sequence[PublishResult], places: Iterable[int]) -> PublishResult:
-    """The answer to a message by what was *said* to its commands: the first that confirms nothing.
+def first_failure(results: Sequence[PublishResult], indexes: Iterable[int]) -> PublishResult:
+    """The result of a message, from the *results* of its commands, which are at *indexes*.
 
-    They are those at these *places*.
+    Returns:
+        The first result that is no confirmation, or ``CONFIRMED``.
     """
-    for place in places:
-        if said[place] is not CONFIRMED:
-            return said[place]
+    for index in indexes:
+        if results[index] is not CONFIRMED:
+            return results[index]
     return CONFIRMED

@@ -1,8 +1,7 @@
-"""What kombu puts into a list of Redis, made when a message is captured.
+"""Kombu's payload for a list of Redis, prepared when a message is captured.
 
-Kombu encodes a message as one JSON text, with the body and a tag of this delivery in it. The
-envelope is that text without those two, and the message's priority; whoever sends the message
-puts them in.
+Kombu encodes a message as one JSON text that contains the body and a delivery tag. The envelope is
+that text without those two, and the message's priority; the transport inserts them.
 """
 
 from __future__ import annotations
@@ -22,37 +21,37 @@ from celery_eda.message import Message
 from celery_eda.template import Template
 from celery_eda.transports.base import Sendable, publish_with
 
-#: How kombu encodes the body of a message, unless a transport option says otherwise.
+#: Kombu's default encoding of the body, which a transport option may change.
 BODY_ENCODING = "base64"
-#: Between the parts of an envelope. JSON writes this octet in another way.
+#: Separates the parts of an envelope. JSON text never contains this octet.
 GAP = b"\0"
-#: The first octet of each.
+#: The first octet of an envelope.
 START = ord("{")
-#: Lists to remember.
+#: Number of cached list names.
 MOST_LISTS = 1000
 
-# In the place of the body and the tag while kombu makes the text; no message can have it in it.
+# Replaces the body and the tag while kombu makes the text; no message can contain it.
 _MARK = uuid4().hex
 
 
 class Payloads:
-    """Fills envelopes, for the lists of one of kombu's channels."""
+    """Makes payloads from envelopes, for the lists of one of kombu's channels."""
 
     def __init__(self, channel: Any) -> None:
         self._channel = channel
         self._is_usual = channel.body_encoding == BODY_ENCODING
-        # No two deliveries have the same tag: it is one of kombu's, with a number behind it.
+        # Unique for each delivery: one of kombu's tags, with a number appended.
         self._tag = channel._next_delivery_tag().encode()
         self._numbers = count(1)
-        #: The lists, by the queue's name and the priority.
+        #: List names, by queue and priority.
         self._lists: dict[tuple[str, bytes], str] = {}
 
     def of(self, message: Sendable) -> tuple[str, bytes] | None:
-        """The list that *message* goes into, and its payload; None if kombu has to make it."""
+        """The list and the payload of *message*; None if kombu has to make the payload."""
         envelope, queue = message.envelope, message.routing_key
-        if not envelope or envelope[0] != START:  # it has none, or one for another broker
+        if not envelope or envelope[0] != START:  # no envelope, or one for another broker
             return None
-        # A queue that expires is given more time with each message.
+        # For a queue that expires, kombu also renews the expiry with each message.
         if not self._is_usual or queue in self._channel._expires:
             return None
         before, between, after, priority = envelope.split(GAP)
@@ -63,7 +62,7 @@ class Payloads:
         return self._lists.get(route) or self._learn(route), payload
 
     def _learn(self, route: tuple[str, bytes]) -> str:
-        """The list of messages with this *route*."""
+        """The list of a queue and priority; caches it."""
         if len(self._lists) >= MOST_LISTS:
             self._lists.clear()
         queue, priority = route
@@ -73,7 +72,7 @@ class Payloads:
 
 
 class EnvelopeTemplate:
-    """A text in which everything but those places stays as it is. See ``transports.base``."""
+    """A JSON text with slots for the values that differ. See ``transports.base``."""
 
     def __init__(
         self, message: Message, envelope: bytes, headers: Iterable[str], properties: Iterable[str]
@@ -87,18 +86,18 @@ class EnvelopeTemplate:
 
 
 def encode_envelope(message: Message) -> bytes | None:
-    """The envelope of *message*; None if it cannot be encoded, or its list is to be looked up."""
+    """The envelope of *message*; None if it cannot be encoded, or has to be routed by bindings."""
     if message.exchange:
         return None
     try:
         envelope: bytes | None = publish_with(_producer, message)
-    except Exception:  # whoever sends it finds out, and says so
+    except Exception:  # the transport will fail likewise, and report the error
         return None
     return envelope
 
 
 class _Encoder(Channel):
-    """Kombu's channel, without a server: it makes an envelope of what it would push."""
+    """Kombu's channel without a server: returns the envelope of what it would push."""
 
     connection = None
 

@@ -1,8 +1,7 @@
-"""Replies over Redis or Valkey: lists that are there for as long as somebody says so.
+"""Replies over Redis or Valkey: lists that exist for as long as their process renews them.
 
-A list that nobody takes from would stay for ever, and one that is empty is not there at all. So
-beside each there is a mark that expires; its process renews it, and without it nothing is put
-into the list.
+A list without a consumer would stay forever, and an empty list does not exist. So each list has a
+mark, a key that expires unless the process renews it; without the mark nothing is pushed.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ from typing import Any
 
 from kombu.utils.json import loads
 
-#: What the mark of a list has at the end of its name.
+#: The suffix of a mark's name.
 MARK = ".open"
-#: How often a mark is renewed in the time that it lasts.
+#: Renewals of a mark within its lifetime.
 RENEWALS = 4
-#: Seconds after which a server that says nothing is given up; longer than any wait.
-SILENCE = 10.0
+#: Seconds after which a server that does not answer counts as lost; longer than any wait.
+TIMEOUT = 10.0
 #: Replies taken at once.
-AT_ONCE = 500
-#: What wakes whoever waits.
-NOTHING = b""
+BATCH = 500
+#: The payload that wakes a waiting consumer.
+WAKE_UP = b""
 
-# KEYS: the list and its mark. ARGV: a message; what to return if the list is not open.
+# KEYS: the list and its mark. ARGV: a message; the return value if the list is not open.
 PUSH = """
 local left = redis.call('PTTL', KEYS[2])
 if left <= 0 then return tonumber(ARGV[2]) end
@@ -35,13 +34,13 @@ return 1
 """
 
 
-def push(channel: Any, name: str, payload: str | bytes, *, needed: bool = True) -> list[Any]:
-    """The command that puts *payload* into the list *name* if that is open.
+def push(channel: Any, name: str, payload: str | bytes, *, refuse: bool = True) -> list[Any]:
+    """The command that pushes *payload* to the list *name* if that is open.
 
-    It returns 0 if it is not, and somebody *needed* it to be.
+    If the list is not open, the command returns 0 to *refuse* the message, else 1 to drop it.
     """
     key = channel.global_keyprefix + name
-    return ["EVAL", PUSH, 2, key, key + MARK, payload, int(not needed)]
+    return ["EVAL", PUSH, 2, key, key + MARK, payload, int(not refuse)]
 
 
 def declare(app: Any, name: str, expires: float) -> None:
@@ -58,11 +57,11 @@ def mark(client: Any, name: str, expires: float) -> None:
 
 
 class ReplyConsumer:
-    """The lists of one process, on one connection."""
+    """The reply lists of one process, over one connection. See ``transports.base``."""
 
     def __init__(self, app: Any, *, expires: float) -> None:
         self._expires = expires
-        self._broker = app.connection_for_read(transport_options={"socket_timeout": SILENCE})
+        self._broker = app.connection_for_read(transport_options={"socket_timeout": TIMEOUT})
         self._channel: Any = None
         self._names: list[str] = []
         self._renewed = 0.0
@@ -87,14 +86,14 @@ class ReplyConsumer:
     def take(self, timeout: float) -> list[Any]:
         self._renew()
         client = self._channel.client
-        seconds = min(timeout, self._expires / RENEWALS)  # a mark is to be renewed in time
+        seconds = min(timeout, self._expires / RENEWALS)  # so that marks are renewed in time
         if not (found := client.brpop(self._names, timeout=seconds)):
             return []
         name, first = found
         payloads = [first]
-        with suppress(Exception):  # what has come is not lost with it, and the next call raises
-            payloads += client.rpop(name.decode(), AT_ONCE) or []
-        return [self._read(each) for each in payloads if each != NOTHING]
+        with suppress(Exception):  # the first reply is not lost, and the next call raises
+            payloads += client.rpop(name.decode(), BATCH) or []
+        return [self._read(each) for each in payloads if each != WAKE_UP]
 
     def wake(self) -> None:
         self._bell.set()
@@ -107,12 +106,12 @@ class ReplyConsumer:
         self._names = []
 
     def _ring(self) -> None:
-        """Wake whoever waits, in a thread of its own: who asks must not wait for the server."""
+        """Push a wake-up for each :meth:`wake`, in a thread of its own: a caller must not block."""
         while self._bell.wait() and not self._dropped:
             self._bell.clear()
-            with suppress(Exception):  # who is not connected does not wait
-                # Not a plain push: that would leave a list behind which nobody takes away.
-                command = push(self._channel, self._names[0], NOTHING)
+            with suppress(Exception):  # a consumer without a connection does not wait
+                # Not an unconditional push: that could leave a list without a consumer.
+                command = push(self._channel, self._names[0], WAKE_UP)
                 self._channel.client.execute_command(*command)
 
     def _renew(self) -> None:

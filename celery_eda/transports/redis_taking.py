@@ -1,10 +1,10 @@
-"""Taking messages from Redis so that none is ever in nobody's hands.
+"""Consuming from Redis without a moment in which a message is stored nowhere.
 
-Kombu's consumer takes a message off its list with ``BRPOP`` and notes it among the unacknowledged
-ones afterwards. Whatever has been popped for a worker that dies in between is gone, and a worker
-without a free slot keeps such a message unread for as long as it is busy. Here a script does both
-in one step on the server. Lists, hash and index are kombu's own, so that its restoring of what a
-dead worker held, and workers without this, go on as before.
+Kombu's consumer pops a message with ``BRPOP`` and records it as unacknowledged afterwards. If the
+worker dies in between, the message is lost; and a worker without a free slot leaves a popped
+message unread for as long as it is busy. Here a script does both in one step on the server. Lists,
+hash and index are kombu's own, so that kombu still restores the messages of dead workers, and
+workers without celery_eda can share the queues.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from redis.exceptions import ConnectionError
 from celery_eda.event import OF_ONE_WORKER
 from celery_eda.transports import redis_replies
 
-#: Where a payload goes that is no message, or one that could not be acknowledged or restored.
+#: The list of payloads that are no message, or one that cannot be acknowledged or restored.
 MALFORMED = "celery_eda.malformed"
 
 #: Longest wait for a message of a lower priority, in seconds.
 GLANCE = 0.1
-#: Seconds that a bell waits before it is hung up again.
+#: Seconds that a bell waits before it is renewed.
 BELL = 5.0
 
-# KEYS: unacknowledged messages, their index by time, the list for what is malformed, and the
-# lists to take from in the order of preference. ARGV: the worker's time, as kombu notes it, and the
-# queue of each list. What is noted goes back there if its worker dies, wherever a forged exchange
-# would have it go.
+# KEYS: unacknowledged messages, their index by time, the list of malformed payloads, and the lists
+# to pop from in the order of preference. ARGV: the worker's time, in kombu's format, and the queue
+# of each list. If the worker dies, the message returns to that queue, whatever exchange a forged
+# message names.
 TAKE = """
 for position = 4, #KEYS do
   while true do
@@ -57,8 +57,8 @@ return false
 """
 
 
-# KEYS: unacknowledged messages, their index by time, the list for what is malformed. ARGV: the
-# delivery tag of what could not be read, which is kept as it was taken.
+# KEYS: unacknowledged messages, their index by time, the list of malformed payloads. ARGV: the
+# delivery tag of the unreadable message, and its payload; without one, the recorded entry is moved.
 SET_ASIDE = """
 local noted = redis.call('HGET', KEYS[1], ARGV[1])
 if noted then
@@ -71,11 +71,11 @@ return false
 
 
 class Unreadable(Exception):
-    """What was taken is JSON, but kombu cannot make a message of it."""
+    """The payload is JSON, but kombu cannot make a message of it."""
 
 
 class Message(redis.Channel.Message):
-    """Kombu's message, which says so when it cannot be made."""
+    """Kombu's message; raises ``Unreadable`` if it cannot be made."""
 
     def __init__(self, payload: Any, channel: Any = None, **options: Any) -> None:
         try:
@@ -85,7 +85,7 @@ class Message(redis.Channel.Message):
 
 
 class QoS(redis.QoS):
-    """Knows what the script has noted already."""
+    """Kombu's QoS, which does not record again what the script has recorded."""
 
     def append(self, message: Any, delivery_tag: str) -> None:
         if delivery_tag == self.channel.taken:
@@ -102,8 +102,8 @@ class QoS(redis.QoS):
         super().reject(delivery_tag, requeue)
 
     def restore_unacked(self, client: Any = None) -> None:
-        # Celery closes a lost connection twice; the second time kombu has forgotten its server, and
-        # stumbling over that would end the worker. What was taken comes back by itself.
+        # Celery closes a lost connection twice; the second time kombu has no client any more, and
+        # the resulting error would end the worker. The messages are restored by other workers.
         if self.channel.connection.client is not None:
             super().restore_unacked(client)
 
@@ -111,18 +111,18 @@ class QoS(redis.QoS):
         try:
             super().restore_by_tag(tag, client, leftmost)
         except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
-            # Its worker died before it could set aside what it could not read.
+            # The worker of this unreadable message died before it could set the message aside.
             self.channel.set_aside(tag)
 
     def _require_channel(self) -> None:
-        # Kombu stumbles over what a closed channel has lost, and Celery ends its worker for that;
-        # a lost connection it only notes, and the message comes back.
+        # On a closed channel kombu raises AttributeError, for which Celery ends the worker. A
+        # ConnectionError is only logged, and the message is redelivered.
         if self.channel.closed:
-            raise ConnectionError("the connection that this message came over is lost")
+            raise ConnectionError("the connection of this message is lost")
 
 
 class Bell:
-    """A further connection of a channel, which waits at one more queue."""
+    """A further connection of a channel, which waits for one more queue."""
 
     def __init__(self, queue: str, connection: Any) -> None:
         self.connection = connection
@@ -131,7 +131,7 @@ class Bell:
 
 
 class Poller(redis.MultiChannelPoller):
-    """Kombu's poller, which hears bells also while no message may be taken."""
+    """Kombu's poller, which serves bells even while no message may be consumed."""
 
     def on_readable(self, fileno: int) -> Any:
         if registered := self._fd_to_chan.get(fileno):
@@ -142,18 +142,18 @@ class Poller(redis.MultiChannelPoller):
 
 
 class Channel(redis.Channel):
-    """Kombu's channel, taking and noting in one step.
+    """Kombu's channel, which pops and records a message in one step.
 
-    While the lists are empty it waits with ``BLMOVE`` from the end of one list to the same end,
-    which changes nothing and returns as soon as there is something. That waits for one list only,
-    so at each further queue a bell waits likewise, and ends the wait of the channel.
+    While the lists are empty it waits with ``BLMOVE`` from the end of one list to the same end:
+    that changes nothing, and returns as soon as the list has a message. It waits for one list only,
+    so each further queue has a bell, which waits likewise and then unblocks the channel.
     """
 
     QoS = QoS
     Message = Message
-    #: Seconds that one worker keeps the others from restoring. One that is cut off meanwhile keeps
-    #: itself from it too, with kombu's own 300 s for longer than anybody would wait. Two that
-    #: restore at once do no harm: each message is restored in a transaction.
+    #: Seconds for which one restoring worker excludes the others. A worker that loses its
+    #: connection meanwhile excludes itself too, with kombu's 300 s for far too long. Two workers
+    #: restoring at once do no harm: each message is restored in a transaction.
     unacked_mutex_expire = 5
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -214,9 +214,9 @@ class Channel(redis.Channel):
         first, *others = queues
         self._queue_cycle.rotate(first)
         if others:
-            self._know_own_id()
+            self._ensure_client_id()
         for queue in others:
-            self._hang_up(queue)
+            self._ensure_bell(queue)
         return self._wait_at(first, GLANCE)
 
     def _wait_at(self, queue: str, seconds: float) -> list[Any]:
@@ -225,21 +225,21 @@ class Channel(redis.Channel):
 
     # ── bells ───────────────────────────────────────────────────────────────────────────────
 
-    def _know_own_id(self) -> None:
-        """Ask what the server calls the connection that waits, once for each."""
+    def _ensure_client_id(self) -> None:
+        """Ask the server for the client id of the waiting connection, once for each connection."""
         connection = self.client.connection
         if connection._sock is not self._known:
             connection.send_command("CLIENT", "ID")
             self._client_id = connection.read_response()
             self._known = connection._sock
 
-    def _hang_up(self, queue: str) -> None:
-        """Have a bell wait at *queue*, unless one does."""
+    def _ensure_bell(self, queue: str) -> None:
+        """Make a bell wait for *queue*, unless one does."""
         bell = self.bells.get(f"BELL {queue}")
         if bell is None:
             bell = Bell(queue, self.client.connection_pool.get_connection())
             self.bells[bell.kind] = bell
-            self.handlers[bell.kind] = partial(self._hear, bell)
+            self.handlers[bell.kind] = partial(self._on_bell, bell)
         cycle = self.connection.cycle
         if bell.connection._sock is None or (self, bell, bell.kind) not in cycle._chan_to_sock:
             bell.waits = False
@@ -248,8 +248,8 @@ class Channel(redis.Channel):
             bell.connection.send_command(*self._wait_at(queue, BELL))
             bell.waits = True
 
-    def _hear(self, bell: Bell) -> None:
-        """A bell has rung, or has waited long enough."""
+    def _on_bell(self, bell: Bell) -> None:
+        """End the channel's wait if the queue of *bell* has a message."""
         bell.waits = False
         try:
             if bell.connection.read_response() is not None and self._in_poll:
@@ -281,13 +281,13 @@ class Channel(redis.Channel):
             self.taken = None
 
     def _do_restore_message(self, payload: Any, *arguments: Any) -> None:
-        # Kombu gives up what it cannot mark as redelivered. An empty list is a table to the script.
+        # Kombu drops a message that it cannot mark as redelivered. To Lua an empty list is a table.
         if payload["headers"] == []:
             payload["headers"] = {}
         super()._do_restore_message(payload, *arguments)
 
     def set_aside(self, tag: str | bytes, payload: bytes = b"") -> None:
-        """Move what was noted under *tag* to the malformed ones, as *payload* if that is known."""
+        """Move the unacknowledged message *tag* to the malformed ones, as *payload* if given."""
         keys = [self.unacked_key, self.unacked_index_key, MALFORMED]
         prefixed = [self.global_keyprefix + key for key in keys]
         with self.conn_or_acquire() as client:
@@ -305,7 +305,7 @@ class Channel(redis.Channel):
 
 
 class Transport(redis.Transport):
-    """Kombu's transport, with that channel."""
+    """Kombu's transport, with the channel of this module."""
 
     Channel = Channel
 

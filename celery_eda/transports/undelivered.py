@@ -1,7 +1,7 @@
-"""What RabbitMQ itself gives up: it goes to a queue from which a worker makes dead letters of it.
+"""RabbitMQ's dead-letter exchange: workers turn the messages that arrive there into dead letters.
 
-A quorum queue counts deliveries. Beyond its limit, or when a message is rejected, the message goes
-to another queue, and stays in the first one until that has it.
+A quorum queue counts deliveries. A message that exceeds the delivery limit, or is rejected, moves
+to the service's queue of undelivered messages, and leaves its own queue only when it has arrived.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from celery.app.amqp import Queues
 from kombu import Exchange, Queue
 
 EXCHANGE = "celery_eda.undelivered"
-#: A queue's reasons to give a message up.
+#: RabbitMQ's reasons for dead-lettering a message.
 DELIVERY_LIMIT = "delivery_limit"
 REJECTED = "rejected"
 EXPIRED = "expired"
 
 
 def queue_of(service: str) -> Queue:
-    """Where the messages go that the queues of *service* give up."""
+    """The queue of undelivered messages of *service*."""
     return Queue(
         f"{EXCHANGE}.{service}",
         Exchange(EXCHANGE, type="direct"),
@@ -29,38 +29,38 @@ def queue_of(service: str) -> Queue:
     )
 
 
-def limits(limit: int, service: str) -> dict[str, Any]:
-    """The arguments of a quorum queue of *service* that delivers *limit* times at most."""
+def queue_arguments(limit: int, service: str) -> dict[str, Any]:
+    """The arguments of a quorum queue of *service* with *limit* deliveries a message."""
     return {
         "x-delivery-limit": limit,
         "x-dead-letter-exchange": EXCHANGE,
         "x-dead-letter-routing-key": service,
-        # Only so does RabbitMQ confirm the move before it forgets the message.
+        # With this strategy RabbitMQ deletes the message only after the move is confirmed.
         "x-dead-letter-strategy": "at-least-once",
         "x-overflow": "reject-publish",
     }
 
 
-def limiting(base: type[Queues], limit: int, service: str) -> type[Queues]:
-    """*base*, Celery's collection of queues, whose quorum queues have such a limit."""
-    arguments = limits(limit, service)
+def with_delivery_limit(base: type[Queues], limit: int, service: str) -> type[Queues]:
+    """A subclass of *base*, Celery's collection of queues, that limits its quorum queues."""
+    arguments = queue_arguments(limit, service)
 
-    class LimitingQueues(base):
+    class LimitedQueues(base):
         def __setitem__(self, name: str, queue: Queue) -> None:
             if (queue.queue_arguments or {}).get("x-queue-type") == "quorum":
                 queue.queue_arguments = {**arguments, **queue.queue_arguments}
             super().__setitem__(name, queue)
 
-    return LimitingQueues
+    return LimitedQueues
 
 
 def queue_in(headers: Mapping[str, Any]) -> str:
-    """The queue that gave a message up."""
+    """The queue that dead-lettered a message."""
     return str(_last_death(headers).get("queue", ""))
 
 
 def origin_of(headers: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Why a message was given up, and the exchange and routing key that it had come with."""
+    """The reason for dead-lettering, and the exchange and routing key of the original message."""
     last = _last_death(headers)
     keys = last.get("routing-keys")
     key = keys[0] if isinstance(keys, list) and keys else ""

@@ -46,8 +46,8 @@ def no_confirm() -> None:
 
     def write_and_hope(self: Any, unsent: Any, room: int, until: float) -> None:
         write(self, unsent, 1, until)
-        self._answers |= {number: CONFIRMED for number, _ in self.flight.under_way}
-        self.flight._under_way.clear()
+        self._results |= {number: CONFIRMED for number, _ in self.in_flight.messages}
+        self.in_flight._messages.clear()
 
     confirm_channel.ConfirmChannel.write = write_and_hope  # type: ignore[method-assign]
 

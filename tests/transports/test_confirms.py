@@ -11,7 +11,7 @@ from amqp.exceptions import ChannelError, UnexpectedFrame
 
 from celery_eda.message import Message
 from celery_eda.transports.base import PublishResult
-from celery_eda.transports.confirms import Flight
+from celery_eda.transports.confirms import InFlight
 from tests.transports.letters import letter
 
 
@@ -20,9 +20,9 @@ class Air:
 
     def __init__(self, *messages: Message) -> None:
         self.answers: dict[int, PublishResult] = {}
-        self.flight = Flight(count(1), self.answers)
+        self.in_flight = InFlight(count(1), self.answers)
         for position, message in enumerate(messages):
-            self.flight.add(position, message)
+            self.in_flight.add(position, message)
 
     @property
     def verdicts(self) -> dict[int, str]:
@@ -44,30 +44,30 @@ def returned(message: Message) -> tuple[ChannelError, str, str, Any]:
 def test_a_confirm_counts_for_its_tag_alone() -> None:
     air = Air(*[letter() for _ in range(4)])
 
-    air.flight.ack(3, False)
+    air.in_flight.ack(3, False)
 
     assert air.verdicts == {2: "confirmed"}
-    assert [number for number, _ in air.flight.under_way] == [0, 1, 3]
+    assert [number for number, _ in air.in_flight.messages] == [0, 1, 3]
 
 
 def test_a_multiple_confirm_counts_for_all_tags_up_to_it() -> None:
     air = Air(*[letter() for _ in range(5)])
 
-    air.flight.ack(2, False)
-    air.flight.ack(4, True)
+    air.in_flight.ack(2, False)
+    air.in_flight.ack(4, True)
 
     assert air.verdicts == dict.fromkeys([0, 1, 2, 3], "confirmed")
-    assert [number for number, _ in air.flight.under_way] == [4]
+    assert [number for number, _ in air.in_flight.messages] == [4]
 
 
 def test_confirms_may_come_in_any_order() -> None:
     air = Air(*[letter() for _ in range(6)])
 
-    air.flight.ack(6, False)
-    air.flight.nack(2, False)
-    air.flight.ack(1, False)
-    air.flight.nack(4, True)
-    air.flight.ack(5, True)
+    air.in_flight.ack(6, False)
+    air.in_flight.nack(2, False)
+    air.in_flight.ack(1, False)
+    air.in_flight.nack(4, True)
+    air.in_flight.ack(5, True)
 
     assert air.verdicts == {
         0: "confirmed",
@@ -77,13 +77,13 @@ def test_confirms_may_come_in_any_order() -> None:
         4: "confirmed",
         5: "confirmed",
     }
-    assert not air.flight
+    assert not air.in_flight
 
 
 def test_a_late_confirm_of_an_earlier_batch_counts_for_nothing() -> None:
     tags, answers = count(1), {}
-    Flight(tags, {}).add(0, letter())
-    flight = Flight(tags, answers)
+    InFlight(tags, {}).add(0, letter())
+    flight = InFlight(tags, answers)
     flight.add(0, letter())
 
     flight.ack(1, False)
@@ -95,8 +95,8 @@ def test_a_late_confirm_of_an_earlier_batch_counts_for_nothing() -> None:
 def test_a_confirm_that_comes_twice_counts_once() -> None:
     air = Air(letter(), letter())
 
-    air.flight.ack(1, False)
-    air.flight.nack(1, False)
+    air.in_flight.ack(1, False)
+    air.in_flight.nack(1, False)
 
     assert air.verdicts == {0: "confirmed"}
 
@@ -105,8 +105,8 @@ def test_a_returned_message_is_refused_though_its_confirm_follows() -> None:
     batch = [letter(), letter(), letter()]
     air = Air(*batch)
 
-    air.flight.come_back(*returned(batch[1]))
-    air.flight.ack(3, True)
+    air.in_flight.on_return(*returned(batch[1]))
+    air.in_flight.ack(3, True)
 
     assert air.verdicts == {0: "confirmed", 1: "refused", 2: "confirmed"}
     assert air.answers[1].why == "312 NO_ROUTE: exchange='' routing_key='letters'"
@@ -116,19 +116,19 @@ def test_a_return_does_not_settle_anything_by_itself() -> None:
     sent = letter()
     air = Air(sent)
 
-    air.flight.come_back(*returned(sent))
+    air.in_flight.on_return(*returned(sent))
 
     assert air.verdicts == {}
-    assert air.flight.under_way == [(0, sent)]
+    assert air.in_flight.messages == [(0, sent)]
 
 
 def test_several_returns_may_precede_one_confirm() -> None:
     batch = [letter() for _ in range(5)]
     air = Air(*batch)
 
-    air.flight.come_back(*returned(batch[1]))
-    air.flight.come_back(*returned(batch[3]))
-    air.flight.ack(5, True)
+    air.in_flight.on_return(*returned(batch[1]))
+    air.in_flight.on_return(*returned(batch[3]))
+    air.in_flight.ack(5, True)
 
     assert [air.verdicts[position] for position in range(5)] == [
         "confirmed",
@@ -144,8 +144,8 @@ def test_the_next_revision_of_a_message_is_another_message() -> None:
     second = letter(identity=first.identity.next)
     air = Air(first, second)
 
-    air.flight.come_back(*returned(second))
-    air.flight.ack(2, True)
+    air.in_flight.on_return(*returned(second))
+    air.in_flight.ack(2, True)
 
     assert air.verdicts == {0: "confirmed", 1: "refused"}
 
@@ -155,8 +155,8 @@ def test_the_same_message_to_another_address_is_another_message() -> None:
     second = letter("others", identity=first.identity)
     air = Air(first, second)
 
-    air.flight.come_back(*returned(second))
-    air.flight.ack(2, True)
+    air.in_flight.on_return(*returned(second))
+    air.in_flight.ack(2, True)
 
     assert air.verdicts == {0: "confirmed", 1: "refused"}
 
@@ -165,8 +165,8 @@ def test_of_two_that_look_the_same_neither_counts_as_delivered_when_one_comes_ba
     twin = letter()
     air = Air(twin, letter(), twin)
 
-    air.flight.come_back(*returned(twin))
-    air.flight.ack(3, True)
+    air.in_flight.on_return(*returned(twin))
+    air.in_flight.ack(3, True)
 
     assert air.verdicts == {0: "refused", 1: "confirmed", 2: "refused"}
 
@@ -174,5 +174,5 @@ def test_of_two_that_look_the_same_neither_counts_as_delivered_when_one_comes_ba
 def test_a_return_of_something_that_is_not_under_way_is_an_error() -> None:
     air = Air(letter())
 
-    with pytest.raises(UnexpectedFrame, match="not under way"):
-        air.flight.come_back(*returned(letter()))
+    with pytest.raises(UnexpectedFrame, match="not in flight"):
+        air.in_flight.on_return(*returned(letter()))
