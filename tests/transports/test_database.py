@@ -281,7 +281,7 @@ def test_an_acknowledgement_of_what_somebody_else_has_taken_changes_nothing(
     one, other = connect(), connect()
     put(one, "contended")
     held = get(one)
-    taker = one.transport.taker
+    taker = one.transport.ensure_taker()
     with taker.transaction() as database:  # as whoever finds that it is gone
         taker.queues.reclaim(database, taker.id)
     taken = get(other)
@@ -303,7 +303,7 @@ def test_an_acknowledgement_after_the_connection_was_closed_still_counts_if_nobo
     one.release()
 
     held.ack()
-    other.transport.taker.sweep()
+    other.transport.ensure_taker().sweep()
 
     assert rows(broker) == 0
 

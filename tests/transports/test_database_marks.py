@@ -228,7 +228,7 @@ def test_what_a_claim_took_that_was_undone_is_found(
 ) -> None:
     connection = connect()
     put(connection, "once more")
-    taker = connection.transport.taker
+    taker = connection.transport.ensure_taker()
 
     def fail() -> None:
         with taker.transaction() as database:
