@@ -3,8 +3,8 @@
 from celery_eda.app import EDA
 from celery_eda.errors import EDAError
 from celery_eda.event import Event
+from celery_eda.failure import Failure, RepairDecision
 from celery_eda.projections import Projection
-from celery_eda.repairers import Answer, Failure
 from celery_eda.reply import Replies, Reply
 from celery_eda.retry import RetryPolicy
 from celery_eda.saga import Saga
@@ -12,11 +12,11 @@ from celery_eda.tables import Tables
 
 __all__ = [
     "EDA",
-    "Answer",
     "EDAError",
     "Event",
     "Failure",
     "Projection",
+    "RepairDecision",
     "Replies",
     "Reply",
     "RetryPolicy",

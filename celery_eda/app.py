@@ -421,8 +421,8 @@ class EDA(Parts):
 
             @wraps(function, assigned=("__module__", "__doc__"))
             def repair(letter: int) -> str:
-                connection = self.session.connection()
-                return self.repairers.attend(connection, letter, repairer, decide)
+                transaction = joining.join(self.session.connection(), self.store)
+                return self.repairers.attend(transaction, letter, repairer, decide)
 
             del repair.__wrapped__  # Celery would take the function's parameters for its own
             self.repair_tasks.add(repaired, on, repairer, queue)

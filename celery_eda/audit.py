@@ -1,7 +1,7 @@
-"""What was done to dead letters: by whom, when and why. Nothing here is ever changed.
+"""The audit trail of dead letters: who did what, when and why. Entries are never changed.
 
-A record is written in the transaction of what it records: there is none without the deed, and no
-deed without its record.
+An entry is written in the transaction of the action, so there is no entry without its action and
+no action without its entry.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from kombu.utils import json
 from sqlalchemy import Connection, Row, Table, func, insert, select
 
 from celery_eda import redaction
-from celery_eda.dead_letters import Letter
 from celery_eda.dialects.base import Dialect
+from celery_eda.letter import Letter
 from celery_eda.limits import NAME_LENGTH
 
 
 class Action(str, Enum):
-    """What was done to a dead letter.
+    """An action on a dead letter.
 
-    ``redrive``, ``edit``, ``skip`` and ``discard`` are a person's or a repairer's; ``repair`` is
-    a redrive by a repairer; ``leave`` is a repairer's word that a person is needed.
+    ``redrive``, ``edit``, ``skip`` and ``discard`` are those of a person or a repairer. ``repair``
+    is a redrive by a repairer; ``leave`` is a repairer's decision that a person is needed.
     """
 
     edit = "edit"
@@ -39,19 +39,22 @@ class Action(str, Enum):
 
 @dataclass(frozen=True)
 class Author:
-    """Who does something to a dead letter, and why."""
+    """The person or repairer who acts on a dead letter, with the reason."""
 
     actor: str
     why: str = ""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One record.
+class AuditEntry:
+    """One entry.
 
     Attributes:
-        revision: of the message, before what was done.
-        detail: what else is to be known, e.g. the old body.
+        at: time of the action, in UTC.
+        action: value of an :class:`Action`, or one that a newer version of this library wrote.
+        dead_letter: id of the letter.
+        revision: of the message, before the action.
+        detail: further facts, e.g. ``{"body": …}``, the old body of an edited message.
     """
 
     at: datetime
@@ -65,7 +68,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Audit:
-    """The records of one database."""
+    """The audit trail in one database."""
 
     table: Table
     dialect: Dialect
@@ -73,7 +76,7 @@ class Audit:
     def add(
         self, connection: Connection, author: Author, action: Action, letter: Letter, **detail: Any
     ) -> None:
-        """Record what *author* does to *letter*."""
+        """Record that *author* does *action* to *letter*."""
         connection.execute(
             insert(self.table).values(
                 at=self.dialect.now(),
@@ -88,14 +91,14 @@ class Audit:
             )
         )
 
-    def of_message(self, connection: Connection, message_id: UUID) -> Sequence[Entry]:
-        """All that was done to the letters of one message, in the order it was done."""
+    def of_message(self, connection: Connection, message_id: UUID) -> Sequence[AuditEntry]:
+        """All entries on the letters of one message, oldest first."""
         columns = self.table.c
         query = select(self.table).where(columns.message_id == message_id).order_by(columns.id)
         return [_from_row(row) for row in connection.execute(query)]
 
     def count(self, connection: Connection, message_id: UUID, action: Action) -> int:
-        """How often *action* was done to one message."""
+        """Number of times that *action* was done to one message."""
         columns = self.table.c
         query = select(func.count()).where(
             columns.message_id == message_id, columns.action == action.value
@@ -103,14 +106,14 @@ class Audit:
         return connection.execute(query).scalar_one()
 
 
-def _from_row(row: Row[Any]) -> Entry:
+def _from_row(row: Row[Any]) -> AuditEntry:
     at = row.at if row.at.tzinfo else row.at.replace(tzinfo=timezone.utc)
-    return Entry(
-        at,
-        row.actor,
-        row.action,
-        row.why or "",
-        row.dead_letter,
-        row.revision,
-        json.loads(row.detail) if row.detail else {},
+    return AuditEntry(
+        at=at,
+        actor=row.actor,
+        action=row.action,
+        why=row.why or "",
+        dead_letter=row.dead_letter,
+        revision=row.revision,
+        detail=json.loads(row.detail) if row.detail else {},
     )

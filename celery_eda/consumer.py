@@ -32,13 +32,13 @@ from celery_eda.continuation import (
     lost,
 )
 from celery_eda.cursors import Turn
-from celery_eda.dead_letters import Reason
 from celery_eda.delivery import Delivery
 from celery_eda.errors import Unwanted
 from celery_eda.failures import Failures
 from celery_eda.handling import HandlerResult
 from celery_eda.identity import VERDICT, Identity
 from celery_eda.inbox import Inbox, Outcome, RecordedOutcome
+from celery_eda.letter import Reason
 from celery_eda.order import TurnKeeper
 from celery_eda.patience import Transient, TransientErrors
 from celery_eda.replying import Responder

@@ -34,6 +34,11 @@ class Capture:
 
     over = False
 
+    @property
+    def connection(self) -> Connection:
+        """The connection through which the transaction writes."""
+        raise NotImplementedError
+
     def capture(self, message: Message) -> None:
         """Keep *message* until the transaction commits."""
         raise NotImplementedError

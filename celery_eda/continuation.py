@@ -12,7 +12,6 @@ from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry
 
 from celery_eda import redaction
 from celery_eda.attempts import TIME_LIMIT
-from celery_eda.dead_letters import Reason
 from celery_eda.delivery import Delivery
 from celery_eda.dialects.base import LostRace
 from celery_eda.errors import (
@@ -23,6 +22,7 @@ from celery_eda.errors import (
     Unwanted,
     WorkersLost,
 )
+from celery_eda.letter import Reason
 from celery_eda.message import Message
 from celery_eda.patience import Transient, TransientErrors
 from celery_eda.retry import Policy

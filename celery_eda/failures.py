@@ -9,9 +9,10 @@ from datetime import datetime
 from celery.exceptions import Ignore, Reject
 
 from celery_eda import handling, redaction
-from celery_eda.dead_letters import DeadLetters, Reason
+from celery_eda.dead_letters import DeadLetters
 from celery_eda.delivery import Delivery
 from celery_eda.inbox import Inbox, Outcome
+from celery_eda.letter import Reason
 from celery_eda.message import Message
 from celery_eda.order import TurnKeeper
 from celery_eda.patience import TRANSIENT_DELAY, Transient, TransientErrors

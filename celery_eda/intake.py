@@ -20,10 +20,10 @@ from kombu import Consumer, Queue
 from kombu.common import ignore_errors
 
 from celery_eda import compression
-from celery_eda.dead_letters import Reason
 from celery_eda.error_text import loggable
 from celery_eda.errors import Malformed
 from celery_eda.inspection import inspect
+from celery_eda.letter import Reason
 from celery_eda.limits import Limits
 from celery_eda.refusals import Refusal, RefusedMessage, given_up, refused, unread
 from celery_eda.retry import delays

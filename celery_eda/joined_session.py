@@ -67,6 +67,12 @@ class JoinedSession(Transaction):
         assert session is not None, "the code that publishes holds the session"
         return session
 
+    @property
+    def connection(self) -> Connection:
+        """The session's connection to the database of the outbox; checked out if need be."""
+        chosen = {"bind": self._bind} if self._bind is not None else None
+        return self.session.connection(bind_arguments=chosen)
+
     def capture(self, message: Message) -> None:
         """Buffer *message*. Publishing counts as the first statement of a transaction.
 
@@ -89,8 +95,7 @@ class JoinedSession(Transaction):
         Raises:
             TwoEngines: the transaction uses another engine besides.
         """
-        chosen = {"bind": self._bind} if self._bind is not None else None
-        connection = self.session.connection(bind_arguments=chosen)
+        connection = self.connection
         if self._carrier is None:
             self._carrier = joined_connection.join(connection, self.store)
             self._carrier.contributors.append(self)

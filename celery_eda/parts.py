@@ -197,7 +197,7 @@ class Parts:
     @made_once
     def repair(self) -> Repair:
         """Redrives, edits, skips and discards dead letters."""
-        return Repair(self.dead_letters, self.audit, self.cursors, self.store)
+        return Repair(self.dead_letters, self.audit, self.cursors)
 
     @made_once
     def repairers(self) -> Repairers:

@@ -16,13 +16,14 @@ from uuid import UUID, uuid5
 from kombu.utils import json
 from sqlalchemy import Engine
 
-from celery_eda.dead_letters import DeadLetters, Reason
+from celery_eda.dead_letters import DeadLetters
 from celery_eda.error_text import text_of
 from celery_eda.errors import Malformed, TooLarge, Undecodable, WorkersLost
 from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.identity import Identity
 from celery_eda.inbox import Inbox, Outcome
 from celery_eda.inspection import undecodable
+from celery_eda.letter import Reason
 from celery_eda.limits import NAME_LENGTH
 from celery_eda.message import PROPERTIES, Message
 from celery_eda.replying import Responder

@@ -21,8 +21,9 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_eda import addresses, checkpoints, redaction
-from celery_eda.dead_letters import DeadLetters, Reason
+from celery_eda.dead_letters import DeadLetters
 from celery_eda.event import EVENT_EXCHANGE
+from celery_eda.letter import Reason
 from celery_eda.outbox import Outbox, Pending
 from celery_eda.relay_batch import Batch, Hands
 from celery_eda.results import Preparation

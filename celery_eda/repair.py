@@ -1,8 +1,8 @@
-"""What can be done about a dead letter: redrive, edit, skip, discard; by a person or a repairer.
+"""Actions on dead letters: redrive, edit, skip and discard, by a person or a repairer.
 
-A redrive is the next revision of the same message, in the same place in its key's order. Each
-letter is treated in one transaction, with its record in the audit: doing it twice, from two places
-at once, or dying in the middle is harmless.
+A redrive sends the next revision of the same message, at the same position in the order of its key.
+Each action and its entry in the audit trail share one transaction, so repeating an action, doing it
+twice at the same time, or crashing in the middle is harmless.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from celery_eda import joining
 from celery_eda.arguments import JSON, Arguments, as_json
-from celery_eda.audit import Action, Audit, Author, Entry
+from celery_eda.audit import Action, Audit, AuditEntry, Author
+from celery_eda.context import Capture
 from celery_eda.cursors import Cursors, Turn
-from celery_eda.dead_letters import DeadLetters, Filter, Letter, Reason, State
+from celery_eda.dead_letters import DeadLetters
 from celery_eda.dialects.base import LostRace
 from celery_eda.errors import NotItsTurn, UnreadableBody
 from celery_eda.identity import ORDER_HEADER, REPLAY_HEADER
+from celery_eda.letter import Letter, LetterFilter, LetterState, Reason
 from celery_eda.message import Message
-from celery_eda.transaction import Store
 
-#: What a broker writes into a message that it has put aside.
+#: Prefixes of the headers that a broker adds when it dead-letters or redelivers a message.
 _OF_BROKERS = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count")
-#: Headers that begin again when a message is sent again.
-_BEGUN: Mapping[str, Any] = {"expires": None, "retries": 0}
-#: Earlier letters of the same message that a repairer is shown.
+#: Headers that are reset when a message is sent again.
+_RESET: Mapping[str, Any] = {"expires": None, "retries": 0}
+#: Earlier letters of the same message at most, in its history.
 LONGEST_HISTORY = 100
 
 
 @dataclass(frozen=True)
-class End:
-    """What has become of a dead letter.
+class RepairResult:
+    """The result of an action on a dead letter.
 
     Attributes:
-        state: its state; None if there is no such letter.
-        fresh: whether this very call did it. If not, the letter had its end already, and nothing
-            was changed.
+        id: of the letter.
+        state: its state now; None if there is no such letter.
+        fresh: True if this call changed the letter; False if it was not open, and nothing was done.
     """
 
     id: int
@@ -49,142 +49,150 @@ class End:
 
 @dataclass(frozen=True)
 class Repair:
-    """Treats the dead letters of one database, in the transaction of the caller's connection.
+    """Actions on the dead letters of one database, in a transaction of the caller.
 
-    What is sent again leaves if and only if that transaction commits. A refusal raises, and the
-    transaction is to be rolled back.
+    *transaction* is the open one: it gives the connection, and captures what is sent again, which
+    is sent if and only if it commits. After an error the caller has to roll it back.
     """
 
     dead_letters: DeadLetters
     audit: Audit
     cursors: Cursors
-    store: Store
 
     def redrive(
         self,
-        connection: Connection,
+        transaction: Capture,
         id: int,
         author: Author,
         *,
         arguments: Arguments | None = None,
         out_of_order: bool = False,
         action: Action = Action.redrive,
-    ) -> End:
+    ) -> RepairResult:
         """Send the message of an open letter again, as its next revision.
 
-        It goes with *arguments* instead of its own, if there are any; the letter keeps those that
-        failed. If others of its key were let past it, it goes only *out_of_order*: it then takes
-        effect after them, whenever it comes.
+        *arguments* replace those of the message; the letter keeps the old ones. If later messages
+        of its key have taken effect already, the message is only sent with *out_of_order*: it
+        takes effect after them, without a position.
 
         Raises:
-            NotItsTurn: its place in its key's order has passed.
-            UnreadableBody: *arguments* cannot be written into its body.
+            NotItsTurn: later messages of its key have taken effect already.
+            UnreadableBody: *arguments* cannot be written into the body.
         """
+        connection = transaction.connection
         letter = self.dead_letters.find(connection, id, lock=True)
         if letter is None or not letter.is_open:
-            return _ended(id, letter)
-        message = self._in_place(connection, letter, out_of_order=out_of_order)
+            return _already_closed(id, letter)
+        message = self._at_its_position(connection, letter, out_of_order=out_of_order)
         detail: dict[str, Any] = {}
         if arguments is not None:
             message = arguments.in_place_of(message)
             detail = {"args": list(arguments.args), "kwargs": dict(arguments.kwargs)}
-        self._send(connection, afresh(message))
-        return self._close(connection, letter, State.redriven, action, author, **detail)
+        transaction.capture(next_revision(message))
+        return self._close(connection, letter, LetterState.redriven, action, author, **detail)
 
     def edit(
         self,
-        connection: Connection,
+        transaction: Capture,
         id: int,
         author: Author,
         *,
         args: Sequence[Any] | None = None,
         kwargs: Mapping[str, Any] | None = None,
-    ) -> End:
-        """Change the arguments of an open letter; the audit keeps the old body.
+    ) -> RepairResult:
+        """Change the arguments of an open letter; the audit trail keeps the old body.
 
-        Those that are None stay as they are. What nobody could read becomes JSON, if both are
-        given.
+        None leaves *args* or *kwargs* unchanged. An unreadable body is replaced by JSON if both
+        are given.
 
         Raises:
-            UnreadableBody: the old ones cannot be read and not both are given, or somebody else
-                could read them, and what is to follow the task would be lost.
+            UnreadableBody: see :func:`edited`.
         """
+        connection = transaction.connection
         letter = self.dead_letters.find(connection, id, lock=True)
         if letter is None or not letter.is_open:
-            return _ended(id, letter)
+            return _already_closed(id, letter)
         message = edited(letter, args, kwargs)
         self.dead_letters.change(connection, id, message)
         old = letter.message.body.decode(errors="backslashreplace")
         self.audit.add(connection, author, Action.edit, letter, body=old)
-        return End(id, letter.state, fresh=True)
+        return RepairResult(id, letter.state, fresh=True)
 
-    def skip(self, connection: Connection, id: int, author: Author) -> End:
-        """Give up the message that holds its key, and let the next one take its turn.
+    def skip(self, transaction: Capture, id: int, author: Author) -> RepairResult:
+        """Abandon the message that blocks its key; the next one of the key takes its turn.
 
         Raises:
-            NotItsTurn: it does not hold its key.
+            NotItsTurn: the message does not block its key.
         """
+        connection = transaction.connection
         letter = self.dead_letters.find(connection, id, lock=True)
         if letter is None or not letter.is_open:
-            return _ended(id, letter)
-        place, consumer = letter.message.place, _consumer(letter)
-        if place is None:
-            raise NotItsTurn(f"Letter {id} has no ordering key, so it holds up nobody. Discard it.")
+            return _already_closed(id, letter)
+        position, consumer = letter.message.place, _consumer(letter)
+        if position is None:
+            raise NotItsTurn(f"Letter {id} has no ordering key, so it blocks nothing. Discard it.")
         if consumer is None:
-            raise NotItsTurn(_never_arrived(letter))
-        cursor = self.cursors.find(connection, consumer, place.lane)
-        match cursor.turn(place):
+            raise NotItsTurn(_never_sent(letter))
+        cursor = self.cursors.find(connection, consumer, position.lane)
+        match cursor.turn(position):
             case Turn.past:
-                raise NotItsTurn(f"The key of letter {id} has gone on without it. Discard it.")
+                raise NotItsTurn(
+                    f"Later messages of the key of letter {id} have taken effect already. Discard "
+                    "it."
+                )
             case Turn.later:
                 raise NotItsTurn(
-                    f"Letter {id} waits for others of its key {place.lane.key!r}. Redrive or skip "
+                    f"Letter {id} waits for others of its key {letter.key!r}. Redrive or skip "
                     "those first."
                 )
         try:
-            released = self.cursors.advance(connection, consumer, place, cursor)
+            released = self.cursors.advance(connection, consumer, position, cursor)
         except LostRace as error:
-            raise NotItsTurn(f"The key of letter {id} moved on right now. Look again.") from error
+            raise NotItsTurn(
+                f"The key of letter {id} advanced at this very moment. Show the letter and decide "
+                "again."
+            ) from error
         if released:
-            self._send(connection, released)
-        return self._close(connection, letter, State.skipped, Action.skip, author)
+            transaction.capture(released)
+        return self._close(connection, letter, LetterState.skipped, Action.skip, author)
 
     def discard(
-        self, connection: Connection, id: int, author: Author, *, awaited: bool = False
-    ) -> End:
-        """Give up a message that no other one waits for.
+        self, transaction: Capture, id: int, author: Author, *, awaited: bool = False
+    ) -> RepairResult:
+        """Abandon a message that no other message waits for.
 
-        With *awaited* also one that others of its key will wait for, whose turn has not come:
-        should they ever come, somebody has to treat them too.
+        With *awaited* also one whose turn is still to come. Later messages of its key then stay
+        parked until somebody repairs them.
 
         Raises:
-            NotItsTurn: others of its key wait for it.
+            NotItsTurn: others of its key wait, or will wait, for the message.
         """
+        connection = transaction.connection
         letter = self.dead_letters.find(connection, id, lock=True)
         if letter is None or not letter.is_open:
-            return _ended(id, letter)
+            return _already_closed(id, letter)
         if letter.message.place is not None:
             match self._turn(connection, letter):
                 case Turn.now:
                     raise NotItsTurn(
-                        f"Letter {id} holds its key {letter.key!r}, and those behind it would "
-                        "wait for ever. Skip it instead."
+                        f"Letter {id} blocks its key {letter.key!r}, and later messages of the key "
+                        "would wait forever. Skip it instead."
                     )
                 case Turn.later if not awaited and _consumer(letter) is None:
-                    raise NotItsTurn(f"{_never_arrived(letter)} Or discard it with `--awaited`.")
+                    raise NotItsTurn(f"{_never_sent(letter)} Or discard it with `--awaited`.")
                 case Turn.later if not awaited:
                     raise NotItsTurn(
-                        f"Those behind letter {id} of its key {letter.key!r} will wait for it. "
+                        f"Later messages of the key {letter.key!r} will wait for letter {id}. "
                         "Skip it when its turn has come, or discard it with `--awaited`."
                     )
-        return self._close(connection, letter, State.discarded, Action.discard, author)
+        return self._close(connection, letter, LetterState.discarded, Action.discard, author)
 
-    def history(self, connection: Connection, letter: Letter) -> tuple[Letter | Entry, ...]:
-        """Earlier letters of the same message, and what was done to all of them; oldest first."""
+    def history(self, connection: Connection, letter: Letter) -> tuple[Letter | AuditEntry, ...]:
+        """Earlier letters of the same message, and the audit entries of all; oldest first."""
         message_id = letter.message.identity.id
-        same = Filter(message_id=message_id)
+        same = LetterFilter(message_id=message_id)
         letters = self.dead_letters.select(connection, same, LONGEST_HISTORY)
-        earlier: list[Letter | Entry] = [each for each in letters if each.id < letter.id]
+        earlier: list[Letter | AuditEntry] = [each for each in letters if each.id < letter.id]
         done = self.audit.of_message(connection, message_id)
         return tuple(sorted([*earlier, *done], key=lambda each: each.at))
 
@@ -192,45 +200,45 @@ class Repair:
         self,
         connection: Connection,
         letter: Letter,
-        state: State,
+        state: LetterState,
         action: Action,
         author: Author,
         **detail: Any,
-    ) -> End:
+    ) -> RepairResult:
         self.dead_letters.close(connection, letter.id, state)
         self.audit.add(connection, author, action, letter, **detail)
-        return End(letter.id, state.value, fresh=True)
+        return RepairResult(letter.id, state.value, fresh=True)
 
-    def _send(self, connection: Connection, message: Message) -> None:
-        joining.join(connection, self.store).capture(message)
-
-    def _in_place(self, connection: Connection, letter: Letter, *, out_of_order: bool) -> Message:
-        """The letter's message, without a place if that has passed or is malformed."""
+    def _at_its_position(
+        self, connection: Connection, letter: Letter, *, out_of_order: bool
+    ) -> Message:
+        """The letter's message; without a position if that has passed or is malformed."""
         message = letter.message
         if message.place is not None and self._turn(connection, letter) is not Turn.past:
             return message
         if message.place is not None and not out_of_order:
             raise NotItsTurn(
-                f"Others of its key {letter.key!r} were let past letter {letter.id}. Redrive it "
-                "out of order (`--out-of-order`), to take effect after them, or discard it."
+                f"Later messages of the key {letter.key!r} have taken effect before letter "
+                f"{letter.id}. Redrive it out of order (`--out-of-order`), to take effect after "
+                "them, or discard it."
             )
         headers = {key: value for key, value in message.headers.items() if key != ORDER_HEADER}
         return replace(message, headers=headers)
 
     def _turn(self, connection: Connection, letter: Letter) -> Turn:
-        """Whether it is its turn at its consumer; what never reached one is still to come."""
-        place, consumer = letter.message.place, _consumer(letter)
-        if place is None or consumer is None:
+        """The turn of the letter at its consumer; ``later`` if it reached none."""
+        position, consumer = letter.message.place, _consumer(letter)
+        if position is None or consumer is None:
             return Turn.later
-        return self.cursors.find(connection, consumer, place.lane).turn(place)
+        return self.cursors.find(connection, consumer, position.lane).turn(position)
 
 
 def edited(letter: Letter, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> Message:
-    """The letter's message with other arguments; those that are None stay.
+    """The letter's message with other arguments; None leaves *args* or *kwargs* unchanged.
 
     Raises:
-        UnreadableBody: those that stay cannot be read, or what is to follow the task would be
-            lost.
+        UnreadableBody: the old arguments cannot be read and one of the two is None; or they cannot
+            be read here but by others, and the callbacks in the body would be lost.
     """
     message = letter.message
     try:
@@ -248,30 +256,32 @@ def edited(letter: Letter, args: Sequence[Any] | None, kwargs: Mapping[str, Any]
 
 
 def in_order(letters: Iterable[Letter]) -> list[Letter]:
-    """*letters* by their ids, but those of one key one after the other, in its order."""
+    """*letters* by id, except that those of one key follow each other in the order of the key."""
     letters = sorted(letters, key=lambda each: each.id)
-    places = {each.id: each.message.place for each in letters}
+    positions = {each.id: each.message.place for each in letters}
     first: dict[Any, int] = {}
     for each in letters:
-        if place := places[each.id]:
-            first.setdefault((each.consumer, place.lane), each.id)
+        if position := positions[each.id]:
+            first.setdefault((each.consumer, position.lane), each.id)
 
     def rank(letter: Letter) -> tuple[int, int, int, int]:
-        if (place := places[letter.id]) is None:
+        if (position := positions[letter.id]) is None:
             return letter.id, 0, 0, letter.id
-        return first[letter.consumer, place.lane], place.epoch, place.number, letter.id
+        lane = position.lane
+        return first[letter.consumer, lane], position.epoch, position.number, letter.id
 
     return sorted(letters, key=rank)
 
 
-def _ended(id: int, letter: Letter | None) -> End:
-    return End(id, letter.state if letter else None, fresh=False)
+def _already_closed(id: int, letter: Letter | None) -> RepairResult:
+    return RepairResult(id, letter.state if letter else None, fresh=False)
 
 
 def _consumer(letter: Letter) -> str | None:
-    """Whose cursor the letter's place is about; None if it was never sent: that may be anybody's.
+    """The consumer whose cursor the letter's position refers to.
 
-    What was refused before its consumer saw it was still for the task of this service.
+    None for a message that was never sent: its consumer belongs to some other service. A message
+    that was refused unread was for the task of this service.
     """
     if letter.consumer is None and letter.reason == Reason.unsendable.value:
         return None
@@ -279,28 +289,30 @@ def _consumer(letter: Letter) -> str | None:
 
 
 def _was_unreadable(letter: Letter) -> bool:
-    """Whether nobody can have read its body: it is broken, or was refused unread."""
+    """True if no consumer can have read the body: it is broken, or was refused unread."""
     refused = letter.consumer is None and letter.reason != Reason.unsendable.value
     message = letter.message
     return refused or (message.content_type == JSON and not message.headers.get("compression"))
 
 
-def _never_arrived(letter: Letter) -> str:
+def _never_sent(letter: Letter) -> str:
     return (
-        f"Letter {letter.id} has never left for its consumer, which waits for it before all others "
-        f"of its key {letter.key!r}. Redrive it once the broker takes it, edited if need be."
+        f"Letter {letter.id} was never sent, and its consumer waits for it before all later ones "
+        f"of its key {letter.key!r}. Redrive it once the broker accepts it, edited if need be."
     )
 
 
-def afresh(message: Message) -> Message:
-    """The next revision of *message*, which does not expire and has all its retries again.
+def next_revision(message: Message) -> Message:
+    """The next revision of *message*: it does not expire, and its retries are counted from 0.
 
-    Of a replayed event too: whoever sends it again lets it publish.
+    The mark of a replay is removed too, so the handler may publish.
     """
-    left = (*_OF_BROKERS, REPLAY_HEADER)
-    headers = {name: value for name, value in message.headers.items() if not name.startswith(left)}
-    headers |= {name: value for name, value in _BEGUN.items() if name in headers}
-    # Those of ours say how it was kept.
+    dropped = (*_OF_BROKERS, REPLAY_HEADER)
+    headers = {
+        name: value for name, value in message.headers.items() if not name.startswith(dropped)
+    }
+    headers |= {name: value for name, value in _RESET.items() if name in headers}
+    # Properties of ours describe how the message was stored.
     kept = {
         name: value
         for name, value in message.properties.items()

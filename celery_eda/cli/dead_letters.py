@@ -19,26 +19,26 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 import click
-from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_eda import redaction
+from celery_eda import joining, redaction
 from celery_eda.app import EDA
 from celery_eda.audit import Author
 from celery_eda.cli import letters_view as view
 from celery_eda.cli.console import Command, confirm, report, service_of
 from celery_eda.cli.options import MOMENT, JSONValue, Rate, as_json, options
-from celery_eda.dead_letters import Filter, Letter, State
+from celery_eda.context import Capture
 from celery_eda.error_text import printable
 from celery_eda.errors import RepairError
 from celery_eda.identity import ORDER_HEADER
-from celery_eda.repair import End, edited, in_order
+from celery_eda.letter import Letter, LetterFilter, LetterState
+from celery_eda.repair import RepairResult, edited, in_order
 
 #: Letters read by one query.
 PAGE = 500
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-Treatment = Callable[[Connection, int, Author], End]
+Treatment = Callable[[Capture, int, Author], RepairResult]
 
 
 @click.group(name="dead-letters")
@@ -62,7 +62,7 @@ def filters(state: str) -> Callable[[Decorated], Decorated]:
         click.option("--reason", help="For this reason, e.g. failed or 'lost worker'."),
         click.option(
             "--state",
-            type=click.Choice([*(each.value for each in State), "all"]),
+            type=click.Choice([*(each.value for each in LetterState), "all"]),
             default=state,
             show_default=True,
         ),
@@ -96,8 +96,8 @@ def _filter(
     since: datetime | None,
     until: datetime | None,
     **others: str | None,
-) -> Filter:
-    return Filter(
+) -> LetterFilter:
+    return LetterFilter(
         ids=ids or None,
         # An explicit id selects its letter in any state.
         state=None if state == "all" or ids else state,
@@ -195,11 +195,11 @@ def edit(
             letter = service.dead_letters.find(connection, id)
         if letter is None or not letter.is_open:
             state = letter.state if letter else None
-            raise click.ClickException(_already(End(id, state, fresh=False)))
+            raise click.ClickException(_already(RepairResult(id, state, fresh=False)))
         click.echo(printable(edited(letter, args, kwargs).body.decode()))
         return
     change = partial(service.repair.edit, args=args, kwargs=kwargs)
-    _treat(service, [id], change, State.open, _author(actor, why), as_json=as_json)
+    _treat(service, [id], change, LetterState.open, _author(actor, why), as_json=as_json)
 
 
 @dead_letters.command(cls=Command)
@@ -214,7 +214,7 @@ def redrive(context: click.Context, /, out_of_order: bool, **options: Any) -> No
     """Send letters again, those of one key in order. Redriving twice sends once."""
     service = service_of(context)
     send = partial(service.repair.redrive, out_of_order=out_of_order)
-    _in_bulk(service, "Redrive", send, State.redriven, **options)
+    _in_bulk(service, "Redrive", send, LetterState.redriven, **options)
 
 
 @dead_letters.command(cls=Command)
@@ -223,7 +223,7 @@ def redrive(context: click.Context, /, out_of_order: bool, **options: Any) -> No
 def skip(context: click.Context, /, **options: Any) -> None:
     """Give up messages that block their key; the next message of the key proceeds."""
     service = service_of(context)
-    _in_bulk(service, "Skip", service.repair.skip, State.skipped, **options)
+    _in_bulk(service, "Skip", service.repair.skip, LetterState.skipped, **options)
 
 
 @dead_letters.command(cls=Command)
@@ -234,14 +234,14 @@ def discard(context: click.Context, /, awaited: bool, **options: Any) -> None:
     """Give up messages that no other message waits for."""
     service = service_of(context)
     give_up = partial(service.repair.discard, awaited=awaited)
-    _in_bulk(service, "Discard", give_up, State.discarded, **options)
+    _in_bulk(service, "Discard", give_up, LetterState.discarded, **options)
 
 
 def _in_bulk(
     service: EDA,
     verb: str,
     treat: Treatment,
-    aim: State,
+    aim: LetterState,
     *,
     ids: tuple[int, ...],
     everything: bool,
@@ -280,7 +280,7 @@ def _show(letters: Iterable[Letter], *, as_json: bool) -> None:
             click.echo(view.line(each))
 
 
-def _found(service: EDA, which: Filter, limit: int | None) -> list[Letter]:
+def _found(service: EDA, which: LetterFilter, limit: int | None) -> list[Letter]:
     """The chosen letters, in the order in which to treat them."""
     found: list[Letter] = []
     with service.engine.connect() as connection:
@@ -306,14 +306,14 @@ def _shortened(letter: Letter) -> Letter:
 class Treated:
     """The result for one letter, with the *error* if it could not be treated."""
 
-    end: End
+    end: RepairResult
     error: str | None = None
 
-    def outcome(self, aim: State) -> Literal["done", "already", "failed"]:
+    def outcome(self, aim: LetterState) -> Literal["done", "already", "failed"]:
         """The result of a command whose letters should end in the state *aim*."""
         if self.error is None and self.end.fresh:
             return "done"
-        if self.error is None and self.end.state == aim.value and aim is not State.open:
+        if self.error is None and self.end.state == aim.value and aim is not LetterState.open:
             return "already"
         return "failed"
 
@@ -328,7 +328,7 @@ def _treat(
     service: EDA,
     ids: Sequence[int],
     treat: Treatment,
-    aim: State,
+    aim: LetterState,
     author: Author,
     *,
     missing: Sequence[int] = (),
@@ -348,7 +348,7 @@ def _treat(
     tally = {"done": 0, "already": 0, "failed": len(missing)}
     for treated in results:
         tally[treated.outcome(aim)] += 1
-    what = "edited" if aim is State.open else aim.value
+    what = "edited" if aim is LetterState.open else aim.value
     report(
         {**tally, "letters": [each.plain for each in results]},
         f"{tally['done']} {what}, {tally['already']} already, {tally['failed']} failed",
@@ -361,16 +361,16 @@ def _treat(
 def _treated(service: EDA, treat: Treatment, id: int, author: Author) -> Treated:
     try:
         with service.engine.begin() as connection:
-            return Treated(treat(connection, id, author))
+            return Treated(treat(joining.join(connection, service.store), id, author))
     except RepairError as error:
-        return Treated(End(id, None, fresh=False), str(error))
+        return Treated(RepairResult(id, None, fresh=False), str(error))
     except SQLAlchemyError as error:
         # The transaction was rolled back; a repetition of the command treats the letter.
         reason = redaction.redact(f"Letter {id}: {error}")
-        return Treated(End(id, None, fresh=False), reason)
+        return Treated(RepairResult(id, None, fresh=False), reason)
 
 
-def _already(end: End) -> str:
+def _already(end: RepairResult) -> str:
     if end.state is None:
         return f"There is no letter {end.id}."
     return f"Letter {end.id} is {end.state} already."

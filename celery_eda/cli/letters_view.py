@@ -10,10 +10,10 @@ from typing import Any
 from kombu.utils import json as kombu_json
 
 from celery_eda.arguments import Arguments
-from celery_eda.audit import Entry
-from celery_eda.dead_letters import Letter
+from celery_eda.audit import AuditEntry
 from celery_eda.error_text import printable
 from celery_eda.errors import UnreadableBody
+from celery_eda.letter import Letter
 
 #: Characters of an error shown in a list.
 SHORT_ERROR = 80
@@ -29,7 +29,7 @@ def line(letter: Letter) -> str:
     return f"{letter.id:>6}  " + "  ".join(printable(each) for each in columns if each)
 
 
-def page(letter: Letter, history: Iterable[Letter | Entry]) -> Iterator[str]:
+def page(letter: Letter, history: Iterable[Letter | AuditEntry]) -> Iterator[str]:
     """The lines of a page: facts, arguments, headers, error, traceback, history."""
     for name, value in _facts(letter).items():
         yield f"{name + ':':<16}{printable('' if value is None else value)}"
@@ -94,7 +94,7 @@ def whole(letter: Letter) -> dict[str, Any]:
     return {**summary(letter), "traceback": letter.traceback, **readable}
 
 
-def history_entry(each: Letter | Entry) -> dict[str, Any]:
+def history_entry(each: Letter | AuditEntry) -> dict[str, Any]:
     """The JSON object of an earlier letter of the same message, or of an action on one."""
     if isinstance(each, Letter):
         what = {"letter": each.id, "reason": each.reason, "error": each.error}

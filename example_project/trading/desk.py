@@ -12,7 +12,7 @@ from celery import Celery
 from sqlalchemy import String
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from celery_eda import EDA, Answer, Failure
+from celery_eda import EDA, Failure, RepairDecision
 from example_project import settings
 
 app = Celery("trading")
@@ -49,7 +49,7 @@ def execute(session: Session, account: str, number: int, symbol: str, shares: st
     session.add(Trade(account=account, number=number, symbol=symbol, shares=int(shares)))
 
 
-def correct(failure: Failure) -> Answer:
+def correct(failure: Failure) -> RepairDecision:
     """Mend what a tired broker typed: the letter O where a nought was meant."""
     typed = failure.arguments["shares"]
     mended = typed.upper().replace("O", "0")

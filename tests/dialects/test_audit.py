@@ -8,7 +8,8 @@ import pytest
 from sqlalchemy import Connection, select
 
 from celery_eda.audit import Action, Audit, Author
-from celery_eda.dead_letters import DeadLetters, Letter, Reason
+from celery_eda.dead_letters import DeadLetters
+from celery_eda.letter import Letter, Reason
 from celery_eda.message import Message
 from tests.databases import Database
 from tests.dialects.messages import message

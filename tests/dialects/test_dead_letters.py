@@ -8,9 +8,10 @@ import pytest
 from sqlalchemy import select, update
 
 from celery_eda import message_rows
-from celery_eda.dead_letters import DeadLetters, Filter, Letter, Reason, State
+from celery_eda.dead_letters import DeadLetters
 from celery_eda.error_text import LONGEST_ERROR
 from celery_eda.identity import Lane, Position
+from celery_eda.letter import Letter, LetterFilter, LetterState, Reason
 from celery_eda.message import Message
 from tests.databases import Database
 from tests.dialects.messages import message
@@ -192,26 +193,28 @@ def test_each_filter_finds_its_letters(database: Database, dead_letters: DeadLet
     )
     id = add(database, dead_letters, other, reason=Reason.rejected, error=KeyError("k"))
     with database.engine.begin() as connection:
-        dead_letters.close(connection, id, State.redriven)
+        dead_letters.close(connection, id, LetterState.redriven)
         long_ago = datetime(2020, 1, 1, tzinfo=timezone.utc)
         connection.execute(
             update(dead_letters.table).where(dead_letters.table.c.id == id).values(at=long_ago)
         )
 
     for which in (
-        Filter(ids=(id, 10**6)),
-        Filter(task="shop.ship"),
-        Filter(queue="docks"),
-        Filter(queue="ships"),
-        Filter(error_type="KeyError"),
-        Filter(key="account 7"),
-        Filter(reason="rejected"),
-        Filter(state="redriven"),
-        Filter(message_id=other.identity.id),
-        Filter(until=long_ago + timedelta(seconds=1)),
-        Filter(since=long_ago, until=long_ago + timedelta(microseconds=1)),
+        LetterFilter(ids=(id, 10**6)),
+        LetterFilter(task="shop.ship"),
+        LetterFilter(queue="docks"),
+        LetterFilter(queue="ships"),
+        LetterFilter(error_type="KeyError"),
+        LetterFilter(key="account 7"),
+        LetterFilter(reason="rejected"),
+        LetterFilter(state="redriven"),
+        LetterFilter(message_id=other.identity.id),
+        LetterFilter(until=long_ago + timedelta(seconds=1)),
+        LetterFilter(since=long_ago, until=long_ago + timedelta(microseconds=1)),
         # The same moment as a clock elsewhere shows it.
-        Filter(until=(long_ago + timedelta(hours=1)).astimezone(timezone(timedelta(hours=9)))),
+        LetterFilter(
+            until=(long_ago + timedelta(hours=1)).astimezone(timezone(timedelta(hours=9)))
+        ),
     ):
         with database.engine.connect() as connection:
             letters = dead_letters.select(connection, which)
@@ -219,16 +222,16 @@ def test_each_filter_finds_its_letters(database: Database, dead_letters: DeadLet
             assert dead_letters.count(connection, which) == 1
     with database.engine.connect() as connection:
         now = datetime.now(timezone.utc)
-        recent = dead_letters.select(connection, Filter(since=now - timedelta(minutes=5)))
+        recent = dead_letters.select(connection, LetterFilter(since=now - timedelta(minutes=5)))
         assert [each.id for each in recent] == [plain]
-        assert dead_letters.select(connection, Filter(until=long_ago)) == []
+        assert dead_letters.select(connection, LetterFilter(until=long_ago)) == []
 
 
 def test_letters_are_read_page_by_page(database: Database, dead_letters: DeadLetters) -> None:
     ids = [add(database, dead_letters, message()) for _ in range(5)]
     with database.engine.connect() as connection:
         pages = [
-            [each.id for each in dead_letters.select(connection, Filter(), 2, after)]
+            [each.id for each in dead_letters.select(connection, LetterFilter(), 2, after)]
             for after in (0, ids[1], ids[3], ids[4])
         ]
 

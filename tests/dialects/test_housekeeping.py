@@ -12,10 +12,11 @@ from sqlalchemy import Table, delete, func, insert, select, update
 
 from celery_eda.attempts import Attempts
 from celery_eda.cursors import Cursor, Cursors
-from celery_eda.dead_letters import DeadLetters, Reason
+from celery_eda.dead_letters import DeadLetters
 from celery_eda.housekeeping import BATCH, Housekeeping
 from celery_eda.identity import Identity, Lane, Position
 from celery_eda.inbox import Inbox, Outcome, RecordedOutcome
+from celery_eda.letter import Reason
 from celery_eda.message import Message
 from celery_eda.outbox import Outbox
 from celery_eda.remote_errors import RemoteErrors

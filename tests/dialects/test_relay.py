@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 
-from celery_eda.dead_letters import DeadLetters, Filter
+from celery_eda.dead_letters import DeadLetters
+from celery_eda.letter import LetterFilter
 from celery_eda.message import Message
 from celery_eda.outbox import Outbox
 from celery_eda.relay import Relay, Round
@@ -120,7 +121,7 @@ def test_what_is_given_up_is_kept_whole_though_only_as_much_was_read_as_is_neede
     relay.send()
 
     with database.engine.connect() as connection:
-        (letter,) = dead_letters.select(connection, Filter())
+        (letter,) = dead_letters.select(connection, LetterFilter())
     assert letter.message == refused
     assert waiting(database) == []
 

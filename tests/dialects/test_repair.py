@@ -14,16 +14,17 @@ import pytest
 from sqlalchemy import Connection, delete, select
 from sqlalchemy.exc import DBAPIError
 
-from celery_eda import message_rows
+from celery_eda import joining, message_rows
 from celery_eda.arguments import Arguments
 from celery_eda.audit import Audit, Author
 from celery_eda.cursors import Cursors
-from celery_eda.dead_letters import DeadLetters, Letter, Reason
+from celery_eda.dead_letters import DeadLetters
 from celery_eda.errors import NotItsTurn, UnreadableBody
 from celery_eda.identity import Lane, Position
+from celery_eda.letter import Letter, Reason
 from celery_eda.message import Message
 from celery_eda.outbox import Outbox
-from celery_eda.repair import End, Repair, in_order
+from celery_eda.repair import Repair, RepairResult, in_order
 from celery_eda.transaction import Store
 from tests.databases import LOCKING, Database
 from tests.dialects.messages import message
@@ -53,8 +54,8 @@ class Desk:
 
     def __post_init__(self) -> None:
         self.engine = self.database.engine
-        store = Store(self.outbox.add, self.handed_off.extend, lambda messages: None)
-        self.repair = Repair(self.dead_letters, self.audit, self.cursors, store)
+        self.store = Store(self.outbox.add, self.handed_off.extend, lambda messages: None)
+        self.repair = Repair(self.dead_letters, self.audit, self.cursors)
 
     def bury(self, letter: Message, consumer: str | None = CONSUMER, **details: Any) -> int:
         """Make *letter* a dead one; it holds its key if it is its turn."""
@@ -77,10 +78,12 @@ class Desk:
             cursor = self.cursors.find(connection, CONSUMER, place.lane)
             self.cursors.advance(connection, CONSUMER, place, cursor)
 
-    def do(self, verb: str, id: int, author: Author = ADA, **options: Any) -> End:
+    def do(self, verb: str, id: int, author: Author = ADA, **options: Any) -> RepairResult:
         """*verb* in a transaction of its own."""
         with self.engine.begin() as connection:
-            end: End = getattr(self.repair, verb)(connection, id, author, **options)
+            end: RepairResult = getattr(self.repair, verb)(
+                joining.join(connection, self.store), id, author, **options
+            )
             return end
 
     def at_once(self, *deeds: Callable[[], Any]) -> list[Any]:
@@ -149,7 +152,7 @@ def test_a_redrive_is_the_next_revision_of_the_same_message_in_its_place(desk: D
     end = desk.do("redrive", id)
     (sent,) = desk.sent()
 
-    assert end == End(id, "redriven", fresh=True)
+    assert end == RepairResult(id, "redriven", fresh=True)
     assert sent.identity == original.identity.next
     assert (sent.place, sent.body) == (original.place, original.body)
     assert sent == original.revised()
@@ -163,14 +166,14 @@ def test_a_second_redrive_does_nothing_and_says_so(desk: Desk) -> None:
     desk.do("redrive", id)
     desk.sent()
 
-    assert desk.do("redrive", id, BOB) == End(id, "redriven", fresh=False)
+    assert desk.do("redrive", id, BOB) == RepairResult(id, "redriven", fresh=False)
     assert desk.sent() == []
     assert desk.deeds(id) == [("ada", "redrive")]
 
 
 def test_nothing_is_done_to_a_letter_that_is_not_there(desk: Desk) -> None:
     for verb in ("redrive", "edit", "skip", "discard"):
-        assert desk.do(verb, 7) == End(7, None, fresh=False)
+        assert desk.do(verb, 7) == RepairResult(7, None, fresh=False)
 
 
 @pytest.mark.parametrize("first", ["redrive", "discard"])
@@ -180,7 +183,7 @@ def test_a_letter_has_one_end(desk: Desk, first: str, second: str) -> None:
     state = desk.do(first, id).state
     desk.sent()
 
-    assert desk.do(second, id) == End(id, state, fresh=False)
+    assert desk.do(second, id) == RepairResult(id, state, fresh=False)
     assert desk.sent() == []
     assert desk.letter(id).state == state
 
@@ -192,7 +195,7 @@ def test_what_is_rolled_back_was_never_done(desk: Desk, verb: str) -> None:
     options = {"args": [8]} if verb == "edit" else {}
     before = desk.letter(id)
     with desk.engine.connect() as connection:
-        getattr(desk.repair, verb)(connection, id, ADA, **options)
+        getattr(desk.repair, verb)(joining.join(connection, desk.store), id, ADA, **options)
         connection.rollback()
 
     assert desk.letter(id) == before
@@ -284,7 +287,7 @@ def test_an_edit_changes_what_it_names_and_the_audit_keeps_the_old(
     id = desk.bury(placed(1))
     before = desk.letter(id).message
 
-    assert desk.do("edit", id, **change) == End(id, "open", fresh=True)
+    assert desk.do("edit", id, **change) == RepairResult(id, "open", fresh=True)
     after = desk.letter(id).message
     desk.do("redrive", id, BOB)
     (sent,) = desk.sent()
@@ -359,7 +362,7 @@ def test_a_skip_lets_the_next_one_of_the_key_go(desk: Desk) -> None:
     id, second = desk.bury(placed(1)), placed(2)
     desk.park(second)
 
-    assert desk.do("skip", id) == End(id, "skipped", fresh=True)
+    assert desk.do("skip", id) == RepairResult(id, "skipped", fresh=True)
 
     assert [each.identity for each in desk.sent()] == [second.identity]
     with desk.engine.connect() as connection:
@@ -404,7 +407,7 @@ def test_what_nobody_waits_for_is_discarded(desk: Desk) -> None:
     desk.advance(Position(LANE, EPOCH, 1))
 
     for id in (keyless, past):
-        assert desk.do("discard", id) == End(id, "discarded", fresh=True)
+        assert desk.do("discard", id) == RepairResult(id, "discarded", fresh=True)
         assert desk.deeds(id) == [("ada", "discard")]
     assert desk.sent() == []
 
@@ -490,12 +493,12 @@ def test_of_a_skip_and_a_redrive_at_once_one_wins(desk: Desk) -> None:
 def test_who_looked_before_another_redrove_sends_nothing(desk: Desk) -> None:
     id = desk.bury(message())
 
-    def redrive_late() -> End:
+    def redrive_late() -> RepairResult:
         engine = desk.engine.execution_options(isolation_level="REPEATABLE READ")
         with engine.begin() as connection:
             assert desk.dead_letters.find(connection, id)
             desk.do("redrive", id)
-            return desk.repair.redrive(connection, id, BOB)
+            return desk.repair.redrive(joining.join(connection, desk.store), id, BOB)
 
     (end,) = desk.at_once(redrive_late)
 
@@ -516,7 +519,7 @@ def test_a_skip_while_the_key_moves_on_is_refused(desk: Desk) -> None:
     desk.repair = replace(desk.repair, cursors=overtaken)
     desk.advance(Position(LANE, EPOCH, 1))
 
-    with pytest.raises(NotItsTurn, match="Look again"):
+    with pytest.raises(NotItsTurn, match="decide again"):
         desk.do("skip", id)
     assert desk.letter(id).is_open
 

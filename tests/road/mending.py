@@ -12,7 +12,7 @@ from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
 from celery_eda import Failure
-from celery_eda.repairers import Answer
+from celery_eda.failure import RepairDecision
 from tests.road.system import app as app  # what `celery -A` looks for
 from tests.road.system import eda
 from tests.road.tables import effects
@@ -48,7 +48,7 @@ def login(session: Session, user: str, password: str, *, api_key: str, url: str)
 if os.environ.get("ROAD_REPAIRER") == "mends":
 
     @eda.repairs(trade, on=Malformed)
-    def mend(session: Session, failure: Failure) -> Answer:
+    def mend(session: Session, failure: Failure) -> RepairDecision:
         session.execute(insert(effects).values(name="mended", number=1))
         return failure.resubmit(number=int(failure.arguments["number"])).because("a text")
 
@@ -56,5 +56,5 @@ if os.environ.get("ROAD_REPAIRER") == "mends":
 if os.environ.get("ROAD_REPAIRER") == "despairs":
 
     @eda.repairs(brittle)
-    def despair(failure: Failure) -> Answer:
+    def despair(failure: Failure) -> RepairDecision:
         return failure.resubmit()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from celery_eda.dead_letters import State
+from celery_eda.letter import LetterState
 from tests.road.conftest import SHORT, Process, Road, expect_hits
 from tests.road.tables import effects
 
@@ -56,7 +56,7 @@ def in_order(road: Road, account: int) -> list[int]:
     return road._all(query.order_by(effects.c.id))
 
 
-def letters(road: Road, *states: State) -> list[Any]:
+def letters(road: Road, *states: LetterState) -> list[Any]:
     columns = road.tables.dead_letters.c
     query = select(columns.id).order_by(columns.id)
     if states:
@@ -92,7 +92,7 @@ def test_a_repairer_mends_one_account_while_the_others_go_on(road: Road) -> None
 
     assert [in_order(road, each) for each in range(ACCOUNTS)] == [everything] * ACCOUNTS
     assert road.effects("mended") == Counter({1: 1})
-    assert letters(road, State.open) == []
+    assert letters(road, LetterState.open) == []
     assert actions(road) == Counter({("road.deal.repair", "repair"): 1})
 
 
@@ -139,10 +139,10 @@ def test_a_redrive_killed_half_way_is_given_again_and_each_effect_is_there_once(
     redrive = ("redrive", "--task", "road.brittle", "--yes", "--json")
 
     killed = dead_letters(road, *redrive, "--rate", "20/s")
-    road.until(lambda: len(letters(road, State.redriven)) >= 15, "some redriven")
+    road.until(lambda: len(letters(road, LetterState.redriven)) >= 15, "some redriven")
     killed.signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
-    before = len(letters(road, State.redriven))
+    before = len(letters(road, LetterState.redriven))
     report = done(dead_letters(road, *redrive))
 
     assert 15 <= before < LETTERS
@@ -180,8 +180,8 @@ def test_a_redriven_poison_is_a_dead_letter_again_and_no_more(road: Road) -> Non
     road.until(lambda: len(letters(road)) == 4, "a dead letter")
     road.settle()
 
-    assert len(letters(road, State.open)) == 1
-    assert len(letters(road, State.redriven)) == 3
+    assert len(letters(road, LetterState.open)) == 1
+    assert len(letters(road, LetterState.redriven)) == 3
     assert road.effects("brittle") == Counter()
 
 
@@ -197,7 +197,7 @@ def test_a_repairer_that_does_not_help_ends_and_leaves_it_to_a_person(road: Road
     assert actions(road) == Counter(
         {("road.brittle.repair", "repair"): 3, ("road.brittle.repair", "leave"): 1}
     )
-    assert len(letters(road, State.open)) == 1
+    assert len(letters(road, LetterState.open)) == 1
 
 
 def test_no_planted_secret_is_found_in_logs_or_error_fields(road: Road) -> None:

@@ -15,10 +15,10 @@ from kombu.serialization import dumps, prepare_accept_content
 from kombu.utils import json as kombu_json
 
 from celery_eda.compression import bound
-from celery_eda.dead_letters import Reason
 from celery_eda.error_text import loggable
 from celery_eda.errors import TooLarge
 from celery_eda.inspection import inspect
+from celery_eda.letter import Reason
 from celery_eda.limits import Limits
 from celery_eda.refusals import OTHERS, UNREADABLE_JSON, Refusal, RefusedMessage, refused, storable
 from tests.road.hostile import Letter, letters

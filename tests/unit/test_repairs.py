@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from celery_eda import Failure
-from celery_eda.audit import Author, Entry
-from celery_eda.dead_letters import Letter
+from celery_eda import Failure, joining
+from celery_eda.audit import AuditEntry, Author
 from celery_eda.errors import ConfigurationError, NoDelivery
+from celery_eda.failure import RepairDecision
+from celery_eda.letter import Letter
 from celery_eda.message import Message
-from celery_eda.repairers import Answer
 from tests.road.tables import effects
 from tests.unit.test_delivery import Slot, slot
 
@@ -66,7 +66,7 @@ def amounts(slot: Slot) -> list[int]:
 
 def test_a_repair_is_published_with_the_dead_letter(slot: Slot, charge: Any) -> None:
     @slot.eda.repairs(charge, on=BadAmount)
-    def mend(failure: Failure) -> Answer:
+    def mend(failure: Failure) -> RepairDecision:
         return failure.resubmit(amount=1)
 
     charge.delay("a", "1.2")
@@ -82,7 +82,7 @@ def test_a_repair_is_published_with_the_dead_letter(slot: Slot, charge: Any) -> 
 
 def test_a_correction_takes_effect_in_the_place_of_what_failed(slot: Slot, charge: Any) -> None:
     @slot.eda.repairs(charge, on=BadAmount)
-    def mend(failure: Failure) -> Answer:
+    def mend(failure: Failure) -> RepairDecision:
         slot.write(50)
         return failure.resubmit(amount=round(float(failure.arguments["amount"]))).because("rounded")
 
@@ -107,7 +107,7 @@ def test_a_repairer_sees_everything_about_the_failure(slot: Slot, charge: Any) -
     seen: list[Failure] = []
 
     @slot.eda.repairs(charge)
-    def mend(failure: Failure) -> Answer:
+    def mend(failure: Failure) -> RepairDecision:
         seen.append(failure)
         return failure.resubmit(note=f"try {len(seen)}")
 
@@ -126,7 +126,7 @@ def test_a_repairer_sees_everything_about_the_failure(slot: Slot, charge: Any) -
     assert first.history == ()
     (letter, entry) = second.history
     assert isinstance(letter, Letter)
-    assert isinstance(entry, Entry)
+    assert isinstance(entry, AuditEntry)
     assert (letter.id, letter.error) == (first.letter_id, "'try 0'")
     assert (entry.action, entry.dead_letter) == ("repair", first.letter_id)
     assert first.first_at == second.first_at
@@ -136,7 +136,7 @@ def test_a_repairer_without_end_gives_way_to_a_person(slot: Slot, charge: Any) -
     calls = []
 
     @slot.eda.repairs(charge)
-    def mend(failure: Failure) -> Answer:
+    def mend(failure: Failure) -> RepairDecision:
         calls.append(1)
         return failure.resubmit()
 
@@ -201,7 +201,7 @@ def test_a_repair_task_may_have_a_queue_of_its_own(slot: Slot, charge: Any) -> N
 @pytest.mark.parametrize("answer", ["leave", "None"])
 def test_what_is_left_stays_open_and_holds_its_key(slot: Slot, charge: Any, answer: str) -> None:
     @slot.eda.repairs(charge)
-    def mend(failure: Failure) -> Answer:
+    def mend(failure: Failure) -> RepairDecision:
         return failure.leave("odd") if answer == "leave" else None
 
     charge.delay("a", "bad")
@@ -215,7 +215,7 @@ def test_what_is_left_stays_open_and_holds_its_key(slot: Slot, charge: Any, answ
 
 def test_a_repairer_may_skip(slot: Slot, charge: Any) -> None:
     @slot.eda.repairs(charge)
-    def mend(failure: Failure) -> Answer:
+    def mend(failure: Failure) -> RepairDecision:
         return failure.skip("nobody needs it")
 
     for amount in ("bad", 2, 3):
@@ -231,7 +231,7 @@ def test_a_repairer_that_fails_is_a_dead_letter_and_the_failed_one_stays(
     slot: Slot, charge: Any
 ) -> None:
     @slot.eda.repairs(charge)
-    def mend(failure: Failure) -> Answer:
+    def mend(failure: Failure) -> RepairDecision:
         slot.write(50)
         raise LookupError("no idea")
 
@@ -311,7 +311,7 @@ def test_a_letter_that_somebody_treated_meanwhile_is_left_alone(slot: Slot, char
     slot.deliver(message)
     (repair,) = slot.sent()
     with slot.engine.begin() as connection:
-        slot.eda.repair.skip(connection, slot.dead()[0].id, ADA)
+        slot.eda.repair.skip(joining.join(connection, slot.eda.store), slot.dead()[0].id, ADA)
 
     assert slot.deliver(repair) is None
     assert slot.waiting() == []
@@ -323,10 +323,11 @@ def test_a_letter_that_somebody_treats_while_its_repairer_thinks_is_theirs(
     slot: Slot, charge: Any, how: str
 ) -> None:
     @slot.eda.repairs(charge)
-    def mend(failure: Failure) -> Answer:
+    def mend(failure: Failure) -> RepairDecision:
         options = {"args": ["a", 9]} if how == "edit" else {}
         with slot.engine.begin() as connection:
-            getattr(slot.eda.repair, how)(connection, failure.letter_id, ADA, **options)
+            transaction = joining.join(connection, slot.eda.store)
+            getattr(slot.eda.repair, how)(transaction, failure.letter_id, ADA, **options)
         return failure.leave("odd") if how == "redrive" else failure.resubmit(amount=2)
 
     charge.delay("a", "bad")
@@ -363,7 +364,8 @@ def test_a_failed_first_message_of_an_epoch_can_be_treated(
     slot.work()
     mended.append(True)
     with slot.engine.begin() as connection:
-        getattr(slot.eda.repair, verb)(connection, slot.dead()[0].id, ADA)
+        transaction = joining.join(connection, slot.eda.store)
+        getattr(slot.eda.repair, verb)(transaction, slot.dead()[0].id, ADA)
     slot.work()
 
     assert slot.effects() == effects
@@ -384,7 +386,7 @@ def test_a_failed_message_that_was_let_past_is_repaired_out_of_order(slot: Slot)
 
 def test_a_repairer_may_use_the_session_and_be_asynchronous(slot: Slot, charge: Any) -> None:
     @slot.eda.repairs(charge)
-    async def mend(session: Any, failure: Failure) -> Answer:
+    async def mend(session: Any, failure: Failure) -> RepairDecision:
         session.execute(effects.insert().values(name="mend", number=50))
         return failure.resubmit(amount=2)
 
