@@ -82,7 +82,7 @@ class EDA(Parts):
             redaction.logger(name)
         app.steps["worker"].update(("celery_eda.worker:Guard", "celery_eda.worker:EmbeddedRelay"))
         app.steps["consumer"].update(
-            ("celery_eda.intake:Intake", "celery_eda.own_queues:OwnQueues")
+            ("celery_eda.intake:Intake", "celery_eda.own_queues:WorkerQueues")
         )
         app.on_after_finalize.connect(self.make_reliable)
         self.task(name=REPLY_TASK)(self._take_reply)

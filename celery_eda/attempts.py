@@ -1,7 +1,7 @@
-"""Redeliveries of messages that have had no outcome, so that one that kills its worker ends.
+"""The count of redeliveries without an outcome, which ends a message that kills its workers.
 
-A row is committed on its own before the handler runs and goes with the outcome. The first
-delivery of a message costs nothing here.
+A row is committed in a transaction of its own before the handler runs, and is deleted together
+with the record of the outcome. The first delivery of a message writes nothing here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sqlalchemy import (
 from celery_eda.dialects.base import Dialect
 from celery_eda.identity import Identity
 
-#: The cause of a loss: the handler overran its hard time limit.
+#: The cause of a delivery without an outcome: the handler exceeded its hard time limit.
 TIME_LIMIT = "time limit"
 
 
@@ -54,7 +54,11 @@ class Attempts:
     dialect: Dialect
 
     def count(self, connection: Connection, consumer: str, identity: Identity) -> int:
-        """Count one more redelivery; returns how many there were, this one included."""
+        """Count one more redelivery.
+
+        Returns:
+            Number of redeliveries so far, this one included.
+        """
         columns, key = self.table.c, is_attempt(self.table)
         its = attempt(consumer, identity)
         if not self._insert(connection, consumer, identity, deliveries=1):
@@ -89,6 +93,6 @@ class Attempts:
         return self.dialect.insert_once(connection, self.table, {**its, **values}, now="at")
 
     def forget(self, connection: Connection, consumer: str, identity: Identity) -> None:
-        """Drop the count: the attempt had an outcome."""
+        """Delete the count: the attempt has an outcome."""
         its = attempt(consumer, identity)
         connection.execute(delete(self.table).where(is_attempt(self.table)), its)

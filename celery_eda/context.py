@@ -1,7 +1,7 @@
-"""What is going on right here: the transaction a publish belongs to, and the message in progress.
+"""The current transaction, which captures published messages, and the message in progress.
 
-Context variables answer only "which one?". What was captured lives in the transaction itself,
-because sessions are closed in other contexts than they were opened in.
+The context variables only say which ones are current. Captured messages live in the transaction
+itself, because a session may be closed in another context than it was opened in.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class Capture:
-    """A transaction that keeps the messages published in it.
+    """A transaction that captures the messages published in it.
 
     Attributes:
-        over: whether it has committed; what is published from then on is no part of it.
+        over: True once it has committed; messages published later do not belong to it.
     """
 
     over = False
@@ -40,16 +40,16 @@ class Capture:
         raise NotImplementedError
 
     def capture(self, message: Message) -> None:
-        """Keep *message* until the transaction commits."""
+        """Capture *message*, to be written when the transaction commits."""
         raise NotImplementedError
 
     def holds(self, identity: Identity) -> bool:
-        """Whether a message captured here is still waiting for the commit."""
+        """True if a message captured here still waits for the commit."""
         return False
 
 
 class Collected(Capture):
-    """Messages published where no transaction is, for somebody who will store them."""
+    """Messages published outside a transaction, for a caller that will write them."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
@@ -59,7 +59,7 @@ class Collected(Capture):
 
 
 def running_task() -> asyncio.Task[Any] | None:
-    """The asyncio task that runs here; None outside any event loop."""
+    """The current asyncio task; None outside an event loop."""
     try:
         return asyncio.current_task()
     except RuntimeError:
@@ -68,11 +68,11 @@ def running_task() -> asyncio.Task[Any] | None:
 
 @dataclass(eq=False)
 class Scope:
-    """A stretch of code whose publishes belong to one transaction.
+    """The code between two points, whose messages belong to one transaction.
 
-    Context variables are inherited by child tasks, a transaction is not: only the asyncio task
-    that opened the scope, or a thread that runs on its behalf, publishes into it. An *inherited*
-    scope covers child tasks too: that of a message, whose handler's event loop ends with it.
+    Child tasks inherit context variables, but not a transaction: only the asyncio task that opened
+    the scope, or a thread that runs on its behalf, publishes into it. An *inherited* scope covers
+    child tasks too; a message has one, since its handler's event loop ends before its transaction.
     """
 
     transaction: Capture
@@ -82,7 +82,7 @@ class Scope:
     owner: asyncio.Task[Any] | None = field(default_factory=running_task)
 
     def covers(self) -> bool:
-        """Whether a publish right here belongs to this scope."""
+        """True if a message published right here belongs to this scope."""
         return self.open and (self.inherited or running_task() in (None, self.owner))
 
 
@@ -90,10 +90,10 @@ _scopes: ContextVar[tuple[Scope, ...]] = ContextVar("celery_eda_scopes", default
 
 
 def open_scope(transaction: Capture, *, attached: bool = False, inherited: bool = False) -> Scope:
-    """Let publishes from here on belong to *transaction*, until the scope is closed.
+    """Capture what is published from here on in *transaction*, until the scope is closed.
 
-    Closing is a mark on the scope, not a reset of the variable: ``AsyncSession`` closes in
-    another asyncio task, where a reset would fail.
+    The scope is closed by its attribute ``open``, not by a reset of the variable: ``AsyncSession``
+    closes in another asyncio task, where a reset would fail.
     """
     scope = Scope(transaction, attached, inherited)
     _scopes.set((*(each for each in _scopes.get() if each.open), scope))
@@ -102,7 +102,7 @@ def open_scope(transaction: Capture, *, attached: bool = False, inherited: bool 
 
 @contextmanager
 def scope_of(transaction: Capture, *, inherited: bool = False) -> Iterator[None]:
-    """Let publishes inside the block belong to *transaction*."""
+    """Capture what is published inside the block in *transaction*."""
     scope = open_scope(transaction, inherited=inherited)
     try:
         yield
@@ -111,7 +111,7 @@ def scope_of(transaction: Capture, *, inherited: bool = False) -> Iterator[None]
 
 
 def current_transaction() -> Capture | None:
-    """The transaction that a publish right here belongs to: the innermost one that is open.
+    """The transaction of a message published right here: the innermost one that is open.
 
     Raises:
         TwoSessions: two attached sessions are open beside each other.
@@ -122,23 +122,22 @@ def current_transaction() -> Capture | None:
     if len(here) > 1 and here[-1].attached and here[-2].attached:
         raise TwoSessions(
             "Two attached sessions are open, so it is unclear which one this message belongs to. "
-            "Say which: `with eda.transaction(session): …`."
+            "Choose one: `with eda.transaction(session): …`."
         )
     return here[-1].transaction
 
 
 def holds(identity: Identity, transaction: Capture | None) -> bool:
-    """Whether a message waits for the commit of *transaction*, or of one that is open here."""
+    """True if a message waits for the commit of *transaction*, or of one that is open here."""
     here = [scope.transaction for scope in _scopes.get() if scope.covers()]
     return any(each.holds(identity) for each in (transaction, *here) if each)
 
 
 @dataclass(eq=False)
 class InProgress:
-    """The message that this worker handles right now.
+    """The message that this worker slot is handling, with the transaction that commits its effects.
 
     Attributes:
-        transaction: commits the effects of the message.
         session: a session on its connection, once the handler has asked for one.
         next_attempt: the retry that the handler has published, if any. It is kept apart from
             the transaction, because a retry raised inside a savepoint has to leave although the
@@ -176,13 +175,13 @@ class InProgress:
 in_progress: ContextVar[InProgress | None] = ContextVar("celery_eda_in_progress", default=None)
 
 
-#: The event that a subscription handles right now; what is emitted here follows from it.
+#: The event that a subscription is handling: the cause of events emitted meanwhile.
 handled_event: ContextVar[Event | None] = ContextVar("celery_eda_event", default=None)
 
 
 @contextmanager
 def handling(event: Event) -> Iterator[None]:
-    """Let what is emitted inside the block follow from *event*."""
+    """Make *event* the cause of events emitted inside the block."""
     token = handled_event.set(event)
     try:
         yield
@@ -190,31 +189,31 @@ def handling(event: Event) -> Iterator[None]:
         handled_event.reset(token)
 
 
-# Why nothing may be published right here; None if it may.
-_silence: ContextVar[str | None] = ContextVar("celery_eda_silence", default=None)
+# The reason why nothing may be published right here; None if publishing is allowed.
+_silenced_by: ContextVar[str | None] = ContextVar("celery_eda_silenced_by", default=None)
 
 
 @contextmanager
 def silenced(what: str) -> Iterator[None]:
-    """Let nothing be published inside the block, on behalf of *what*."""
-    token = _silence.set(what)
+    """Forbid publishing inside the block; *what* is the subject of the error's text."""
+    token = _silenced_by.set(what)
     try:
         yield
     finally:
-        _silence.reset(token)
+        _silenced_by.reset(token)
 
 
 def refuse_publishing_if_silenced(name: str) -> None:
-    """Make sure that a call of the task *name* may be published right here.
+    """Check that a call of the task *name* may be published right here.
 
     Raises:
-        PublishingForbidden: it may not.
+        PublishingForbidden: the code runs inside a :func:`silenced` block.
     """
-    if (what := _silence.get()) is not None:
+    if (what := _silenced_by.get()) is not None:
         raise PublishingForbidden(
             f"{what} publishes {name}, which must not leave: it left when the event was new. "
-            "Publish from a subscription of its own; or, if this is a replay, redrive its dead "
-            "letter or replay with --publish to let it."
+            "Publish from a subscription of its own. If this is a replay and the message should "
+            "leave once more, redrive the dead letter or replay with --publish."
         )
 
 

@@ -1,7 +1,7 @@
-"""Messages already handled, so that none takes effect twice.
+"""The messages already handled, so that none takes effect twice.
 
 One row per consumer, message and revision, written in the transaction of that attempt's outcome:
-if that transaction rolls back, the row goes with it.
+if the transaction rolls back, so does the row.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from celery_eda.identity import Identity
 
 
 class Outcome(str, Enum):
-    """How an attempt at a message ended.
+    """The end of an attempt at a message.
 
-    ``done``: it took effect. ``retried``: the next revision was sent. ``dead``: it became a dead
-    letter. ``skipped``: the handler gave it up or another task replaced it.
+    ``done``: it took effect. ``retried``: the next revision was sent. ``dead``: the message became
+    a dead letter. ``skipped``: the handler raised ``Ignore``, or another task replaced it.
     """
 
     done = "done"
@@ -34,7 +34,11 @@ class Outcome(str, Enum):
 
 @dataclass(frozen=True)
 class RecordedOutcome:
-    """The recorded outcome of an earlier copy; ``result`` is encoded, None if nothing was kept."""
+    """The recorded outcome of an earlier copy.
+
+    Attributes:
+        result: as the result backend encodes it; None if none was recorded.
+    """
 
     outcome: Outcome
     result: bytes | None
@@ -52,11 +56,11 @@ class Inbox:
     ) -> RecordedOutcome | None:
         """Record that *consumer* takes effect with this message, once.
 
-        A concurrent copy waits here until the first one commits or rolls back. Where the
-        database admits last, this only looks; :meth:`record` then finds the conflict.
+        A concurrent copy waits here until the first one commits or rolls back. On a database that
+        admits last, this only reads; :meth:`record` then detects the conflict.
 
         Returns:
-            None if the message is fresh, else what became of the earlier copy.
+            None if the message is fresh, else the outcome of the earlier copy.
 
         Raises:
             LostRace: there is an earlier copy, but this transaction cannot see it.
@@ -79,7 +83,7 @@ class Inbox:
         outcome: Outcome = Outcome.done,
         result: bytes | None = None,
     ) -> None:
-        """Complete the admission with what came of it.
+        """Complete the admission with the outcome.
 
         Raises:
             LostRace: another copy committed meanwhile.
@@ -116,8 +120,10 @@ class Inbox:
         return None if row is None else RecordedOutcome(Outcome(row.outcome), row.result)
 
     def newest(self, connection: Connection, consumer: str) -> datetime | None:
-        """When the newest message that *consumer* has handled was published, by its publisher's
-        clock; None if it has handled none that the inbox remembers.
+        """Publishing time of the newest message that *consumer* has handled.
+
+        Returns:
+            The time by the publisher's clock; None if the inbox has no message of the consumer.
         """
         columns = self.table.c
         query = select(columns.message_id).where(columns.consumer == consumer)
@@ -127,7 +133,7 @@ class Inbox:
     def first_at(
         self, connection: Connection, consumer: str, identity: Identity
     ) -> datetime | None:
-        """When the first attempt at this message ended, whatever its revision."""
+        """Time at which the first attempt at this message ended, whatever its revision."""
         columns = self.table.c
         first: datetime | None = connection.scalar(
             select(func.min(columns.at)).where(

@@ -1,8 +1,8 @@
-"""The worker's door: each message is looked at before Celery does, and none stops it or vanishes.
+"""The inspection of each message that a worker receives, before Celery handles it.
 
-What Celery would drop, or fall over, is written down as a dead letter in the service's own
-database, and only then acknowledged. While the database is away such messages stay the broker's,
-unacknowledged, and are tried again; so they are no more than the worker prefetches.
+A message that Celery would drop, or that would stop the worker, becomes a dead letter in the
+service's own database and is only then acknowledged. While the database is away such messages stay
+unacknowledged and are tried again, so there are no more of them than the worker prefetches.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ from celery_eda.transports.base import KeepsMalformed
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two tries to write down what was refused, while the database is away.
-WAIT = (0.5, 10.0)
-#: Seconds between two looks at what a channel has set aside, and how many are taken at once.
-LOOK = 1.0
-AT_ONCE = 20
+#: Seconds between two tries to write dead letters while the database is away: first, longest.
+RETRY_DELAYS = (0.5, 10.0)
+#: Seconds between two looks for payloads that a channel has set aside.
+POLL_INTERVAL = 1.0
+#: Most messages given up, or set aside, that are fetched at once.
+BATCH_SIZE = 20
 
 
 class Intake(bootsteps.StartStopStep):
     """Stands between the broker and Celery's consumer."""
 
-    # Begins once there is a channel, and ends before that is closed; what it replaces it has
-    # replaced by then.
+    # Starts once there is a channel, and stops before the channel is closed. The handlers are
+    # replaced earlier, when the step is made.
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def __init__(self, consumer: Any, **options: Any) -> None:
@@ -53,10 +54,10 @@ class Intake(bootsteps.StartStopStep):
         self.limits = Limits(settings.max_message_bytes, settings.max_nesting)
         self.refusals = consumer.app.eda.refusals
         self.subscriptions = consumer.app.eda.subscriptions
-        self.is_away = consumer.app.eda.dialect.is_outage
+        self.is_outage = consumer.app.eda.dialect.is_outage
         self.waiting: deque[tuple[Any, RefusedMessage]] = deque()
-        self.delays = delays(*WAIT)
-        self.look: Any = None
+        self.delays = delays(*RETRY_DELAYS)
+        self.polling: Any = None
         self.given_up: Consumer | None = None
         compression.bound(settings.max_decompressed_bytes)
         self._create_task_handler = consumer.create_task_handler
@@ -69,30 +70,30 @@ class Intake(bootsteps.StartStopStep):
     def start(self, consumer: Any) -> None:
         channel = consumer.task_consumer.channel
         if isinstance(channel, KeepsMalformed):
-            self.look = consumer.timer.call_repeatedly(
-                LOOK, consumer.call_soon, (self.empty, channel)
+            self.polling = consumer.timer.call_repeatedly(
+                POLL_INTERVAL, consumer.call_soon, (self.dead_letter_unreadable, channel)
             )
         eda = consumer.app.eda
         if eda.settings.delivery_limit and consumer.connection.transport.driver_type == "amqp":
             self.given_up = self._consume(undelivered.queue_of(eda.service))
 
     def stop(self, consumer: Any) -> None:
-        """Forget what is not acknowledged yet: the broker brings it again."""
+        """Forget the messages not acknowledged yet: the broker redelivers them."""
         self.waiting.clear()
-        if self.look is not None:
-            self.look.cancel()
+        if self.polling is not None:
+            self.polling.cancel()
         if self.given_up is not None:
             ignore_errors(consumer, self.given_up.cancel)
             self.given_up = None
 
     def _consume(self, queue: Queue) -> Consumer:
-        """Take what comes to *queue*, on a channel of its own, beside the tasks."""
+        """Consume *queue*, on a channel of its own, beside the queues of tasks."""
         consumer = Consumer(
             self.consumer.connection.channel(),
             queues=[queue],
             on_message=self.on_given_up,
             on_decode_error=self.on_given_up,
-            prefetch_count=AT_ONCE,
+            prefetch_count=BATCH_SIZE,
         )
         consumer.consume()
         return consumer
@@ -100,7 +101,7 @@ class Intake(bootsteps.StartStopStep):
     # ── what Celery calls ───────────────────────────────────────────────────────────────────
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
-        """What Celery calls with each message, behind the look at it."""
+        """Celery's handler of messages, called with those alone that pass the inspection."""
         handle = self._create_task_handler(*args, **kwargs)
 
         def handle_if_sound(message: Any) -> None:
@@ -113,7 +114,7 @@ class Intake(bootsteps.StartStopStep):
                 raise
             except Exception as error:
                 if _is_reserved(message):
-                    raise  # the pool has it
+                    raise  # the message is in the pool already
                 self.on_invalid_task(None, message, error)
 
         return handle_if_sound
@@ -122,7 +123,7 @@ class Intake(bootsteps.StartStopStep):
         self.refuse(message, Refusal.of(error))
 
     def on_invalid_task(self, body: Any, message: Any, error: Exception) -> None:
-        # Its own words may quote the message.
+        # The text of the error may quote the message.
         words = f"Celery makes no request of it: {type(error).__name__}"
         self.refuse(message, Refusal(Reason.malformed, Malformed(words)))
 
@@ -136,71 +137,75 @@ class Intake(bootsteps.StartStopStep):
     # ── refusing ────────────────────────────────────────────────────────────────────────────
 
     def refuse(self, message: Any, refusal: Refusal) -> None:
-        """Keep *message* as a dead letter, then acknowledge it; later, if that cannot be now."""
-        self._keep_soon(message, refused(message, refusal))
+        """Write the dead letter of *message*, then acknowledge; later, if the database is away."""
+        self._enqueue(message, refused(message, refusal))
 
     def on_given_up(self, message: Any, *_: Any) -> None:
-        """Keep *message*, which a queue of the broker gave up, as a dead letter."""
+        """Write the dead letter of a *message* that a queue of the broker has given up."""
         queue = undelivered.queue_in(message.headers)
         if queue and (subscription := self.subscriptions.by_queue.get(queue)):
             self.subscriptions.address(message, subscription, queue)
-        self._keep_soon(message, given_up(message))
+        self._enqueue(message, given_up(message))
 
-    def _keep_soon(self, message: Any, what: RefusedMessage) -> None:
+    def _enqueue(self, message: Any, what: RefusedMessage) -> None:
         self.waiting.append((message, what))
         if len(self.waiting) == 1:
             self.try_all()
 
     def try_all(self) -> None:
-        """Keep what waits, each once; what fails waits on, unless the broker has taken it back."""
+        """Try once for each waiting message to write its dead letter; retry the rest later."""
         for _ in range(len(self.waiting)):
             each = self.waiting.popleft()
             try:
-                self._keep(*each)
+                self._dead_letter(*each)
             except Exception as error:
                 log.error("a dead letter cannot be written yet: %s", loggable(repr(error)))
                 self.waiting.append(each)
-                if self.is_away(error):
+                if self.is_outage(error):
                     break
         if self.waiting:
-            # A timer may be a thread; what it calls soon runs where messages are received.
+            # The timer may be a thread of its own; call_soon runs where messages are received.
             call = (self.consumer.call_soon, (self.try_all,))
             self.consumer.timer.call_after(next(self.delays), *call)
         else:
-            self.delays = delays(*WAIT)
+            self.delays = delays(*RETRY_DELAYS)
 
-    def empty(self, channel: KeepsMalformed) -> None:
-        """Keep what *channel* has set aside."""
+    def dead_letter_unreadable(self, channel: KeepsMalformed) -> None:
+        """Write the dead letters of payloads that *channel* could not read and has set aside."""
         if self.waiting:
             return
         try:
-            for payload in channel.malformed(AT_ONCE):
+            for payload in channel.malformed(BATCH_SIZE):
                 what = unread(payload)
                 if self.refusals.keep(what):
-                    _tell(what)
+                    _log(what)
                 channel.forget_malformed(payload)
         except Exception as error:
-            log.warning("what is malformed stays set aside: %s", loggable(repr(error)))
+            log.warning(
+                "malformed payloads stay set aside until the next look: %s", loggable(repr(error))
+            )
 
-    def _keep(self, message: Any, what: RefusedMessage) -> None:
+    def _dead_letter(self, message: Any, what: RefusedMessage) -> None:
         fresh = self.refusals.keep(what)
         if fresh:
-            _tell(what)
+            _log(what)
         message.ack_log_error(log, self.consumer.connection_errors)
         if fresh:
-            self._tell_others(message, what.refusal)
+            self._notify(message, what.refusal)
 
-    def _tell_others(self, message: Any, refusal: Refusal) -> None:
-        """Say what Celery would say of such a message, to whoever waits for it."""
+    def _notify(self, message: Any, refusal: Refusal) -> None:
+        """Send the signals and the failure that Celery would send for such a message."""
         if refusal.reason is not Reason.unknown_task:
             signals.task_rejected.send(sender=self.consumer, message=message, exc=refusal.error)
             return
         try:
-            self._tell_of_unknown_task(message)
+            self._report_unknown_task(message)
         except Exception as error:
-            log.error("nobody could be told of an unknown task: %s", loggable(repr(error)))
+            log.error(
+                "the result backend does not know of an unknown task: %s", loggable(repr(error))
+            )
 
-    def _tell_of_unknown_task(self, message: Any) -> None:
+    def _report_unknown_task(self, message: Any) -> None:
         task_id, name = message.headers["id"], message.headers["task"]
         error = NotRegistered(name)
         request = Bunch(
@@ -220,11 +225,11 @@ class Intake(bootsteps.StartStopStep):
 
 
 def _is_reserved(message: Any) -> bool:
-    """Whether Celery has made a request of *message* and taken it on."""
+    """True if Celery has made a request of *message* and passed it to the pool."""
     request = state.requests.get(message.headers.get("id"))
     return request is not None and request.message is message
 
 
-def _tell(what: RefusedMessage) -> None:
+def _log(what: RefusedMessage) -> None:
     task, refusal = loggable(what.letter.task), what.refusal
     log.error("dead letter: %s %s: %s", task, refusal.reason.value, loggable(str(refusal.error)))

@@ -1,7 +1,7 @@
-"""Where a worker takes events, repairs and replies to durable requests from.
+"""The queues of events, repairs and durable replies that a worker consumes beside those of tasks.
 
-It takes from all of them, unless ``-Q`` says otherwise. Each queue has a channel of its own, so
-that what is prefetched from one keeps nothing back from the others.
+A worker consumes all of them unless its option ``-Q`` names others. Each queue has a channel of its
+own, so that messages prefetched from one do not delay those of another.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from kombu.common import ignore_errors
 from celery_eda.event_queues import EXPIRES
 from celery_eda.subscriptions import Subscription
 
-#: How often a worker says that it is still there, in the time after which it is forgotten.
+#: How often a worker redeclares its queues within the time after which an unused one expires.
 RENEWALS = 4
 
 
-class OwnQueues(bootsteps.StartStopStep):
-    """Consumes them beside the queues of the tasks."""
+class WorkerQueues(bootsteps.StartStopStep):
+    """Consumes the queues of events, repairs and durable replies."""
 
     requires = ("celery_eda.intake:Intake",)
 
@@ -29,14 +29,14 @@ class OwnQueues(bootsteps.StartStopStep):
         super().__init__(consumer, **options)
         app = consumer.app
         self.subscriptions = app.eda.subscriptions
-        self.queues = [*_own(app), *_subscribed(app)]
-        self.private = list(_private(app, consumer.hostname))
+        self.queues = [*_repairs_and_replies(app), *_subscribed(app)]
+        self.per_worker = list(_per_worker(app, consumer.hostname))
         self.consumers: list[Any] = []
         self.renewing: Any = None
 
     def start(self, consumer: Any) -> None:
         handle = consumer.create_task_handler()
-        for queue, subscription in (*self.queues, *self.private):
+        for queue, subscription in (*self.queues, *self.per_worker):
             beside = consumer.app.amqp.TaskConsumer(
                 consumer.connection.channel(),
                 queues=[queue],
@@ -45,9 +45,9 @@ class OwnQueues(bootsteps.StartStopStep):
                 prefetch_count=consumer.initial_prefetch_count,
             )
             self.consumers.append(beside)
-        # What waits there comes at once, and the pool takes nothing before the loop runs.
+        # Messages may arrive at once, and the pool accepts none before the event loop runs.
         consumer.call_soon(self._consume)
-        if self.private:
+        if self.per_worker:
             self.renewing = consumer.timer.call_repeatedly(
                 EXPIRES / RENEWALS, consumer.call_soon, (self._renew,)
             )
@@ -57,7 +57,7 @@ class OwnQueues(bootsteps.StartStopStep):
             beside.consume()
 
     def _renew(self) -> None:
-        """Say that this worker is still there, to brokers that do not see it by themselves."""
+        """Declare this worker's own queues again, lest a broker expires them as unused."""
         for beside in self.consumers[len(self.queues) :]:
             beside.declare()
 
@@ -71,7 +71,7 @@ class OwnQueues(bootsteps.StartStopStep):
     def _addressing(
         self, queue: str, subscription: Subscription | None, handle: Callable[[Any], Any]
     ) -> Callable[[Any], Any]:
-        """*handle*; for a *subscription* behind what makes events calls of its own task."""
+        """*handle*; for a *subscription*, each event is first made a call of its task."""
         if subscription is None:
             return handle
 
@@ -82,29 +82,29 @@ class OwnQueues(bootsteps.StartStopStep):
         return handle_addressed
 
 
-def _own(app: Any) -> Iterator[tuple[Queue, None]]:
-    """Those of repairs and replies that no option and no setting gives to the worker already."""
+def _repairs_and_replies(app: Any) -> Iterator[tuple[Queue, None]]:
+    """The queues of repairs and replies that the worker would not consume anyway."""
     queues, eda = app.amqp.queues, app.eda
     if queues._consume_from is not None:
         return
     for name in sorted({*eda.repair_tasks.queues, *filter(None, [eda.requests.address])}):
         if name not in queues:
             queue = queues[name]
-            del queues[name]  # what is in there is taken together with the tasks
+            del queues[name]  # those that stay are consumed together with the tasks
             yield queue, None
 
 
 def _subscribed(app: Any) -> Iterator[tuple[Queue, Subscription]]:
-    """Those of the app's subscriptions; with ``-Q`` only the ones that it names."""
+    """The queues of the app's subscriptions; with ``-Q`` only the ones named there."""
     queues, subscriptions = app.amqp.queues, app.eda.subscriptions
     chosen = queues._consume_from
     for name, subscription in sorted(subscriptions.by_queue.items()):
         if chosen is None or chosen.pop(name, None) is not None:
-            queues.pop(name, None)  # which Celery has made of the option
+            queues.pop(name, None)  # made by Celery because of the option
             yield app.eda.event_queues.queue_of(subscription), subscription
 
 
-def _private(app: Any, worker: str) -> Iterator[tuple[Queue, Subscription]]:
-    """Those that every worker has of its own, whatever ``-Q`` says."""
+def _per_worker(app: Any, worker: str) -> Iterator[tuple[Queue, Subscription]]:
+    """The queues that each worker has for itself, with or without ``-Q``."""
     for subscription in app.eda.subscriptions.per_worker.values():
         yield app.eda.event_queues.queue_for(subscription, worker), subscription

@@ -1,7 +1,7 @@
-"""Messages that no task gets to see: each is kept whole as a dead letter, once, and then may go.
+"""Messages that no task handles: each is stored whole as a dead letter, once.
 
-Whoever acknowledges such a message does so after its dead letter has been committed. If it comes
-again all the same, the inbox knows it by what it consists of.
+A worker acknowledges such a message after its dead letter has been committed. A redelivery is
+recognized by the contents of the message, from which its identity in the inbox is computed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from celery_eda.replying import Responder
 from celery_eda.transaction import Store, Written
 from celery_eda.transports import undelivered
 
-#: The consumer under which the inbox knows what was refused.
+#: The consumer of refused messages in the inbox.
 CONSUMER = "celery_eda.inspection"
-#: A header or property under which others are kept: as JSON text that could not be read back
-#: otherwise, or because no message can be sent with them.
+#: The header or property that holds all the others as text, where JSON cannot represent them.
 UNREADABLE_JSON = "eda_json"
+#: The property that holds the properties with which no message can be sent again.
 OTHERS = "eda_others"
 
 _GIVEN_UP = {
@@ -42,14 +42,18 @@ _GIVEN_UP = {
     undelivered.EXPIRED: Reason.expired,
 }
 _CONTENTS = UUID("0d0f2a52-4f0e-5a3e-8c1d-6a2f1d7d1b7c")
-#: What differs from one delivery of a message to the next.
-_OF_DELIVERY = frozenset(("redelivered", "x-delivery-count", "x-acquired-count"))
-#: Properties that say how a message travelled, or are kept elsewhere.
+#: Headers that differ from one delivery of a message to the next.
+_OF_DELIVERY = frozenset(["redelivered", "x-delivery-count", "x-acquired-count"])
+#: Properties of the transport, and those that are stored in columns of their own.
 _OF_TRANSPORT = frozenset(
-    (
-        *("application_headers", "body_encoding", "content_encoding", "content_type"),
-        *("delivery_info", "delivery_tag"),
-    )
+    [
+        "application_headers",
+        "body_encoding",
+        "content_encoding",
+        "content_type",
+        "delivery_info",
+        "delivery_tag",
+    ]
 )
 
 
@@ -78,11 +82,12 @@ class Refusal:
 
 @dataclass(frozen=True)
 class RefusedMessage:
-    """A message that may go once it has been kept.
+    """A message that may be acknowledged once its dead letter is stored.
 
     Attributes:
-        letter: as its dead letter keeps it.
-        consumer: under which the inbox knows it, as *identity*.
+        letter: the message, as its dead letter stores it.
+        consumer: its consumer in the inbox.
+        identity: its identity in the inbox.
     """
 
     letter: Message
@@ -93,7 +98,7 @@ class RefusedMessage:
 
 @dataclass(frozen=True)
 class Refusals:
-    """Keeps what is refused.
+    """Stores refused messages.
 
     Attributes:
         store: the outbox, for the reply to a refused request.
@@ -106,10 +111,12 @@ class Refusals:
     store: Store
 
     def keep(self, refused: RefusedMessage) -> bool:
-        """Write the dead letter of *refused*, unless what became of it is recorded already.
+        """Write the dead letter of a message, unless the inbox has an outcome of it already.
+
+        A request gets the error as its reply, in the same transaction.
 
         Returns:
-            False if it is. Either way the message may be acknowledged.
+            False if there is an outcome already. Either way the message may be acknowledged.
         """
         letter, refusal, consumer = refused.letter, refused.refusal, refused.consumer
         written: list[Written] = []
@@ -131,10 +138,10 @@ class Refusals:
 
 
 def refused(message: Any, refusal: Refusal) -> RefusedMessage:
-    """*message*, kombu's, that no task gets to see.
+    """A *message* of kombu's that no task handles.
 
-    It is known by its contents. Two that are alike in every byte, delivery tag included where a
-    publisher gives one, are one.
+    Its identity is computed from its contents: two messages that are equal in every byte, including
+    the delivery tag if the publisher gives one, count as copies of each other.
     """
     body, info = _bytes(message.body), message.delivery_info or {}
     names = [_name(each) for each in (message.content_type, message.content_encoding)]
@@ -161,12 +168,13 @@ def refused(message: Any, refusal: Refusal) -> RefusedMessage:
 
 
 def given_up(message: Any) -> RefusedMessage:
-    """*message*, kombu's, that a queue of the broker gave up.
+    """A *message* of kombu's that a queue of the broker has given up.
 
-    It is known as the consumer of its task knows it, who may have recorded its end before.
+    Its consumer and identity in the inbox are those of its task, since a worker may have recorded
+    an outcome before the broker gave up.
     """
     why, exchange, routing_key = undelivered.origin_of(message.headers)
-    if exchange == EVENT_EXCHANGE:  # only the one subscription has given it up
+    if exchange == EVENT_EXCHANGE:  # one subscription gave it up, the others did not
         exchange, routing_key = "", undelivered.queue_in(message.headers)
     error = WorkersLost(f"the broker gave it up: {why}")
     kept = refused(message, Refusal(_GIVEN_UP.get(why, Reason.rejected), error))
@@ -178,7 +186,7 @@ def given_up(message: Any) -> RefusedMessage:
 
 
 def unread(payload: bytes) -> RefusedMessage:
-    """What could not even be read as a message."""
+    """A *payload* that cannot be read as a message at all."""
     identity = _identity_of(payload)
     letter = Message(identity, "", payload, "application/data", "binary", {}, {}, "", "")
     error = Malformed("not a message as kombu writes them")
@@ -186,7 +194,7 @@ def unread(payload: bytes) -> RefusedMessage:
 
 
 def storable(value: Any) -> dict[str, Any]:
-    """Headers or properties as they can be written as JSON and read back; nothing is left out."""
+    """Headers or properties as JSON can represent them, with nothing left out."""
     plain = _plain(value)
     with suppress(Exception):
         json.loads(json.dumps(plain))
@@ -196,12 +204,12 @@ def storable(value: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A copy of *value* in which names are text and buffers are bytes, however deep it is."""
+    """A copy of *value* with text for names and bytes for buffers; any depth will do."""
     whole = [value]
     todo: list[tuple[Any, Any]] = [(whole, 0)]
     while todo:
-        container, place = todo.pop()
-        match container[place]:
+        container, slot = todo.pop()
+        match container[slot]:
             case Mapping() as mapping:
                 copy: Any = {_text(name): each for name, each in mapping.items()}
                 todo.extend((copy, name) for name in copy)
@@ -212,12 +220,12 @@ def _plain(value: Any) -> Any:
                 copy = bytes(buffer)
             case item:
                 copy = item
-        container[place] = copy
+        container[slot] = copy
     return whole[0]
 
 
 def _text_of(value: Any) -> str:
-    """JSON of *value*, however deep it is; what JSON does not know is in Python's words."""
+    """JSON of *value*, at any depth; a value that JSON lacks is written as its ``repr``."""
     text: list[str] = []
     todo: list[tuple[bool, Any]] = [(True, value)]
     while todo:
@@ -261,7 +269,7 @@ def _bytes(body: Any) -> bytes:
 
 
 def _name(value: Any) -> str:
-    """*value* as it fits into a column; what is cut stays in the headers."""
+    """*value* as text that fits into a column; the headers hold the rest."""
     if value is None:
         return ""
     text = value if isinstance(value, str) else repr(value)

@@ -157,14 +157,14 @@ def celery_looks_first() -> None:
 
 def acknowledged_before_it_is_kept() -> None:
     """The broker forgets a refused message before its dead letter is written."""
-    keep = Intake._keep
+    keep = Intake._dead_letter
 
     def acknowledge_and_keep(self: Intake, message: Any, what: Any) -> None:
         if not message.acknowledged:
             message.ack()
         keep(self, message, what)
 
-    Intake._keep = acknowledge_and_keep  # type: ignore[method-assign]
+    Intake._dead_letter = acknowledge_and_keep  # type: ignore[method-assign]
 
 
 def reply_sent_before_the_commit() -> None:
