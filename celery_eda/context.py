@@ -122,7 +122,7 @@ def current_transaction() -> Capture | None:
     if len(here) > 1 and here[-1].attached and here[-2].attached:
         raise TwoSessions(
             "Two attached sessions are open, so it is unclear which one this message belongs to. "
-            "Choose one: `with eda.transaction(session): …`."
+            "Say which: `with eda.transaction(session): …`."
         )
     return here[-1].transaction
 
