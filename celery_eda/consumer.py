@@ -23,9 +23,9 @@ from celery_eda.continuation import (
     Continuation,
     Dead,
     Done,
-    GiveBack,
-    HandOn,
+    NextAttempt,
     Refuse,
+    Requeue,
     RunAgain,
     TryAgain,
     classify,
@@ -146,17 +146,17 @@ class Consumer:
     ) -> NoReturn:
         """Record what follows from a failed attempt; raise what Celery has to know of it."""
         match continuation:
-            case HandOn(next_attempt):
+            case NextAttempt(message):
                 with self._or_else_dead(delivery):
-                    self.failures.hand_on(delivery, next_attempt)
+                    self.failures.retry(delivery, message)
                 raise error
             case TryAgain(due):
                 with self._or_else_dead(delivery):
-                    self.failures.try_again(delivery, due)
+                    self.failures.retry_at(delivery, due)
                 raise Retry(exc=error, when=due) from error
             case RunAgain(cause):
                 raise Transient from cause
-            case GiveBack():
+            case Requeue():
                 raise Reject(error, requeue=True) from error
             case Refuse(verdict):
                 delivery.request.errbacks = None  # as with Celery, which calls none of them

@@ -31,10 +31,10 @@ log = redaction.logger(__name__)
 
 
 @dataclass(frozen=True)
-class HandOn:
+class NextAttempt:
     """Send the next attempt, which the handler has published by ``self.retry()``."""
 
-    next_attempt: Message
+    message: Message
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class RunAgain:
 
 
 @dataclass(frozen=True)
-class GiveBack:
+class Requeue:
     """Have the broker redeliver the message."""
 
 
@@ -76,7 +76,7 @@ class Done:
     """Do nothing: the exception by itself tells Celery all that is left to do."""
 
 
-Continuation = HandOn | TryAgain | RunAgain | GiveBack | Refuse | Dead | Done
+Continuation = NextAttempt | TryAgain | RunAgain | Requeue | Refuse | Dead | Done
 
 
 def classify(
@@ -100,7 +100,7 @@ def classify(
         case Retry() if transient_errors.includes(error.exc):
             return RunAgain(error.exc)
         case Retry() if next_attempt:
-            return HandOn(next_attempt)
+            return NextAttempt(next_attempt)
         case Retry():
             return classify(delivery, _no_next_attempt(delivery, error), transient_errors)
         case Ignore() | Transient():
@@ -111,7 +111,7 @@ def classify(
             return Refuse(str(error))
         case MemoryError():
             # Celery's main process would raise it again and never acknowledge the message.
-            return GiveBack()
+            return Requeue()
         case Reject() if transient_errors.includes(error.reason):
             return RunAgain(error.reason)
         case Reject() if error.requeue:

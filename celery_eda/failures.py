@@ -36,7 +36,7 @@ class Failures:
     transient_errors: TransientErrors
     repair_tasks: RepairTasks
 
-    def hand_on(self, delivery: Delivery, next_attempt: Message) -> None:
+    def retry(self, delivery: Delivery, next_attempt: Message) -> None:
         """Record a failed attempt together with the message of the next one.
 
         Raises:
@@ -48,7 +48,7 @@ class Failures:
             unit.commit()
         unit.outgoing.hand_off()
 
-    def try_again(self, delivery: Delivery, due: datetime) -> None:
+    def retry_at(self, delivery: Delivery, due: datetime) -> None:
         """Record a failed attempt; the same message, sent again at *due*, is the next one.
 
         Raises:
@@ -56,7 +56,7 @@ class Failures:
         """
         message = delivery.as_message()
         headers = {**message.headers, "retries": delivery.retries + 1}
-        self.hand_on(delivery, message.revised(headers=headers, due=due))
+        self.retry(delivery, message.revised(headers=headers, due=due))
 
     def dead_letter(self, delivery: Delivery, reason: Reason, error: Exception) -> None:
         """Record a failure for good together with the dead letter and the errbacks.

@@ -177,7 +177,7 @@ class Intake(bootsteps.StartStopStep):
         try:
             for payload in channel.malformed(BATCH_SIZE):
                 what = unread(payload)
-                if self.refusals.keep(what):
+                if self.refusals.dead_letter(what):
                     _log(what)
                 channel.forget_malformed(payload)
         except Exception as error:
@@ -186,7 +186,7 @@ class Intake(bootsteps.StartStopStep):
             )
 
     def _dead_letter(self, message: Any, what: RefusedMessage) -> None:
-        fresh = self.refusals.keep(what)
+        fresh = self.refusals.dead_letter(what)
         if fresh:
             _log(what)
         message.ack_log_error(log, self.consumer.connection_errors)

@@ -110,7 +110,7 @@ class Refusals:
     responder: Responder
     store: Store
 
-    def keep(self, refused: RefusedMessage) -> bool:
+    def dead_letter(self, refused: RefusedMessage) -> bool:
         """Write the dead letter of a message, unless the inbox has an outcome of it already.
 
         A request gets the error as its reply, in the same transaction.

@@ -75,7 +75,7 @@ def add_snapshot(eda: EDA, stream: str, name: str, version: int, state: Any) -> 
 
 def keep_unreadable(eda: EDA, payload: bytes) -> None:
     """Make a dead letter of what is no message, as a worker does."""
-    eda.refusals.keep(refusals.unread(payload))
+    eda.refusals.dead_letter(refusals.unread(payload))
 
 
 def give_positions(eda: EDA) -> None:
