@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime
 from enum import Enum
 from typing import Any
 from uuid import UUID
@@ -17,6 +17,7 @@ from kombu.utils import json
 from sqlalchemy import Connection, Row, Table, func, insert, select
 
 from celery_eda import redaction
+from celery_eda.clock import utc
 from celery_eda.dialects.base import Dialect
 from celery_eda.letter import Letter
 from celery_eda.limits import NAME_LENGTH
@@ -107,9 +108,8 @@ class Audit:
 
 
 def _from_row(row: Row[Any]) -> AuditEntry:
-    at = row.at if row.at.tzinfo else row.at.replace(tzinfo=timezone.utc)
     return AuditEntry(
-        at=at,
+        at=utc(row.at),
         actor=row.actor,
         action=row.action,
         why=row.why or "",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row, Table, func, insert, update
@@ -17,6 +17,7 @@ from sqlalchemy import select as select_rows
 
 from celery_eda import message_rows, redaction
 from celery_eda.arguments import Arguments
+from celery_eda.clock import utc
 from celery_eda.dialects.base import Dialect
 from celery_eda.error_text import text_of, traceback_of
 from celery_eda.errors import UnreadableBody
@@ -146,18 +147,13 @@ def _from_row(row: Row[Any]) -> Letter:
         error=row.error,
         traceback=row.traceback,
         attempts=row.attempts,
-        first_at=row.first_at and _aware(row.first_at),
-        at=_aware(row.at),
+        first_at=row.first_at and utc(row.first_at),
+        at=utc(row.at),
         state=row.state,
         key=row.ordering_key,
         correlation_id=row.correlation_id,
         causation_id=row.causation_id,
     )
-
-
-def _aware(moment: datetime) -> datetime:
-    """*moment* with its time zone UTC, which not every database returns."""
-    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
 def _name(headers: Mapping[str, Any], name: str) -> str | None:

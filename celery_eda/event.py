@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 from uuid import UUID
+
+from celery_eda.clock import utc
 
 #: The task that an event's message calls, until it has come to a subscription.
 EVENT_TASK = "celery_eda.event"
@@ -73,14 +75,14 @@ class Event:
     def to_cloud(self) -> dict[str, Any]:
         """Its attributes as CloudEvents 1.0 name them; those that are None are left out."""
         sequence, after = (None, None) if self.order is None else _sequences(self.order)
-        recorded = self.recorded and self.recorded.astimezone(timezone.utc)
+        recorded = self.recorded and utc(self.recorded)
         attributes = {
             "specversion": SPEC_VERSION,
             "id": str(self.id),
             "source": self.source,
             "type": self.type,
             "subject": self.key,
-            "time": self.time.astimezone(timezone.utc).isoformat(),
+            "time": utc(self.time).isoformat(),
             "datacontenttype": "application/json",
             "dataversion": self.data_version,
             "correlationid": self.correlation_id,

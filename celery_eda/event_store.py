@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from functools import cached_property
 from typing import Any, TypeVar
 from uuid import UUID
@@ -33,6 +33,7 @@ from sqlalchemy import (
     update,
 )
 
+from celery_eda.clock import utc
 from celery_eda.dialects.base import Dialect
 from celery_eda.errors import InvalidEvent, VersionConflict
 from celery_eda.event import Draft, Event
@@ -273,7 +274,7 @@ def _from_row(row: Row[Any]) -> Event:
         id=row.event_id,
         type=row.type,
         source=row.source,
-        time=_aware(row.time),
+        time=utc(row.time),
         data=json.loads(row.data),
         key=row.key,
         data_version=row.data_version,
@@ -282,14 +283,5 @@ def _from_row(row: Row[Any]) -> Event:
         version=row.version,
         position=row.position,
         order=None if row.ordered_at is None else tuple(json.loads(row.ordered_at)),
-        recorded=_aware(row.at),
+        recorded=utc(row.at),
     )
-
-
-def utc(moment: datetime) -> datetime:
-    """*moment* as every database takes it; without a zone it is UTC."""
-    return _aware(moment).astimezone(timezone.utc)
-
-
-def _aware(moment: datetime) -> datetime:
-    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)

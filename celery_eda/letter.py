@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from enum import Enum
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Table, or_
 
+from celery_eda.clock import utc
 from celery_eda.message import Message
 
 
@@ -94,7 +95,7 @@ class LetterFilter:
         error_type: name of the exception's class, without its module.
         key: the ordering key.
         message_id: the message, in any of its revisions.
-        since, until: bounds of the time of death, the latter excluded. Local time if naive.
+        since, until: bounds of the time of death, the latter excluded; UTC if naive.
     """
 
     ids: tuple[int, ...] | None = None
@@ -121,11 +122,6 @@ class LetterFilter:
             if (value := getattr(self, name)) is not None:
                 yield columns[name] == value
         if self.since is not None:
-            yield columns.at >= _in_utc(self.since)
+            yield columns.at >= utc(self.since)
         if self.until is not None:
-            yield columns.at < _in_utc(self.until)
-
-
-def _in_utc(moment: datetime) -> datetime:
-    """*moment* in UTC, as the table has it; a naive one is local time."""
-    return moment.astimezone(timezone.utc)
+            yield columns.at < utc(self.until)

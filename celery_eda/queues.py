@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
@@ -23,6 +23,7 @@ from sqlalchemy import (
     update,
 )
 
+from celery_eda.clock import utc
 from celery_eda.dialects.queueing import NOT_DUE, Passed, Presence, Queueing, lowest
 from celery_eda.tables import Tables
 
@@ -240,4 +241,4 @@ class Queues:
 
 def _utc(value: Any) -> datetime:
     moment: datetime = datetime.fromisoformat(value) if isinstance(value, str) else value
-    return moment.replace(tzinfo=timezone.utc) if moment.tzinfo is None else moment
+    return utc(moment)

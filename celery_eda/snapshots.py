@@ -9,9 +9,10 @@ from typing import Any
 from kombu.utils import json
 from sqlalchemy import Connection, Table, select
 
+from celery_eda.clock import utc
 from celery_eda.dialects.base import Dialect
 from celery_eda.errors import InvalidEvent
-from celery_eda.event_store import parts_of, utc
+from celery_eda.event_store import parts_of
 
 
 @dataclass(frozen=True)

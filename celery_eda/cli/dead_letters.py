@@ -102,8 +102,8 @@ def _filter(
         # An explicit id selects its letter in any state.
         state=None if state == "all" or ids else state,
         error_type=error,
-        since=since,
-        until=until,
+        since=since and since.astimezone(),
+        until=until and until.astimezone(),
         **others,  # type: ignore[arg-type]  # task, queue, key, reason
     )
 

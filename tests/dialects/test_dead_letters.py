@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -225,6 +226,27 @@ def test_each_filter_finds_its_letters(database: Database, dead_letters: DeadLet
         recent = dead_letters.select(connection, LetterFilter(since=now - timedelta(minutes=5)))
         assert [each.id for each in recent] == [plain]
         assert dead_letters.select(connection, LetterFilter(until=long_ago)) == []
+
+
+def test_a_moment_without_a_time_zone_is_utc_wherever_this_runs(
+    database: Database, dead_letters: DeadLetters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "ELSEWHERE+5")
+    time.tzset()
+    try:
+        with database.engine.begin() as connection:
+            dead_letters.add(connection, message(), Reason.failed, error="…", attempts=1)
+            now = datetime.now(timezone.utc).replace(tzinfo=None)
+            minute = timedelta(minutes=1)
+
+            found = dead_letters.count(
+                connection, LetterFilter(since=now - minute, until=now + minute)
+            )
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+    assert found == 1
 
 
 def test_letters_are_read_page_by_page(database: Database, dead_letters: DeadLetters) -> None:
