@@ -75,12 +75,12 @@ class EDA(Parts):
         app.eda = self
         app.amqp_cls = publishing.amqp_class(app.amqp_cls)
         app.__dict__.pop("amqp", None)
-        publishing.store_outside(app)
+        publishing.wrap_send_task(app)
         results.defer(app)
         joined_session.listen()
         for name in LOGS_OF_ERRORS:
             redaction.logger(name)
-        app.steps["worker"].update(("celery_eda.worker:Guard", "celery_eda.worker:EmbeddedRelay"))
+        app.steps["worker"].update(("celery_eda.worker:Guard", "celery_eda.embedded:EmbeddedRelay"))
         app.steps["consumer"].update(
             ("celery_eda.intake:Intake", "celery_eda.own_queues:WorkerQueues")
         )

@@ -19,7 +19,7 @@ from celery_eda.event import EVENT_EXCHANGE, EVENT_TASK, Draft, Event, count_of
 from celery_eda.event_types import EventTypes
 from celery_eda.identity import Identity
 from celery_eda.message import Message
-from celery_eda.publishing import Publisher
+from celery_eda.publisher import Publisher
 from celery_eda.topics import checked_name
 
 
@@ -93,7 +93,7 @@ class Emitting:
             )
         message: Message = collected.messages[0]
         # Whoever sends it makes the exchange, and the queues of its own subscriptions.
-        return replace(message, queue=EVENT_EXCHANGE, preparation=())
+        return replace(message, queue=EVENT_EXCHANGE, prerequisites=())
 
     def _origin(self) -> tuple[str | None, str | None]:
         """Correlation and causation of what is emitted right here."""

@@ -79,7 +79,7 @@ class Message:
         properties: the other AMQP properties, as :meth:`kombu.Producer.publish` takes them.
         queue: name of the queue to declare before sending, or None.
         due: earliest time to send, by the publisher's clock; None for at once.
-        preparation: calls on the result backend that have to precede the message.
+        prerequisites: calls on the result backend that have to precede the message.
         lane: whose next number the message gets when it is written to the outbox, or None.
         draft: the event that goes to the event store together with the message, or None.
         encoded: headers and properties once more, if they are encoded already. A message that is
@@ -97,7 +97,7 @@ class Message:
     routing_key: str
     queue: str | None = None
     due: datetime | None = None
-    preparation: tuple[tuple[str, Any], ...] = field(default=())
+    prerequisites: tuple[tuple[str, Any], ...] = field(default=())
     lane: Lane | None = None
     draft: Draft | None = None
     # Not among the arguments, so that `replace` never hands it on to other headers.

@@ -35,7 +35,7 @@ def to_row(message: Message) -> dict[str, Any]:
         "headers": headers,
         "properties": properties,
         "body": message.body,
-        "preparation": json.dumps(message.preparation) if message.preparation else None,
+        "preparation": json.dumps(message.prerequisites) if message.prerequisites else None,
         "delay": _seconds_until(message.due),
     }
 
@@ -54,7 +54,7 @@ def from_row(row: Row[Any]) -> Message:
             "exchange": row.exchange,
             "routing_key": row.routing_key,
             "queue": row.queue,
-            "preparation": read_prerequisites(row.preparation),
+            "prerequisites": read_prerequisites(row.preparation),
             "encoded": Encoded(row.headers, row.properties, getattr(row, "envelope", None)),
         }
     )

@@ -199,7 +199,7 @@ class ClaimedMessage(NamedTuple):
     queue: str | None
     exchange: str
     routing_key: str
-    preparation: tuple[tuple[str, Any], ...]
+    prerequisites: tuple[tuple[str, Any], ...]
     body: bytes
     envelope: bytes
     rows: ClaimedRows

@@ -38,7 +38,7 @@ from celery_eda.outbox import Outbox
 from celery_eda.patience import TransientErrors
 from celery_eda.projecting import Projecting
 from celery_eda.projections import Projections
-from celery_eda.publishing import Publisher
+from celery_eda.publisher import Publisher
 from celery_eda.reading import ReplyReader
 from celery_eda.refusals import Refusals
 from celery_eda.relay import Relay
@@ -457,7 +457,7 @@ class Parts:
             self.outbox,
             self.dead_letters,
             partial(transport_of, self.app, timeout=self.settings.publish_timeout),
-            partial(results.prepare, self.app),
+            partial(results.run_prerequisites, self.app),
             self.settings,
             self.housekeeping.batches,
         )

@@ -1,9 +1,9 @@
-"""A call of a task that is like an earlier one: only what differs is made anew.
+"""Call templates: a call like an earlier one is published by filling in what differs.
 
 For each call Celery looks up the route, and makes and encodes twenty headers that are the same as
-the last time. Here the first message of a kind is Celery's own, and becomes a template: in the next
-ones the ids, the arguments and what shows them are filled in. A call that might differ in anything
-else is left to Celery.
+the last time. Here Celery makes the first message of a kind, which becomes a template. Later
+messages of that kind get their own ids, arguments and representations of the arguments. Celery
+makes every message that might differ in anything else.
 """
 
 from __future__ import annotations
@@ -32,44 +32,60 @@ from celery_eda.template import Template
 if TYPE_CHECKING:
     from celery_eda.transports.base import EnvelopeTemplate
 
-#: Options of a call of which all the messages that have the same ones are alike.
+#: Options of a call that a template can have: calls with the same values have alike messages.
 ALIKE = frozenset(
     (
-        *("task_type", "result_cls", "shadow", "ignore_result", "time_limit", "soft_time_limit"),
-        *("queue", "exchange", "routing_key", "priority", "serializer", "delivery_mode"),
+        "task_type",
+        "result_cls",
+        "shadow",
+        "ignore_result",
+        "time_limit",
+        "soft_time_limit",
+        "queue",
+        "exchange",
+        "routing_key",
+        "priority",
+        "serializer",
+        "delivery_mode",
     )
 )
-#: Options that may be there if they are None.
+#: Options that a templated call may have only as None.
 ABSENT = frozenset(
     (
-        *("task_id", "producer", "link", "link_error", "expires", "compression"),
-        *("immediate", "mandatory"),
+        "task_id",
+        "producer",
+        "link",
+        "link_error",
+        "expires",
+        "compression",
+        "immediate",
+        "mandatory",
     )
 )
-#: What differs from message to message, in the headers and in the properties.
+#: Headers and properties that differ from message to message.
 HEADERS = ("id", "root_id", "parent_id", "argsrepr", "kwargsrepr", ID_HEADER)
 PROPERTIES = ("correlation_id", "reply_to")
-#: The third part of a body: nothing comes after the task.
+#: The third part of a body, for a call that nothing follows.
 NOTHING_AFTER = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
-#: Kinds of calls to remember.
+#: Kinds of calls that are remembered; further ones are left to Celery.
 MOST_KINDS = 1000
 
 Arguments = tuple[Any, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Form:
-    """What the messages of one kind have in common.
+class CallTemplate:
+    """The common parts of all messages of one kind.
 
     Attributes:
-        first: one of them, without its body.
-        serializer: of their bodies.
-        router: by which Celery found their route.
-        queue: which Celery found, as it was declared.
-        levels: how deep their arguments are shown.
-        headers: of them, as JSON.
-        properties: likewise.
-        envelope: both as the broker's protocol has them, None if it needs none.
+        first: a message that Celery made, without its body.
+        serializer: the serializer of the bodies.
+        router: the router that gave Celery the route.
+        queue: the queue that Celery found, as it was declared.
+        levels: how deep the representations of arguments go.
+        headers: the headers as JSON, with slots.
+        properties: the properties as JSON, with slots.
+        envelope: both in the format of the broker, with slots; None if the broker has none.
     """
 
     first: Message
@@ -82,14 +98,14 @@ class Form:
     envelope: EnvelopeTemplate | None
 
     @classmethod
-    def of(cls, app: Celery, first: Message, serializer: str) -> Form:
-        """The form of a message that Celery made.
+    def of(cls, app: Celery, first: Message, serializer: str) -> CallTemplate:
+        """A template of a message that Celery made.
 
         Raises:
-            ValueError: there is more about it than a form has.
+            ValueError: the message has something that a template cannot have.
         """
-        if first.queue is None or first.due or first.preparation or first.draft:
-            raise ValueError("no other message can be made like this one")
+        if first.queue is None or first.due or first.prerequisites or first.draft:
+            raise ValueError("this message has something that a template cannot have")
         headers = [name for name in HEADERS if first.headers[name] is not None]
         marks = {name: f"<{name} {uuid()}>" for name in (*headers, *PROPERTIES)}
         marked = first.knowing(
@@ -117,7 +133,7 @@ class Form:
     def filled(
         self, identity: Identity, values: Mapping[str, str], body: bytes, lane: Lane | None
     ) -> Message:
-        """A message with these *values* where it differs."""
+        """A message with these *values* in the slots."""
         texts = {name: _json(value) for name, value in values.items()}
         encoded = Encoded(
             self.headers.filled(texts),
@@ -136,18 +152,18 @@ class Form:
         )
 
 
-class Prepared:
-    """Sends calls of tasks, those of a kind that is known already by a short cut.
+class CallTemplates:
+    """Publishes calls of tasks, from a template where one is known.
 
     Args:
-        send_task: Celery's own.
+        send_task: Celery's own function.
     """
 
     def __init__(self, app: Celery, send_task: Callable[..., Any]) -> None:
         self._app = app
         self._send_task = send_task
-        # None for a kind of which each message has to be Celery's own.
-        self._forms: dict[Any, Form | None] = {}
+        # None for a kind of which Celery has to make each message.
+        self._templates: dict[Any, CallTemplate | None] = {}
         self._made_for: Any = None
 
     def send(
@@ -157,8 +173,8 @@ class Prepared:
         parent = self._app.current_worker_task
         arguments = (args or (), kwargs or {})
         kind = self._kind(name, args, kwargs, options, parent)
-        if form := self._form_of(kind):
-            return self._fill(form, transaction, name, arguments, options, parent)
+        if template := self._template_of(kind):
+            return self._fill(template, transaction, name, arguments, options, parent)
         if not self._may_learn(kind, options):
             return self._send_task(name, args, kwargs, **options)
         collected, made_for = context.Collected(), self._made_for
@@ -166,15 +182,15 @@ class Prepared:
             result = self._send_task(name, args, kwargs, **options)
         for message in collected.messages:
             transaction.capture(message)
-        form = self._learn(collected.messages, arguments, options, parent)
+        template = self._learn(collected.messages, arguments, options, parent)
         self._forget_what_changed()
-        # Else a setting has changed meanwhile, if only because Celery was used for the first time.
+        # Otherwise a setting has changed meanwhile. Using Celery for the first time changes some.
         if self._made_for is made_for:
-            self._forms[kind] = form
+            self._templates[kind] = template
         return result
 
     def _kind(self, name: str, args: Any, kwargs: Any, options: dict[str, Any], parent: Any) -> Any:
-        """What the calls of a kind have in common; None if this one has to be Celery's own."""
+        """The kind of a call, a hashable value; None if Celery has to make its message."""
         if (
             signals.before_task_publish.receivers
             or signals.after_task_publish.receivers
@@ -186,7 +202,7 @@ class Prepared:
         ):
             return None
         alike = {key: value for key, value in options.items() if key != "key"}
-        # By their types too, since True is equal to 1.
+        # The types are part of the kind, since True is equal to 1.
         kind = (name, parent is None, *alike.items(), *map(type, alike.values()))
         try:
             hash(kind)
@@ -194,46 +210,49 @@ class Prepared:
             return None
         return kind
 
-    def _form_of(self, kind: Any) -> Form | None:
-        """The form of this *kind*, if it is known and Celery would still find the same route."""
+    def _template_of(self, kind: Any) -> CallTemplate | None:
+        """The template of *kind*, if there is one and Celery would still find the same route."""
         self._forget_what_changed()
-        if (form := self._forms.get(kind)) is None:
+        if (template := self._templates.get(kind)) is None:
             return None
         amqp = self._app.amqp
-        same = amqp.router is form.router and amqp.queues.get(form.first.queue) is form.queue
-        return form if same else None
+        same = (
+            amqp.router is template.router
+            and amqp.queues.get(template.first.queue) is template.queue
+        )
+        return template if same else None
 
     def _may_learn(self, kind: Any, options: Mapping[str, Any]) -> bool:
         return (
             kind is not None
-            and (kind not in self._forms or self._forms[kind] is not None)
-            and len(self._forms) < MOST_KINDS
+            and (kind not in self._templates or self._templates[kind] is not None)
+            and len(self._templates) < MOST_KINDS
             and _are_alike(options)
         )
 
     def _forget_what_changed(self) -> None:
-        """Forget all forms after a fork, whose messages tell, or once a setting has changed."""
+        """Forget all templates after a fork, since messages name the process, or a new setting."""
         process, settings = os.getpid(), self._app.conf.changes
         if (process, settings) != self._made_for:
             self._made_for = process, dict(settings)
-            self._forms.clear()
+            self._templates.clear()
 
     def _fill(
         self,
-        form: Form,
+        template: CallTemplate,
         transaction: Capture,
         name: str,
         arguments: Arguments,
         options: Mapping[str, Any],
         parent: Any,
     ) -> Any:
-        """Publish the message that Celery would make, made by a form."""
+        """Publish the message that Celery would make, filled into a template."""
         context.refuse_publishing_if_silenced(name)
         task_id, identity = uuid(), Identity.fresh()
-        values = self._values(form, task_id, identity, arguments, parent)
-        _, _, body = form.body(arguments)
+        values = self._values(template, task_id, identity, arguments, parent)
+        _, _, body = template.body(arguments)
         lane = self._app.amqp.lane_of(name, options.get("key"), arguments)
-        transaction.capture(form.filled(identity, values, body, lane))
+        transaction.capture(template.filled(identity, values, body, lane))
         result = (options.get("result_cls") or self._app.AsyncResult)(task_id)
         result.ignored = options.get("ignore_result")
         if parent:
@@ -246,31 +265,34 @@ class Prepared:
         arguments: Arguments,
         options: Mapping[str, Any],
         parent: Any,
-    ) -> Form | None:
-        """The form of Celery's own message, if the form would have made the same one.
+    ) -> CallTemplate | None:
+        """A template of the message that Celery has made, if it gives the same message again.
 
-        None if others have to be Celery's own too.
+        None if Celery has to make the other messages of this kind too.
         """
-        if not self._is_celerys_own(options):
+        if not self._is_reproducible(options):
             return None
         serializer = options.get("serializer") or self._app.conf.task_serializer
         try:
             [message] = messages
-            form = Form.of(self._app, message, serializer)
+            template = CallTemplate.of(self._app, message, serializer)
         except ValueError:
             return None
-        values = self._values(form, message.headers["id"], message.identity, arguments, parent)
-        again = form.filled(message.identity, values, message.body, message.lane)
+        values = self._values(template, message.headers["id"], message.identity, arguments, parent)
+        again = template.filled(message.identity, values, message.body, message.lane)
         content = (message.content_type, message.content_encoding, message.body)
         same = (
             again == message
             and again.encoded == self._app.eda.outbox.encode(message)
-            and form.body(arguments) == content
+            and template.body(arguments) == content
         )
-        return form if same else None
+        return template if same else None
 
-    def _is_celerys_own(self, options: Mapping[str, Any]) -> bool:
-        """Whether nothing has a say in a message but what a form knows."""
+    def _is_reproducible(self, options: Mapping[str, Any]) -> bool:
+        """True if a template yields the bytes that Celery would make.
+
+        No signal receiver, custom router or overridden method must be able to change a message.
+        """
         amqp, conf = self._app.amqp, self._app.conf
         return (
             all(
@@ -289,15 +311,20 @@ class Prepared:
         )
 
     def _values(
-        self, form: Form, task_id: str, identity: Identity, arguments: Arguments, parent: Any
+        self,
+        template: CallTemplate,
+        task_id: str,
+        identity: Identity,
+        arguments: Arguments,
+        parent: Any,
     ) -> dict[str, str]:
-        """What a message has in its places."""
+        """The values of a message for the slots, by the name of the header or property."""
         (args, kwargs), amqp = arguments, self._app.amqp
         values = {
             "id": task_id,
             "root_id": task_id,
-            "argsrepr": _shown(args, amqp.argsrepr_maxsize, form.levels),
-            "kwargsrepr": _shown(kwargs, amqp.kwargsrepr_maxsize, form.levels),
+            "argsrepr": _shown(args, amqp.argsrepr_maxsize, template.levels),
+            "kwargsrepr": _shown(kwargs, amqp.kwargsrepr_maxsize, template.levels),
             ID_HEADER: str(identity.id),
             "correlation_id": task_id,
             "reply_to": self._app.thread_oid,
@@ -308,7 +335,7 @@ class Prepared:
 
 
 def _are_alike(options: Mapping[str, Any]) -> bool:
-    """Whether all messages of these *options* are alike."""
+    """True if all messages of calls with these *options* are alike."""
     return all(
         name in ALIKE or name == "key" or (name in ABSENT and value is None)
         for name, value in options.items()
@@ -316,18 +343,21 @@ def _are_alike(options: Mapping[str, Any]) -> bool:
 
 
 def _is_from(module: Any, method: Any) -> bool:
-    """Whether the code of *method* is the module's own, and not that of a wrapper around it."""
+    """True if *method* is the module's own function, and not a wrapper around it."""
     code = getattr(getattr(method, "__func__", None), "__code__", None)
     return code is not None and code.co_filename == module.__file__
 
 
 def _ancestry(parent: Any) -> tuple[Any, Any]:
-    """What a message says of the task that publishes it: the first of its line, and itself."""
+    """The root id and the parent id that the messages of the task *parent* carry."""
     return parent.request.root_id or parent.request.id, parent.request.id
 
 
 def _shown(arguments: Any, most: int, levels: int) -> str:
-    """What Celery shows of *arguments*; of plain ones that are all shown without its machinery."""
+    """Celery's representation of *arguments*.
+
+    Short ones that consist of plain values are represented here, since ``saferepr`` is slow.
+    """
     text = ""
     if type(arguments) is tuple:
         shown = [_PLAIN[type(each)](each) for each in arguments if type(each) in _PLAIN]
@@ -341,7 +371,7 @@ def _shown(arguments: Any, most: int, levels: int) -> str:
     return shown_by_celery
 
 
-#: How Celery shows what is most often an argument.
+#: Celery's representation of values of the most common types.
 _PLAIN: dict[type, Callable[[Any], str]] = {
     str: lambda text: "'" + text.replace("'", "\\'") + "'",
     int: str,

@@ -1,15 +1,13 @@
 """From ``.delay()`` to the outbox: the one seam in Celery's publishing.
 
-Whatever Celery publishes as a task message, whoever publishes it, comes through
-``app.amqp.send_task_message``. Inside a transaction Celery's own function is given a producer
-that records instead of sending, so the message is exactly what Celery would have sent.
+Every task message that Celery publishes passes through ``app.amqp.send_task_message``. Inside a
+transaction Celery's own function gets a producer that records instead of sending, so the captured
+message is exactly the one that Celery would have sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
 from functools import cached_property, partial, wraps
 from typing import Any
@@ -22,78 +20,27 @@ from kombu.utils.imports import symbol_by_name
 
 from celery_eda import addresses, context, ordering, results
 from celery_eda.addresses import REPLY_HEADER
-from celery_eda.errors import OutsideTransaction
 from celery_eda.identity import HEADERS, Identity, Lane
 from celery_eda.message import Message
-from celery_eda.prepared import Prepared
+from celery_eda.prepared import CallTemplates
 from celery_eda.recording import RecordingPool, RecordingProducer
 from celery_eda.transports import SafeConnection, undelivered
 
-_NOTHING = nullcontext()
-#: Longest delay that the outbox keeps; databases end in the year 9999.
+#: The longest delay of a message in the outbox; dates in databases end in the year 9999.
 LONGEST_DELAY = timedelta(days=36500)
 
 
-@dataclass(frozen=True)
-class Publisher:
-    """Decides where a message published right now goes.
-
-    Attributes:
-        outside: the setting ``eda_outside``.
-        is_reliable: whether the task of this name is handled exactly once.
-        store: writes messages to the outbox in a short transaction of its own.
-    """
-
-    outside: str | None
-    is_reliable: Callable[[str], bool]
-    store: Callable[[Sequence[Message]], None]
-
-    def apart(self, task: str) -> AbstractContextManager[None]:
-        """Inside any transaction: nothing. Outside: store what the block publishes, if so set.
-
-        Raises:
-            OutsideTransaction: the settings forbid it.
-        """
-        if self.outside == "send" or context.current_transaction() is not None:
-            return _NOTHING
-        if self.outside is None and not self.is_reliable(task):
-            return _NOTHING
-        return self.stored(task, self.store)
-
-    @contextmanager
-    def stored(self, what: str, store: Callable[[Sequence[Message]], None]) -> Iterator[None]:
-        """Inside any transaction: nothing. Outside: let *store* have what the block publishes.
-
-        Raises:
-            OutsideTransaction: the settings forbid it.
-        """
-        if context.current_transaction() is not None:
-            yield
-            return
-        if self.outside == "raise":
-            raise OutsideTransaction(
-                f"{what} was published outside any transaction and eda_outside is 'raise'. "
-                "Publish it inside `with eda.transaction():`, attach the sessionmaker in use, "
-                "or choose eda_outside = 'store' or 'send'."
-            )
-        collected = context.Collected()
-        with context.scope_of(collected):
-            yield
-        if collected.messages:
-            store(collected.messages)
-
-
 class CapturingAMQP(AMQP):
-    """Celery's ``app.amqp``, with the seam, and with connections that lose nothing."""
+    """Celery's ``app.amqp`` that captures messages, with connections that lose none."""
 
     @cached_property
     def Connection(self) -> Callable[..., SafeConnection]:  # noqa: N802  # Celery's name for it
-        """Connects; to a database that is the broker with the tables that the settings name."""
+        """Makes connections to the broker; in a database, ``eda_*`` settings name its tables."""
         return partial(SafeConnection.made, lambda: self.app.eda.tables)
 
     @property
     def queues_cls(self) -> Any:
-        """Celery's collection of queues; the queues in it have the limit that the settings say."""
+        """Celery's collection of queues, each with the limit ``eda_delivery_limit``."""
         base, eda = super().queues_cls, self.app.eda
         if not (limit := eda.settings.delivery_limit):
             return base
@@ -101,7 +48,7 @@ class CapturingAMQP(AMQP):
 
     @property
     def producer_pool(self) -> Any:
-        """Inside a transaction a pool that needs no broker, else Celery's own."""
+        """A pool that needs no broker inside a transaction, and Celery's own outside."""
         return RecordingPool() if context.current_transaction() else super().producer_pool
 
     @cached_property
@@ -124,7 +71,7 @@ class CapturingAMQP(AMQP):
                 return send(producer, name, message, **options)
             replies = self._passes_reply_on(message)
             recorder = RecordingProducer()
-            # The task-sent event is about a sending that has not happened.
+            # The task-sent event reports a sending, which has not happened yet.
             send(recorder, name, message._replace(sent_event=None), **options)
             identity = eda_identity or self._identify(recorder.recorded["headers"])
             lane = self.lane_of(name, key, message.body)
@@ -151,7 +98,7 @@ class CapturingAMQP(AMQP):
         )
 
     def lane_of(self, task: str, key: Any, body: Any) -> Lane | None:
-        """The lane of a message: its key is said by the caller, else by the task."""
+        """The lane of a message; the caller names its key, or else the task computes it."""
         if key is None:
             key_of = getattr(self.app.tasks.get(task), "ordering_key", None)
             key = key_of and key_of(*body[0], **body[1])
@@ -164,18 +111,18 @@ class CapturingAMQP(AMQP):
         headers = recorded.pop("headers")
         reliable = REPLY_HEADER in headers or self.app.eda.is_reliable(task)
         if headers.get("expires") and reliable:
-            # The broker would drop it unseen; the worker that gets it makes a dead letter of it.
+            # The broker would drop it unseen. A worker that receives it makes it a dead letter.
             recorded["properties"].pop("expiration", None)
         declared = [each for each in recorder.declare if isinstance(each, Queue)]
         unknown = [each for each in declared if self.queues.get(each.name) != each]
         message = Message(
             identity=identity,
             task=task,
-            # A retry inherits the headers of the message it repeats: those of ours are always anew.
+            # A retry inherits the headers of the message it repeats. Ours are always new.
             headers={**_without_ours(headers), **identity.headers},
             due=self._due(headers.get("eta")),
             queue=self._queue_of(declared, recorded["exchange"]),
-            preparation=(*results.take_preparation(), *map(results.declaration_of, unknown)),
+            prerequisites=(*results.take_prerequisites(), *map(results.declaration_of, unknown)),
             lane=lane,
             **recorded,
         )
@@ -189,7 +136,7 @@ class CapturingAMQP(AMQP):
         """The configured queue to declare before sending.
 
         With an exchange given by name, Celery declares the default queue, which will not get the
-        message: any queue on that exchange makes the exchange known instead.
+        message. Any queue on that exchange is declared instead, which makes the exchange too.
         """
         for queue in declared:
             if exchange in ("", queue.exchange.name):
@@ -220,7 +167,7 @@ class CapturingAMQP(AMQP):
 
 
 def _forget_identity(options: dict[str, Any]) -> None:
-    """A plain retry inherits the headers of the message it repeats, our identity among them."""
+    """Remove our identity from the headers that a plain retry inherits from its message."""
     if headers := options.get("headers"):
         options["headers"] = _without_ours(headers)
 
@@ -229,26 +176,29 @@ def _without_ours(headers: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in headers.items() if name not in HEADERS}
 
 
-def store_outside(app: Celery) -> None:
-    """Let *app* do with what is published outside any transaction what its settings say."""
+def wrap_send_task(app: Celery) -> None:
+    """Route every ``send_task`` of *app* through the publisher.
+
+    Inside a transaction the call is captured; outside one, ``eda_outside`` decides.
+    """
     send_task = app.send_task
-    prepared = Prepared(app, send_task)
+    templates = CallTemplates(app, send_task)
 
     @wraps(send_task)
-    def send_task_apart(
+    def send_task_or_capture(
         name: str, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any
     ) -> Any:
-        with app.eda.publisher.apart(name):
+        with app.eda.publisher.publishing(name):
             transaction = context.current_transaction()
             if transaction is None or rest:
                 return send_task(name, args, kwargs, *rest, **options)
-            return prepared.send(transaction, name, args, kwargs, options)
+            return templates.send(transaction, name, args, kwargs, options)
 
-    app.send_task = send_task_apart
+    app.send_task = send_task_or_capture
 
 
 def amqp_class(base: Any) -> type[CapturingAMQP]:
-    """*base*, a class or its import path, with the seam."""
+    """A capturing subclass of *base*, which is a class or its import path."""
     base = symbol_by_name(base)
     if base is AMQP:
         return CapturingAMQP

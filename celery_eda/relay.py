@@ -26,7 +26,7 @@ from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.letter import Reason
 from celery_eda.outbox import Outbox, Pending
 from celery_eda.relay_batch import Batch, Hands
-from celery_eda.results import Preparation
+from celery_eda.results import Prerequisites
 from celery_eda.retry import backoff
 from celery_eda.settings import Settings
 from celery_eda.transports.base import Pipelined, PublishResult, Transport, Verdict
@@ -83,7 +83,7 @@ class Relay:
         outbox: Outbox,
         dead_letters: DeadLetters,
         make_transport: Callable[[], Transport],
-        prepare: Callable[[Preparation], None],
+        prepare: Callable[[Prerequisites], None],
         settings: Settings,
         housekeep: Callable[[], Iterator[object]] = lambda: iter(()),
     ) -> None:
@@ -236,12 +236,12 @@ class Relay:
 
         After a failure that took its time no other is tried: each may take as long as a time-out.
         """
-        demanding = [each for each in pending if each.message.preparation]
+        demanding = [each for each in pending if each.message.prerequisites]
         unprepared: dict[int, str] = {}
         for position, each in enumerate(demanding):
             started = time.monotonic()
             try:
-                self.prepare(each.message.preparation)
+                self.prepare(each.message.prerequisites)
             except Exception as error:
                 log.warning("what has to precede a message cannot be done: %r", error)
                 why = f"What has to precede it cannot be done: {error!r}"[:500]

@@ -21,7 +21,7 @@ from celery_eda.errors import RequestError, UnknownRequest
 from celery_eda.identity import Identity
 from celery_eda.mailbox import Mailbox
 from celery_eda.message import Message
-from celery_eda.publishing import Publisher
+from celery_eda.publisher import Publisher
 from celery_eda.reading import ErrorOutcome
 from celery_eda.reply import (
     CommitGuard,
@@ -127,7 +127,7 @@ class RequestClient:
             else:
                 call.apply_async(tuple(args), kwargs or {}, **options)
         except BaseException:
-            results.take_preparation()
+            results.take_prerequisites()
             pending.cancel()
             raise
         return self._reply(str(correlation_id), pending, identity)
@@ -155,7 +155,7 @@ class RequestClient:
         """
         if kind is Kind.durable:
             where = addresses.of_service(self.service())
-            results.precede(*results.declaration_of(self.app.amqp.queues[where]))
+            results.require_first(*results.declaration_of(self.app.amqp.queues[where]))
             return where, StoredReply(correlation_id, self.watcher)
         mailbox = self.mailbox()
         future = mailbox.expect(str(correlation_id))
@@ -167,7 +167,7 @@ class RequestClient:
             weakref.finalize(future, mailbox.discard, where)
             future.add_done_callback(lambda _: mailbox.discard(where))
         if not mailbox.is_open(where):
-            results.precede("reply_queue", [where, self.settings.reply_expires])
+            results.require_first("reply_queue", [where, self.settings.reply_expires])
         return where, MailboxReply(str(correlation_id), mailbox, future)
 
     def _check(self, call: str | Task | Signature, options: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""Celery's result backend, which is left alone while a message is being captured.
+"""Celery's result backend, which is not called while a message is being captured.
 
-What Celery would tell the backend or the broker before it sends a message (a chord's size, a
-queue for the reply) travels with the message and is done just before it is sent. What only helps
-a later look-up is done when somebody looks.
+Calls that have to precede a message (a chord's size, the queue for a reply) are stored with the
+message as its *prerequisites*, and a relay makes them just before it sends the message. Calls that
+only prepare a later look-up are made at the first look-up.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from kombu import Exchange, Queue
 from celery_eda import context, transports
 from celery_eda.identity import Identity
 
-#: What has to precede a message: names and arguments, as :func:`prepare` knows them.
-Preparation = tuple[tuple[str, Any], ...]
+#: Calls that have to precede a message: names and arguments, see :func:`run_prerequisites`.
+Prerequisites = tuple[tuple[str, Any], ...]
 
-_preparation: ContextVar[Preparation] = ContextVar("celery_eda_preparation", default=())
+_prerequisites: ContextVar[Prerequisites] = ContextVar("celery_eda_prerequisites", default=())
 
 
 def defer(app: Celery) -> None:
@@ -37,32 +37,32 @@ def defer(app: Celery) -> None:
 
     def get_backend() -> Backend:
         if context.current_transaction() is not None:
-            # The database backend makes its tables with the first result, too.
+            # The database backend makes its tables with the first result anyway.
             app.conf.database_create_tables_at_setup = False
         return _deferring(make())
 
     app._get_backend = get_backend
 
 
-def take_preparation() -> Preparation:
-    """What has to precede the message that is being captured right now."""
-    preparation = _preparation.get()
-    _preparation.set(())
-    return preparation
+def take_prerequisites() -> Prerequisites:
+    """The prerequisites of the message that is captured now. The next message begins with none."""
+    prerequisites = _prerequisites.get()
+    _prerequisites.set(())
+    return prerequisites
 
 
 def declaration_of(queue: Queue) -> tuple[str, Any]:
-    """The preparation that declares *queue*."""
+    """The prerequisite that declares *queue*."""
     return "declare", queue.as_dict(recurse=True)
 
 
-def prepare(app: Celery, preparation: Preparation) -> None:
-    """Do what has to precede a message. Repeating it is harmless.
+def run_prerequisites(app: Celery, prerequisites: Prerequisites) -> None:
+    """Make the calls that have to precede a message. Repeating them is harmless.
 
     Raises:
-        Exception: whatever the backend or the broker raises when it is away.
+        Exception: any error of the backend or the broker.
     """
-    for name, argument in preparation:
+    for name, argument in prerequisites:
         if name == "set_chord_size":
             app.backend.set_chord_size(*argument)
         elif name == "apply_chord":
@@ -75,11 +75,14 @@ def prepare(app: Celery, preparation: Preparation) -> None:
 
 
 def repeat_chord_part(task: Task) -> None:
-    """Let *task*, a copy, complete its chord: the earlier one may have died while doing so.
+    """Let *task*, a copy, complete its chord: the worker of the first copy may have died.
 
     A worker that completes a chord on Redis first claims it for some seconds, so that no other
-    one does it too. The claim of a dead one would keep the chord incomplete for ever. Should it
-    be alive, both publish the chord's body, under one identity.
+    worker does it too. The claim of a dead worker would keep the chord incomplete forever. If
+    that worker is alive after all, both publish the chord's body, under one identity.
+
+    Raises:
+        Reject: the backend is away; the broker redelivers the message.
     """
     backend, request = task.backend, task.request
     if request.chord and hasattr(backend, "_chord_claim_extend_script"):
@@ -92,9 +95,12 @@ def repeat_chord_part(task: Task) -> None:
 
 
 def _deferring(backend: Backend) -> Backend:
-    """*backend*, silent while a message is being captured."""
-    for change in (_defer_chords, _defer_replies, _defer_waiting, _identify_chords, _insist):
-        change(backend)
+    """*backend*, changed so that it makes no calls while a message is being captured."""
+    _defer_chords(backend)
+    _defer_replies(backend)
+    _defer_waiting(backend)
+    _identify_chords(backend)
+    _requeue_on_failure(backend)
     return backend
 
 
@@ -106,14 +112,14 @@ def _defer_chords(backend: Backend) -> None:
         if context.current_transaction() is None:
             set_chord_size(group_id, size)
         else:
-            precede("set_chord_size", [group_id, size])
+            require_first("set_chord_size", [group_id, size])
 
     def maybe_apply_chord(header: Any, body: Any, **options: Any) -> None:
         if context.current_transaction() is None or publishes_only:
             apply_chord(header, body, **options)
         else:
             result = backend.app.GroupResult(header[0], list(header[1]))
-            precede("apply_chord", result.as_tuple())
+            require_first("apply_chord", result.as_tuple())
 
     backend.set_chord_size = maybe_set_chord_size
     backend.apply_chord = maybe_apply_chord
@@ -125,30 +131,30 @@ def _defer_replies(backend: Backend) -> None:
     def maybe_on_task_call(producer: Any, task_id: str) -> Any:
         if context.current_transaction() is None:
             return on_task_call(producer, task_id)
-        # A result that comes before its queue is there would be lost without a word.
+        # A result that comes before its queue exists would be lost silently.
         if isinstance(backend, RPCBackend) and not task_join_will_block():
-            precede(*declaration_of(backend.binding))
+            require_first(*declaration_of(backend.binding))
         return None
 
     backend.on_task_call = maybe_on_task_call
 
 
 def _defer_waiting(backend: Backend) -> None:
-    """Subscribe to results made in a transaction when somebody first waits for any."""
+    """Subscribe to results made in a transaction only when the first result is awaited."""
     if not backend.is_async:
         return
     add_pending_result, wait = backend.add_pending_result, backend._wait_for_pending
-    unheard: WeakValueDictionary[int, AsyncResult] = WeakValueDictionary()
+    unwatched: WeakValueDictionary[int, AsyncResult] = WeakValueDictionary()
 
     def maybe_add_pending_result(result: Any, *args: Any, **kwargs: Any) -> Any:
         if context.current_transaction() is None:
             return add_pending_result(result, *args, **kwargs)
-        unheard[id(result)] = result
+        unwatched[id(result)] = result
         return result
 
     def add_all_and_wait(result: Any, **options: Any) -> Any:
-        while unheard:
-            add_pending_result(unheard.popitem()[1])
+        while unwatched:
+            add_pending_result(unwatched.popitem()[1])
         return wait(result, **options)
 
     backend.add_pending_result = maybe_add_pending_result
@@ -156,10 +162,10 @@ def _defer_waiting(backend: Backend) -> None:
 
 
 def _identify_chords(backend: Backend) -> None:
-    """Give what completes a chord an identity of its own.
+    """Give the messages that complete a chord identities that follow from the chord.
 
-    Celery publishes it after the handler's commit, and once more with a further copy of one of
-    the chord's parts.
+    Celery publishes them after the handler's commit, and once more with every further copy of the
+    chord's last part. Equal identities make them copies of one message.
     """
     complete = backend.on_chord_part_return
 
@@ -171,31 +177,35 @@ def _identify_chords(backend: Backend) -> None:
     backend.on_chord_part_return = complete_as_itself
 
 
-def _insist(backend: Backend) -> None:
-    """Have a message brought again by the broker if *backend* cannot be told what came of it.
+def _requeue_on_failure(backend: Backend) -> None:
+    """Have the broker redeliver a message if *backend* cannot store its result.
 
-    Celery would acknowledge it, and whoever waits for the result or the chord would wait for ever.
+    Celery would acknowledge the message, and a caller that waits for the result or for the chord
+    would wait forever.
     """
     for name in ("mark_as_done", "mark_as_failure"):
-        setattr(backend, name, _insisting(getattr(backend, name)))
+        setattr(backend, name, _requeueing(getattr(backend, name)))
 
 
-def _insisting(tell: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(tell)
-    def insist(task_id: str, *args: Any, **kwargs: Any) -> Any:
+def _requeueing(store: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(store)
+    def store_or_requeue(task_id: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            return tell(task_id, *args, **kwargs)
+            return store(task_id, *args, **kwargs)
         except Exception as error:
             progress = context.in_progress.get()
             if progress is None or progress.delivery.task_id != task_id:
                 raise
             raise Reject(error, requeue=True) from error
 
-    return insist
+    return store_or_requeue
 
 
 def _last_id(body: Any) -> Any:
-    """The id of what the signature *body* of a chord ends in, made anew whenever it is applied."""
+    """The task id of the last task in the signature *body* of a chord.
+
+    Celery makes a new one whenever it applies the chord.
+    """
     match body:
         case {"kwargs": {"tasks": [*_, last]}} | {"kwargs": {"body": dict(last)}}:
             return _last_id(last)
@@ -210,6 +220,6 @@ def _declare(app: Celery, description: dict[str, Any]) -> None:
         queue.bind(channel).declare()
 
 
-def precede(name: str, argument: Any) -> None:
-    """Let what is captured next be preceded by this; see :func:`prepare`."""
-    _preparation.set((*_preparation.get(), (name, argument)))
+def require_first(name: str, argument: Any) -> None:
+    """Add a prerequisite to the next message that is captured; see :func:`run_prerequisites`."""
+    _prerequisites.set((*_prerequisites.get(), (name, argument)))

@@ -135,7 +135,7 @@ class DirectEnqueue:
 
 def _is_direct(message: Message) -> bool:
     queue = message.routing_key
-    return not (message.exchange or message.preparation or addresses.is_volatile(queue))
+    return not (message.exchange or message.prerequisites or addresses.is_volatile(queue))
 
 
 def direct_enqueue_of(app: Celery, url: URL, tables: Tables) -> DirectEnqueue | None:

@@ -163,7 +163,7 @@ HARD_TO_KEEP: dict[str, dict[str, Any]] = {
     "100 KB of headers": {"headers": {"long": "x" * 100_000}},
     "properties": {"properties": {"priority": 9, "expiration": "5000", "reply_to": "ü"}},
     "the highest id and revision": {"identity": Identity(UUID(int=2**128 - 1), 2**31 - 1)},
-    "preparation": {"preparation": (("set_chord_size", {"size": 3}),)},
+    "prerequisites": {"prerequisites": (("set_chord_size", {"size": 3}),)},
 }
 
 

@@ -317,7 +317,7 @@ def test_what_is_given_back_and_could_not_be_sent_anyway_rests(
     relay.prepare = fail
     store(database, outbox, "mute", "good")
     with database.engine.begin() as connection:
-        outbox.add(connection, [message(preparation=(("declare", {}),))])
+        outbox.add(connection, [message(prerequisites=(("declare", {}),))])
 
     relay.send()
 
@@ -334,7 +334,7 @@ def test_what_has_to_precede_a_message_may_take_longer_than_there_is_to_spare(
     relay, sent = make_relay(
         {}, PatientBroker, relay_batch=2, claim_timeout=1.0, publish_timeout=0.9
     )
-    prepared = message(preparation=(("declare", {}),), routing_key="prepared")
+    prepared = message(prerequisites=(("declare", {}),), routing_key="prepared")
     with database.engine.begin() as connection:
         outbox.add(connection, [prepared, message(routing_key="good")] * 3)
 

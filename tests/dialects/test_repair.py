@@ -223,12 +223,12 @@ def test_what_cannot_be_read_is_redriven_as_it_is(desk: Desk) -> None:
 
 
 def test_an_unsendable_message_is_sent_again_in_its_place(desk: Desk) -> None:
-    original = placed(3, preparation=(("set_chord_size", ["g", 2]),), queue="q")
+    original = placed(3, prerequisites=(("set_chord_size", ["g", 2]),), queue="q")
     desk.do("redrive", desk.bury(original, consumer=None, reason=Reason.unsendable))
     (sent,) = desk.sent()
 
     assert (sent.identity, sent.place) == (original.identity.next, original.place)
-    assert (sent.preparation, sent.queue) == (original.preparation, "q")
+    assert (sent.prerequisites, sent.queue) == (original.prerequisites, "q")
 
 
 def test_a_correction_goes_with_what_was_to_follow(desk: Desk) -> None:

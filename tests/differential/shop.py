@@ -177,7 +177,7 @@ class OutboxShop(Shop):
         """Send all that is in the outbox, whether it is due or not."""
         messages = self.empty_outbox()
         for each in messages:
-            results.prepare(self.app, each.preparation)
+            results.run_prerequisites(self.app, each.prerequisites)
         answers = self.transport.publish(messages)
         assert answers == [CONFIRMED] * len(messages), answers
 

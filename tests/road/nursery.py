@@ -36,6 +36,7 @@ MODULES = (
     "celery.apps.worker",
     "celery.worker.consumer",
     "celery_eda.cli",
+    "celery_eda.embedded",
     "celery_eda.worker",
     "celery_eda.dialects.mysql",
     "celery_eda.dialects.postgresql",

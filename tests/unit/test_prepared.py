@@ -1,4 +1,4 @@
-"""A message that is filled into a form is the one that Celery would have made, byte for byte."""
+"""A message filled into a template is the one that Celery would have made, byte for byte."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from celery_eda.errors import PublishingForbidden
 from celery_eda.identity import Identity
 from celery_eda.message import Message
 from celery_eda.message_rows import to_row
-from celery_eda.prepared import Form, _shown
+from celery_eda.prepared import CallTemplate, _shown
 from celery_eda.upgrading import upgrade
 
 FRESH = Identity(UUID("0191d1d0-7bdc-7000-8000-000000000001"))
@@ -111,7 +111,7 @@ def all_by_celery() -> Iterator[None]:
 
 
 def filled(publishing: Publishing, routed: list[str], act: Callable[[], Any]) -> list[Message]:
-    """What *act* publishes once its forms are known; Celery makes none of it."""
+    """What *act* publishes once its templates are known; Celery makes none of it."""
     publishing.publish(act)
     routed.clear()
     messages = publishing.publish(act)
@@ -267,14 +267,14 @@ def known(tmp_path: Path, routed: list[str]) -> Publishing:
         it.publish(lambda: it.pay.delay(1))
     routed.clear()
     it.publish(lambda: it.pay.delay(1))
-    assert routed == [], "its form is known"
+    assert routed == [], "its template is known"
     return it
 
 
-def forms_of(publishing: Publishing) -> list[Form]:
+def templates_of(publishing: Publishing) -> list[CallTemplate]:
     """What it knows of earlier calls."""
-    prepared = inspect.getclosurevars(publishing.app.send_task).nonlocals["prepared"]
-    return list(prepared._forms.values())
+    templates = inspect.getclosurevars(publishing.app.send_task).nonlocals["templates"]
+    return list(templates._templates.values())
 
 
 def test_a_setting_that_changes_counts_at_once(known: Publishing, routed: list[str]) -> None:
@@ -299,7 +299,7 @@ def test_what_is_learned_while_a_setting_changes_is_not_kept(
 
     known.publish(lambda: known.pay.apply_async((1,), priority=5))
 
-    assert not forms_of(known)
+    assert not templates_of(known)
 
 
 def test_a_queue_that_is_declared_anew_counts_at_once(known: Publishing, routed: list[str]) -> None:
@@ -443,4 +443,4 @@ def test_a_form_does_not_keep_the_body_of_the_message_that_it_was_learned_from(
 ) -> None:
     known.publish(lambda: known.pay.delay("x" * 10**6))
 
-    assert [form.first.body for form in forms_of(known)] == [b""]
+    assert [template.first.body for template in templates_of(known)] == [b""]

@@ -202,7 +202,7 @@ def test_what_cannot_be_prepared_holds_up_no_other(relay: Relay) -> None:
             exchange="",
             routing_key="celery",
             queue="celery",
-            preparation=(("declare", name),),
+            prerequisites=(("declare", name),),
         )
         for name in ("refused", "taken")
     ]

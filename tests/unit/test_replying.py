@@ -40,7 +40,7 @@ def replies_to(slot: Slot, request: Message, rounds: int = 12) -> list[Message]:
     waiting, replies = [request], []
     for _ in range(rounds):
         for each in waiting:
-            results.prepare(slot.app, each.preparation)
+            results.run_prerequisites(slot.app, each.prerequisites)
             slot.deliver(each)
         sent = slot.sent()
         replies += [each for each in sent if each.task == REPLY_TASK]

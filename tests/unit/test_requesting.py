@@ -142,7 +142,7 @@ def test_a_request_leaves_with_the_commit_and_touches_no_broker(shop: Shop, addr
     assert message.properties["priority"] == 5
     assert message.headers["expires"]
     assert message.headers[REPLY_HEADER].startswith("eda.repl")
-    assert [name for name, _ in message.preparation] == [
+    assert [name for name, _ in message.prerequisites] == [
         "declare" if address == "durable" else "reply_queue"
     ]
     assert not reply.done
