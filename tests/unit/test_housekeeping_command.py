@@ -27,7 +27,7 @@ def eda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EDA:
     upgrading.upgrade(eda.engine, eda.tables)
     inbox = Inbox(eda.tables.inbox, eda.dialect)
     with eda.engine.begin() as connection:
-        inbox.close(connection, "shop.charge", Identity.fresh(), Outcome.done)
+        inbox.record_failure(connection, "shop.charge", Identity.fresh(), Outcome.done)
         connection.execute(update(inbox.table).values(at=eda.dialect.later(-30 * DAY)))
     return eda
 

@@ -15,6 +15,7 @@ from celery_eda.identity import Identity
 from celery_eda.inbox import Inbox, Outcome
 from celery_eda.message import Message
 from celery_eda.relay import Relay, Round
+from celery_eda.results import Prerequisites
 from celery_eda.settings import DAY
 
 ROUNDS = 1100  # a delay that is doubled more often than that is no float any more
@@ -178,7 +179,7 @@ def test_a_relay_of_an_app_keeps_its_tables_small(tmp_path: Path) -> None:
     upgrading.upgrade(eda.engine, eda.tables)
     inbox = Inbox(eda.tables.inbox, eda.dialect)
     with eda.engine.begin() as connection:
-        inbox.close(connection, "shop.charge", Identity.fresh(), Outcome.done)
+        inbox.record_failure(connection, "shop.charge", Identity.fresh(), Outcome.done)
         connection.execute(update(inbox.table).values(at=eda.dialect.later(-30 * DAY)))
     relay = eda.relay()
     relay.__class__ = Enough
@@ -209,8 +210,8 @@ def test_what_cannot_be_prepared_holds_up_no_other(relay: Relay) -> None:
     with relay.engine.begin() as connection:
         relay.outbox.add(connection, messages)
 
-    def prepare(message: Message) -> None:
-        if message.headers["id"] == "refused":
+    def prepare(prerequisites: Prerequisites) -> None:
+        if ("declare", "refused") in prerequisites:
             raise LookupError("the queue is there already, but another one")
 
     relay.prepare = prepare

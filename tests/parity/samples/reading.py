@@ -120,7 +120,7 @@ def of_message(read: Message) -> dict[str, Any]:
         "headers": read.headers,
         "properties": read.properties,
         "route": [read.exchange, read.routing_key, read.queue],
-        "prerequisites": read.preparation,
+        "prerequisites": read.prerequisites,
         "position": position and of_position(position),
         "reply to": addresses.of_headers(read.headers),
     }
