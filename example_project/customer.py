@@ -11,7 +11,7 @@ from example_project import order
 
 
 class ChangedMind(Exception):
-    """The customer left; whatever was done for the order is rolled back."""
+    """The customer left; the transaction of the order is rolled back."""
 
     def __init__(self, order_id: str) -> None:
         super().__init__(f"order {order_id} was rolled back")
@@ -22,7 +22,7 @@ def buy(customer: str, drink: str, *, changes_mind: bool = False) -> str:
     """Place an order in a transaction of its own.
 
     Returns:
-        The id of the order, which is committed.
+        The id of the committed order.
 
     Raises:
         ChangedMind: the order was published and then rolled back.

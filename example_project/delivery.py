@@ -1,4 +1,4 @@
-"""The delivery service: who was brought what."""
+"""The delivery service: delivers drinks to customers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Base(DeclarativeBase):
 
 
 class Delivery(Base):
-    """An order that was brought to its customer."""
+    """A delivered order."""
 
     __tablename__ = "deliveries"
 
@@ -31,11 +31,11 @@ class Delivery(Base):
 
 @eda.task(name="delivery.deliver")
 def deliver(session: Session, order_id: str, customer: str) -> None:
-    """Bring an order to its customer, then say so."""
+    """Deliver an order, then report it to the order service."""
     session.add(Delivery(order_id=order_id, customer=customer))
     app.send_task("order.delivered", kwargs={"order_id": order_id})
 
 
 def open_for_business() -> None:
-    """Make the tables."""
+    """Create the tables."""
     Base.metadata.create_all(eda.engine)

@@ -1,4 +1,4 @@
-"""The kitchen: what is in stock, and what was made of it."""
+"""The kitchen: stock, and the drinks made from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Base(DeclarativeBase):
 
 
 class Stock(Base):
-    """What is needed for a drink: the portions left, and the time it takes."""
+    """A drink's portions left, and the time to make it."""
 
     __tablename__ = "stock"
 
@@ -46,9 +46,9 @@ class Cup(Base):
 
 @eda.task(name="kitchen.make")
 def make(session: Session, order_id: str, customer: str, drink: str) -> None:
-    """Make a drink, take its ingredients from the stock, then have it delivered."""
+    """Make a drink, subtract it from the stock, then request its delivery."""
     stock = session.get_one(Stock, drink)
-    # Before anything is written: whoever has written keeps others waiting until the commit.
+    # Before the first write, since a write locks out others until the commit.
     time.sleep(stock.seconds_to_make)
     stock.portions = Stock.portions - 1
     session.add(Cup(order_id=order_id, drink=drink))
@@ -56,7 +56,7 @@ def make(session: Session, order_id: str, customer: str, drink: str) -> None:
 
 
 def open_for_business() -> None:
-    """Make the tables and fill the stock."""
+    """Create the tables and fill the stock."""
     Base.metadata.create_all(eda.engine)
     with eda.transaction() as session:
         for drink, seconds in SECONDS_TO_MAKE.items():

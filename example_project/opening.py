@@ -1,6 +1,6 @@
-"""Opens the shop: makes the services' tables and fills menu, accounts and stock.
+"""Opens the shop: creates the services' tables and fills menu, accounts and stock.
 
-``python -m example_project.opening``; doing it twice sets money and stock back.
+``python -m example_project.opening``; a second run resets money and stock.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from example_project import delivery, kitchen, order, payment
 
 
 def open_shop() -> None:
-    """Have every service open, each in its own database."""
+    """Open every service in its own database."""
     for service in (order, payment, kitchen, delivery):
         service.open_for_business()
 

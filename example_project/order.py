@@ -1,4 +1,4 @@
-"""The order service: a menu, a counter where orders are placed, and what became of them."""
+"""The order service: the menu, the counter, and the progress of orders."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Drink(Base):
 
 
 class Order(Base):
-    """What a customer ordered."""
+    """A customer's order."""
 
     __tablename__ = "orders"
 
@@ -44,7 +44,7 @@ class Order(Base):
 
 
 class Progress(Base):
-    """A state that an order came to, in a row of its own; the last one is its state today."""
+    """A state of an order, one row each; the latest row is the current state."""
 
     __tablename__ = "order_progress"
 
@@ -54,7 +54,7 @@ class Progress(Base):
 
 
 def place(session: Session, customer: str, drink: str) -> str:
-    """Take an order. If *session* commits it will be paid, made and delivered, else nothing is.
+    """Place an order. If *session* commits, it is paid, made and delivered; otherwise nothing is.
 
     Returns:
         The id of the order.
@@ -74,12 +74,12 @@ def place(session: Session, customer: str, drink: str) -> str:
 
 @eda.task(name="order.delivered")
 def delivered(session: Session, order_id: str) -> None:
-    """Close an order: its customer has the drink."""
+    """Close a delivered order."""
     session.add(Progress(order_id=order_id, state="delivered"))
 
 
 def open_for_business() -> None:
-    """Make the tables and write the menu."""
+    """Create the tables and write the menu."""
     Base.metadata.create_all(eda.engine)
     with eda.transaction() as session:
         for name, price in MENU.items():

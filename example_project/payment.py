@@ -1,4 +1,4 @@
-"""The payment service: the customers' accounts, and what was charged to them."""
+"""The payment service: the customers' accounts and charges."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Account(Base):
 
 
 class Charge(Base):
-    """Money taken from an account for an order."""
+    """A charge to an account for an order."""
 
     __tablename__ = "charges"
 
@@ -44,9 +44,9 @@ class Charge(Base):
 
 @eda.task(name="payment.charge")
 def charge(session: Session, order_id: str, customer: str, drink: str, price: int) -> None:
-    """Take the price of an order from its customer's account, then have the drink made."""
+    """Charge an order to its customer's account, then request the drink."""
     account = session.get_one(Account, customer)
-    # Counted by the database, since another order of this customer may be paid right now.
+    # The database does the subtraction, since a concurrent order may charge this account.
     account.balance = Account.balance - price
     session.add(Charge(order_id=order_id, customer=customer, amount=price))
     app.send_task(
@@ -55,7 +55,7 @@ def charge(session: Session, order_id: str, customer: str, drink: str, price: in
 
 
 def open_for_business() -> None:
-    """Make the tables and open the customers' accounts."""
+    """Create the tables and open the customers' accounts."""
     Base.metadata.create_all(eda.engine)
     with eda.transaction() as session:
         for customer in CUSTOMERS:

@@ -1,4 +1,4 @@
-"""What the services have in common: where things are."""
+"""The Celery app of a service."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from example_project import settings
 
 
 def service(name: str) -> tuple[Celery, EDA]:
-    """The app of one service, with its own database and its own queue for tasks."""
+    """The app of one service, with its own database and task queue."""
     app = Celery(name)
     app.config_from_object(settings)
     extras: dict[str, Any] = {"eda_database_url": settings.database_of(name)}

@@ -1,6 +1,6 @@
-"""What the services agree on: the broker, and the queue of each service.
+"""The settings shared by all services: the broker, and the queue of each service.
 
-This is a Celery configuration module. The environment may say where things are: ``SHOP_BROKER``,
+This is a Celery configuration module. Environment variables override the defaults: ``SHOP_BROKER``,
 ``SHOP_ORDER_DATABASE``, ``SHOP_PAYMENT_DATABASE``, … (SQLAlchemy URLs), and ``SHOP_NAME``, so that
 two shops can share a broker.
 """
@@ -11,10 +11,10 @@ import os
 
 SERVICES = ("order", "payment", "kitchen", "delivery")
 
-# Without a server: one SQLite file between the services. Another broker is another URL.
+# The default needs no server: one SQLite file is the broker. Set the URL of another broker here.
 broker_url = os.environ.get("SHOP_BROKER", "eda+sqlite:///broker.db")
 broker_connection_retry_on_startup = True
-# For Redis; others take no notice. What a killed worker had in hand comes back when its
+# For Redis, ignored by other brokers. What a killed worker had in hand comes back when its
 # visibility timeout is over, so it is short here, but longer than any task takes.
 broker_transport_options = {
     "visibility_timeout": 5,
@@ -36,7 +36,7 @@ eda_embedded_relay = False
 
 
 def queue_of(service: str) -> str:
-    """The queue that the workers of *service* consume."""
+    """The queue of the tasks of *service*."""
     return f"{os.environ.get('SHOP_NAME', 'shop')}.{service}"
 
 

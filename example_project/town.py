@@ -1,4 +1,4 @@
-"""Services as processes of their own, and the broker between them, for as long as a story lasts."""
+"""The services of an example as processes on a private broker, for one story."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from example_project.demo import processes
 from example_project.demo.broker import PrivateBroker
 from example_project.demo.processes import Failed, Process, python
 
-#: Seconds that anything may take.
+#: Seconds before a step of the story times out.
 PATIENCE = 60.0
 
 
@@ -21,12 +21,12 @@ class Town:
     """The services of one package on a private broker, each with a database of its own.
 
     Args:
-        folder: where databases and logs are.
-        ends: what ends the processes.
+        folder: has the databases and logs.
+        ends: stops the processes.
         package: the package with a module for each service.
 
     Attributes:
-        workers: that of each service.
+        workers: the worker of each service.
     """
 
     def __init__(self, folder: Path, ends: ExitStack, package: str) -> None:
@@ -41,7 +41,7 @@ class Town:
         os.environ.update(SHOP_BROKER=broker.url, SHOP_NAME="town")
 
     def open(self, services: Sequence[str], *options: str) -> None:
-        """Make the databases of *services*, and start a worker for each, with these *options*."""
+        """Create the databases of *services*, and start a worker with *options* for each."""
         for name in services:
             url = f"sqlite:///{self.folder / name}.db"
             os.environ.setdefault(f"SHOP_{name.upper()}_DATABASE", url)
@@ -56,14 +56,14 @@ class Town:
             self.workers[name] = worker
 
     def run(self, name: str, *command: str) -> Process:
-        """Start a process that logs to the file of that *name*."""
+        """Start a process that logs to the file *name*."""
         return Process(name, [sys.executable, *command], dict(os.environ), self.folder / name)
 
     def finish(self, name: str, *command: str) -> None:
-        """Run a process to its end.
+        """Run a process until it exits.
 
         Raises:
-            Failed: it ended with an error.
+            Failed: the process exited with an error.
         """
         process = self.run(name, *command)
         if process.wait(PATIENCE):
@@ -73,7 +73,7 @@ class Town:
         """Run ``celery -A … eda`` with these *words*.
 
         Raises:
-            Failed: it ended with an error.
+            Failed: the command exited with an error.
         """
         app = f"{self.package}.{service}"
         self.finish(f"{service}-{words[0]}", "-m", "celery", "-A", app, "eda", *words)
@@ -83,7 +83,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Wait until *condition* is true.
 
     Raises:
-        Failed: it takes too long.
+        Failed: the condition is still false after the timeout.
     """
     deadline = time.monotonic() + PATIENCE
     while not condition():

@@ -272,7 +272,8 @@ def drain() -> int:
 def claim_and_clear(count: int) -> int:
     """Claim and clear *count* messages in batches, as a relay does whose broker costs nothing.
 
-    Each batch is claimed while the batch before is still uncleared.
+    Within a chain a batch is claimed after the last id of the batch before it; the first batch of
+    a chain is claimed from the beginning of the outbox.
     """
     left, batch, owner = count, eda.settings.relay_batch, "0" * 32
     pending: Sequence[Pending] = ()

@@ -1,7 +1,7 @@
-"""Books trips, asking in each of the ways: ``python -m example_project.booking``.
+"""Books trips with each kind of request: ``python -m example_project.booking``.
 
-The last line is one JSON object; the exit code is 0 only if every answer came to the one who had
-asked for it, every seat was sold once, and no reply queue is left.
+The last line is one JSON object. The exit code is 0 only if every reply reached its requester,
+every seat was sold once, and no reply queue is left.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FLIGHT = "LH454"
 
 
 def main() -> int:
-    """Book in a folder of its own."""
+    """Run the story in a temporary folder, which is kept if it fails."""
     folder = Path(tempfile.mkdtemp(prefix="celery-eda-booking-"))
     try:
         with ExitStack() as ends:
@@ -38,7 +38,7 @@ def main() -> int:
     return 0 if figures == EXPECTED else 1
 
 
-#: The figures of a town in which nothing goes astray. Two ask at once: either may get seat 1.
+#: The expected figures. Two requests are concurrent, so either may get seat 1.
 EXPECTED = {
     "order_id": 124,
     "passengers": ["Ada", "Bob"],
@@ -50,7 +50,7 @@ EXPECTED = {
 
 
 def tell(town: Town) -> dict[str, object]:
-    """Ask in every way there is, and print what comes back."""
+    """Ask in every way, and print the replies."""
     from example_project.booking import agency
 
     reply = agency.order("Ada")
@@ -90,13 +90,13 @@ def tell(town: Town) -> dict[str, object]:
 def _opened(folder: Path, ends: ExitStack) -> Town:
     town = Town(folder, ends, PACKAGE)
     for name in SERVICES:
-        # The agency takes the answers to its durable requests; it has no tasks of its own.
+        # The agency has no tasks; its worker only receives the replies to its durable requests.
         town.open([name], "-Q", "eda.replies.agency" if name == "agency" else f"town.{name}")
     return town
 
 
 def reply_queues(town: Town) -> int:
-    """How many reply queues of processes the broker has."""
+    """The number of reply queues on the broker."""
     with redis.Redis.from_url(town.broker) as client:
         return len(client.keys("eda.reply.*"))
 

@@ -1,6 +1,6 @@
-"""The travel agency: asks order entry and the airline, and needs their answers.
+"""The travel agency: sends requests to order entry and the airline.
 
-It knows their tasks by name only; each has a database of its own.
+The agency knows only the names of their tasks; each service has a database of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Base(DeclarativeBase):
 
 
 class Trip(Base):
-    """A trip that a customer wants, and the request under which its seat was asked for."""
+    """A trip of a customer, and the request for its seat."""
 
     __tablename__ = "trips"
 
@@ -48,12 +48,12 @@ class Trip(Base):
 
 
 def order(customer: str) -> Reply[int]:
-    """Place an order; its id comes back in a reply with the same correlation id."""
+    """Request an order; the reply, with the same correlation id, has the id of the order."""
     return eda.request("orders.place", (customer, "a trip"))
 
 
 def book(customer: str, flight: str, address: str) -> Reply[dict[str, str]]:
-    """Ask for a seat and note it, in one transaction: both happen, or neither."""
+    """Record the trip and request its seat, in one transaction: both happen, or neither."""
     with eda.transaction() as session:
         reply = eda.request("airline.book", (flight, customer), address=address)
         session.merge(Trip(customer=customer, request=reply.correlation_id))
@@ -61,7 +61,7 @@ def book(customer: str, flight: str, address: str) -> Reply[dict[str, str]]:
 
 
 def confirmation_of(customer: str) -> str:
-    """The confirmation number of a seat asked for durably, by whichever process did."""
+    """The confirmation number of a seat that any process requested durably."""
     with eda.transaction() as session:
         request = session.get_one(Trip, customer).request
     confirmation: dict[str, str] = eda.reply(request).get()
@@ -69,5 +69,5 @@ def confirmation_of(customer: str) -> str:
 
 
 def open_for_business() -> None:
-    """Make the agency's own table."""
+    """Create the agency's table."""
     Base.metadata.create_all(eda.engine)

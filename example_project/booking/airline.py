@@ -1,4 +1,4 @@
-"""The airline: sells seats, and answers with a confirmation number, or with what went wrong."""
+"""The airline: sells seats; its reply is a confirmation number or an error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SoldOut(Exception):
     """No seat is left on the flight."""
 
 
-# Both services register it under this name, so that it travels as itself.
+# Both services register the error under this name, so that it arrives as this class.
 eda.register_error(SoldOut, "airline.SoldOut")
 
 
@@ -34,7 +34,7 @@ class Base(DeclarativeBase):
 
 
 class Booking(Base):
-    """A seat that was sold; its id makes the confirmation number."""
+    """A sold seat; the confirmation number is derived from its id."""
 
     __tablename__ = "bookings"
 
@@ -45,10 +45,10 @@ class Booking(Base):
 
 @eda.task(name="airline.book")
 def book(session: Session, flight: str, passenger: str) -> dict[str, str]:
-    """Sell a seat. The confirmation is sent if and only if the sale is committed.
+    """Sell a seat. The confirmation is sent if and only if the sale commits.
 
     Raises:
-        SoldOut: there is none.
+        SoldOut: no seat is left.
     """
     sold = select(func.count()).select_from(Booking).where(Booking.flight == flight)
     if session.scalar(sold) == SEATS:
@@ -60,5 +60,5 @@ def book(session: Session, flight: str, passenger: str) -> dict[str, str]:
 
 
 def open_for_business() -> None:
-    """Make the airline's own table."""
+    """Create the airline's table."""
     Base.metadata.create_all(eda.engine)

@@ -1,4 +1,4 @@
-"""Order entry: gives each order its id, which whoever placed it needs to know."""
+"""Order entry: assigns each order the id that its customer needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Base(DeclarativeBase):
 
 
 class Order(Base):
-    """What was ordered, and by whom."""
+    """An order of a customer."""
 
     __tablename__ = "orders"
 
@@ -37,7 +37,7 @@ class Order(Base):
 
 @eda.task(name="orders.place")
 def place(session: Session, customer: str, what: str) -> int:
-    """Take an order; returns its id."""
+    """Store an order; returns its id."""
     order = Order(customer=customer, what=what)
     if not session.query(Order).count():
         order.id = FIRST
@@ -47,5 +47,5 @@ def place(session: Session, customer: str, what: str) -> int:
 
 
 def open_for_business() -> None:
-    """Make the table of the orders."""
+    """Create the table of orders."""
     Base.metadata.create_all(eda.engine)

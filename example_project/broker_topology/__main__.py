@@ -1,10 +1,10 @@
 """A day of the shop: ``python -m example_project.broker_topology``.
 
-Twenty orders, of which the last cannot be made: stock runs out after they were paid. Then a
-loyalty service joins, catches up from what was stored, and counts on with the orders that follow.
+Customers place twenty orders; stock runs out after the last ones were paid. Then a loyalty service
+joins, catches up from the stored events, and continues with the orders that follow.
 
-The last line is one JSON object; the exit code is 0 only if every order had its end, no money is
-missing, and the points are what was paid.
+The last line is one JSON object. The exit code is 0 only if every order came to an end, no money
+is missing, and the points equal the payments.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DRINK = "hot chocolate"
 
 
 def main() -> int:
-    """Open the shop in a folder of its own."""
+    """Run the story in a temporary folder, which is kept if it fails."""
     folder = Path(tempfile.mkdtemp(prefix="celery-eda-shop-"))
     try:
         with ExitStack() as ends:
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def tell(town: Town) -> dict[str, Any]:
-    """Sell until the stock is gone, let another service join, and sell the other drink."""
+    """Sell until stock runs out, let the loyalty service join, and sell the other drink."""
     _open(town, *SERVICES)
     from example_project.broker_topology import kitchen, order, payment
 
@@ -80,7 +80,7 @@ def tell(town: Town) -> dict[str, Any]:
 
 
 def _open(town: Town, *services: str) -> None:
-    """Open *services*; from then on events wait for them, though their workers still start."""
+    """Create tables and queues of *services*: from then on their queues collect events."""
     town.open(services)
     for name in services:
         town.command(name, "subscriptions", "declare")
@@ -97,7 +97,7 @@ def _ended(order: Any) -> int:
 
 
 def _paid(payment: Any) -> int:
-    """What the accounts lack, in cents."""
+    """The cents missing from the accounts."""
     with Session(payment.eda.engine) as session:
         left = session.scalar(select(func.sum(payment.Account.balance))) or 0
     return int(len(payment.CUSTOMERS) * payment.OPENING_BALANCE - left)

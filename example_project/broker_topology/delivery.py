@@ -1,4 +1,4 @@
-"""Delivery: brings what was made."""
+"""Delivery: delivers finished drinks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Base(DeclarativeBase):
 
 
 class Delivery(Base):
-    """A drink that was brought to its customer."""
+    """A delivered drink."""
 
     __tablename__ = "deliveries"
 
@@ -27,12 +27,12 @@ class Delivery(Base):
 
 @eda.on("kitchen.made", name="delivery.deliver")
 def deliver(session: Session, event: Event) -> None:
-    """Bring it, and say so."""
+    """Deliver the drink, and emit an event."""
     order = event.data
     session.add(Delivery(order_id=order["order"], customer=order["customer"]))
     eda.emit("delivery.delivered", order, key=order["order"])
 
 
 def open_for_business() -> None:
-    """Make the service's own table."""
+    """Create the service's table."""
     Base.metadata.create_all(eda.engine)

@@ -1,4 +1,4 @@
-"""The kitchen: makes what was paid, as long as there is something to make it of."""
+"""The kitchen: makes paid drinks while stock lasts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Base(DeclarativeBase):
 
 
 class Stock(Base):
-    """Portions that are left."""
+    """The portions left of a drink."""
 
     __tablename__ = "stock"
 
@@ -28,9 +28,9 @@ class Stock(Base):
 
 @eda.on("payment.taken", name="kitchen.make")
 def make(session: Session, event: Event) -> None:
-    """Make the drink, or say that it cannot be made: the money is taken by then."""
+    """Make the drink, or emit that stock ran out; the customer has paid by then."""
     order = event.data
-    # Counted by the database, since another order may take a portion right now.
+    # The database does the subtraction, since a concurrent order may take a portion.
     one_less = update(Stock).where(Stock.drink == order["drink"], Stock.portions > 0)
     if session.execute(one_less.values(portions=Stock.portions - 1)).rowcount:
         eda.emit("kitchen.made", order, key=order["order"])
@@ -39,7 +39,7 @@ def make(session: Session, event: Event) -> None:
 
 
 def open_for_business() -> None:
-    """Make the table and fill the stock."""
+    """Create the table and fill the stock."""
     Base.metadata.create_all(eda.engine)
     with eda.transaction() as session:
         for drink in ("hot chocolate", "white chocolate"):

@@ -1,4 +1,4 @@
-"""Loyalty: points for what was paid. It came later, and nobody had to know of it."""
+"""Loyalty: points for payments. The service joined later; no other service had to change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Base(DeclarativeBase):
 
 
 class Points(Base):
-    """Points given, or taken back: one for each cent."""
+    """Points granted or revoked: one per cent."""
 
     __tablename__ = "points"
 
@@ -28,12 +28,12 @@ class Points(Base):
 
 @eda.on("payment.taken", "payment.refunded", name="loyalty.count", ordered=True)
 def count(session: Session, event: Event) -> None:
-    """Give the points of a payment, or take them back; those of an order in their order."""
+    """Grant the points of a payment or revoke them, in the order of the events of an order."""
     customer, price = event.data["customer"], event.data["price"]
     points = price if event.type == "payment.taken" else -price
     session.add(Points(customer=customer, order_id=event.key, points=points))
 
 
 def open_for_business() -> None:
-    """Make the service's own table."""
+    """Create the service's table."""
     Base.metadata.create_all(eda.engine)

@@ -1,4 +1,4 @@
-"""Orders: placed at the counter, and what became of them."""
+"""Orders: placed at the counter, and their states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Base(DeclarativeBase):
 
 
 class Order(Base):
-    """An order; its state follows from the events of the others."""
+    """An order; its state follows the events of the other services."""
 
     __tablename__ = "orders"
 
@@ -29,7 +29,7 @@ class Order(Base):
 
 
 def place(customer: str, drink: str) -> int:
-    """Place an order, and say so: both, or neither."""
+    """Store an order and emit an event, in one transaction."""
     with eda.transaction() as session:
         order = Order(customer=customer, drink=drink)
         session.add(order)
@@ -41,16 +41,16 @@ def place(customer: str, drink: str) -> int:
 
 @eda.on("delivery.delivered", name="order.close")
 def close(session: Session, event: Event) -> None:
-    """The customer has it."""
+    """Close the delivered order."""
     session.get_one(Order, event.data["order"]).state = "delivered"
 
 
 @eda.on("payment.refunded", "payment.failed", name="order.discard")
 def discard(session: Session, event: Event) -> None:
-    """Nothing was made, and nothing is owed."""
+    """Discard the order: nothing was made, and the customer owes nothing."""
     session.get_one(Order, event.data["order"]).state = "discarded"
 
 
 def open_for_business() -> None:
-    """Make the service's own table."""
+    """Create the service's table."""
     Base.metadata.create_all(eda.engine)

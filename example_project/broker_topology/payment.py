@@ -1,4 +1,4 @@
-"""Payment: the customers' accounts. What went wrong elsewhere is undone from its own events."""
+"""Payment: the customers' accounts. Refunds are computed from the service's own events."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Account(Base):
 
 @eda.on("order.placed", name="payment.charge")
 def charge(session: Session, event: Event) -> None:
-    """Take the price from the customer's account, and say so."""
+    """Charge the price to the customer's account, and emit an event."""
     order = event.data
     customer, price = order["customer"], order["price"]
-    # Counted by the database, since another order of this customer may be paid right now.
+    # The database does the subtraction, since a concurrent order may charge this account.
     can_pay = update(Account).where(Account.customer == customer, Account.balance >= price)
     paid = session.execute(can_pay.values(balance=Account.balance - price)).rowcount
     eda.emit("payment.taken" if paid else "payment.failed", order, key=order["order"])
@@ -40,7 +40,7 @@ def charge(session: Session, event: Event) -> None:
 
 @eda.on("stock.failed", name="payment.refund")
 def refund(session: Session, event: Event) -> None:
-    """Give back what this service's own events say that it took for the order."""
+    """Refund the amount that this service charged for the order, according to its own events."""
     order = event.data["order"]
     owed, customer = eda.fold(f"payment.{order}", (0, ""), _owed)
     account = update(Account).where(Account.customer == customer)
@@ -55,7 +55,7 @@ def _owed(state: tuple[int, str], event: Event) -> tuple[int, str]:
 
 
 def open_for_business() -> None:
-    """Make the table and open the customers' accounts."""
+    """Create the table and open the customers' accounts."""
     Base.metadata.create_all(eda.engine)
     with eda.transaction() as session:
         for customer in CUSTOMERS:

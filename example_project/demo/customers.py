@@ -1,4 +1,4 @@
-"""A customer who orders again and again, and notes what the shop answered.
+"""A customer who orders repeatedly, and writes each result to a diary.
 
 ``python -m example_project.demo.customers ORDERS SECONDS SEED DIARY``: *ORDERS* orders in about
 *SECONDS* seconds. One in five is rolled back after it was published.
@@ -22,14 +22,14 @@ READY = "at the counter"
 
 @dataclass(frozen=True)
 class Told:
-    """The ids of orders as the customers know them: committed ones, and rolled-back ones."""
+    """The ids of committed and of rolled-back orders, according to the customers."""
 
     placed: frozenset[str]
     rolled_back: frozenset[str]
 
 
 def order_again_and_again(orders: int, seconds: float, seed: str, diary: Path) -> None:
-    """Place *orders* orders, and write each answer to *diary* as soon as it is known."""
+    """Place *orders* orders, and write each result to *diary* at once."""
     chance = random.Random(seed)
     print(READY, flush=True)
     with diary.open("a", buffering=1) as notes:
@@ -44,7 +44,7 @@ def order_again_and_again(orders: int, seconds: float, seed: str, diary: Path) -
 
 
 def read(folder: Path) -> Told:
-    """What the customers noted in the diaries in *folder*."""
+    """The results in all diaries in *folder*."""
     notes = [
         line.split() for diary in folder.glob("*.diary") for line in diary.read_text().splitlines()
     ]

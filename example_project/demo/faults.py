@@ -1,7 +1,7 @@
-"""What is done to the shop while it trades: SIGKILLs, and one restart of whatever is in the middle.
+"""Faults injected while the shop is open: SIGKILLs, and one restart of the broker.
 
-Nobody is warned. Who was killed is started again, as a supervisor would; a pool child is replaced
-by its own worker.
+Killed processes are started again, as a supervisor would do; a worker replaces its pool children
+itself.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from celery import Celery
 from example_project.demo.broker import PrivateBroker
 from example_project.demo.shop import RELAYS, WORKERS, Shop
 
-#: Seconds in which a worker shall say whom it has in its pool.
+#: Seconds within which a worker has to list its pool children.
 PATIENCE = 8.0
 
 
 @dataclass
 class Faults:
-    """Strikes *shop* and, if there is one of ours, its *broker*; *chance* chooses whom.
+    """Injects faults into *shop* and its private *broker*, if any; *chance* chooses the victims.
 
     Attributes:
         kills: processes killed so far, the broker included.
@@ -40,15 +40,15 @@ class Faults:
     broker_restarts: int = 0
 
     def plan(self) -> list[tuple[float, Callable[[], str]]]:
-        """When to call what; each call strikes, and says in a line what it did.
+        """Pairs (time, fault); each fault injects itself and returns a line about it.
 
-        The moments are parts of the time that the customers order in.
+        Times are fractions of the time in which the customers order.
         """
         strikes: list[tuple[float, Callable[[], str]]] = [
             (0.12, self.kill_worker),
             (0.22, self.kill_pool_child),
             (0.32, self.kill_relay),
-            # If the broker is away, all new orders are in the outbox of this relay.
+            # While the broker is down, all new orders are in the outbox of this relay.
             (0.46, self.kill_relay_of_the_counter),
             (0.65, self.kill_pool_child),
             (0.75, self.kill_worker),
@@ -62,11 +62,11 @@ class Faults:
         return sorted(strikes, key=lambda strike: strike[0])
 
     def kill_worker(self) -> str:
-        """Kill a worker's main process, its pool with it."""
+        """Kill a worker's main process and its pool."""
         return self._replace(self.chance.choice(WORKERS), "worker")
 
     def kill_everybody(self) -> str:
-        """Kill all workers and relays at once: nobody is left who has a database open."""
+        """Kill all workers and relays at once, so that no process has a database open."""
         staff = [*WORKERS, *RELAYS]
         for name in staff:
             self.shop.staff[name].kill()
@@ -84,13 +84,13 @@ class Faults:
         return self._replace("order-relay", "relay")
 
     def kill_pool_child(self) -> str:
-        """Kill a process of a worker's pool, in the middle of a task if there is one."""
+        """Kill a pool child of a worker, preferably one that runs a task."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             if not (pool := self._busy_children() or self._children()):
                 continue
             node, pid, task = self.chance.choice(pool)
-            with suppress(ProcessLookupError):  # it has ended since its worker told of it
+            with suppress(ProcessLookupError):  # the child has exited since its worker listed it
                 os.kill(pid, signal.SIGKILL)
                 self.kills += 1
                 return f"SIGKILL pool child {pid} of {node.split('@')[0]}, busy with {task}"
@@ -104,7 +104,7 @@ class Faults:
         return "SIGKILL broker; the counter stays open"
 
     def start_broker(self) -> str:
-        """Start the broker on the same port, with what it had on disk."""
+        """Restart the broker on the same port with its data on disk."""
         assert self.broker, "only a private broker was killed"
         self.broker.process.start()
         self.broker.wait_until_ready()
@@ -120,24 +120,24 @@ class Faults:
         return f"SIGKILL {kind} {name} ({pid}); started again"
 
     def _busy_children(self) -> list[tuple[str, int, str]]:
-        """Node, process id and task of every pool child with a task in hand."""
+        """Triples (node, process id, task) of all pool children that run a task."""
         active = self._ask("active")
         return [
             (node, each["worker_pid"], each["name"]) for node in active for each in active[node]
         ]
 
     def _children(self) -> list[tuple[str, int, str]]:
-        """Node and process id of every pool child."""
+        """Pairs (node, process id) of all pool children."""
         stats = self._ask("stats")
         return [
             (node, pid, "nothing") for node in stats for pid in stats[node]["pool"]["processes"]
         ]
 
     def _ask(self, question: str) -> dict[str, Any]:
-        """What each worker answers to a question of Celery's remote control, by node."""
+        """The replies of all workers to a remote control command, by node."""
         workers = [self.shop.node(name) for name in WORKERS]
         app = Celery(broker=self.shop.broker)
-        # A connection of its own: Celery's pool may still hold one to the broker that was killed.
+        # A new connection, since Celery's pool may still have one to the killed broker.
         with app.connection_for_write() as connection:
             inspect = app.control.inspect(
                 workers, timeout=1.0, limit=len(workers), connection=connection

@@ -1,7 +1,7 @@
-"""Counts in the services' databases what became of every order.
+"""Counts the effects of every order in the services' databases.
 
-Effects are rows that are only ever added, in tables that would take a second one, so whatever
-happened twice is there twice.
+An effect is a row that is never updated, in a table without a unique constraint, so an effect that
+happened twice is found twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from example_project.kitchen import Cup
 from example_project.order import Order, Progress
 from example_project.payment import Charge
 
-#: What every committed order shall have exactly once: the service that keeps it, and the orders.
+#: The effects that every committed order must have exactly once: service and query.
 EFFECTS: Mapping[str, tuple[str, Select[tuple[str]]]] = {
     "charged": ("payment", select(Charge.order_id)),
     "made": ("kitchen", select(Cup.order_id)),
@@ -30,15 +30,15 @@ EFFECTS: Mapping[str, tuple[str, Select[tuple[str]]]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """An order that has an effect too few or too many times.
+    """An order with a missing, duplicated or phantom effect.
 
     Attributes:
         kind: ``lost``: a committed order lacks the effect, or is missing itself although its
-            customer was told it is committed. ``duplicated``: it has the effect more than once.
-            ``phantom``: an order that was not committed has the effect, or is there itself.
-        order: its id.
+            customer saw the commit. ``duplicated``: it has the effect more than once.
+            ``phantom``: an order that was not committed has the effect, or exists.
+        order: the id of the order.
         effect: one of ``EFFECTS``, or ``placed``.
-        times: how many times too few or too many.
+        times: the number of missing or surplus effects.
     """
 
     kind: str
@@ -52,13 +52,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found.
+    """The result of the count.
 
     Attributes:
         published: orders committed.
         rolled_back: orders published, then rolled back.
-        effects: rows found, by the name of the effect.
-        faults: whatever is not as promised.
+        effects: number of rows by name of the effect.
+        faults: violations of the promise.
     """
 
     published: int
@@ -67,12 +67,12 @@ class Verdict:
     faults: Sequence[Fault]
 
     def count(self, kind: str) -> int:
-        """How many times effects are ``lost``, ``duplicated`` or ``phantom``."""
+        """The number of effects that are ``lost``, ``duplicated`` or ``phantom``."""
         return sum(each.times for each in self.faults if each.kind == kind)
 
 
 class Books:
-    """The four databases, open to be read; by the name of their service."""
+    """Read access to the four databases."""
 
     def __init__(self, databases: Mapping[str, str]) -> None:
         self._engines = {service: create_engine(url) for service, url in databases.items()}
@@ -82,24 +82,24 @@ class Books:
         return set(self._read("order", select(Order.id)))
 
     def effects(self) -> dict[str, Counter[str]]:
-        """How often each order has each effect."""
+        """The number of rows per order, for each effect."""
         return {
             name: Counter(self._read(service, query)) for name, (service, query) in EFFECTS.items()
         }
 
     def waiting(self) -> int:
-        """Messages in all outboxes."""
+        """The number of messages in all outboxes."""
         query = select(func.count()).select_from(Tables.on().outbox)
         return sum(self._read(service, query)[0] for service in self._engines)
 
     def dead(self) -> list[tuple[str, str]]:
-        """Task and reason of every dead letter."""
+        """Lines with the task and reason of every dead letter."""
         table = Tables.on().dead_letters
         query = select(table.c.task + ": " + table.c.reason)
         return [(each, text) for each in self._engines for text in self._read(each, query)]
 
     def judge(self, told: Told) -> Verdict:
-        """Count, and compare with what the customers were told."""
+        """Count the effects, and compare them with the customers' diaries."""
         orders, effects = self.orders(), self.effects()
         faults = [Fault("lost", order, "placed", 1) for order in told.placed - orders]
         faults += [Fault("phantom", order, "placed", 1) for order in told.rolled_back & orders]

@@ -1,4 +1,4 @@
-"""Processes that can be killed and started again, and that never outlive the demo."""
+"""Processes that can be killed and restarted, and that never outlive the demo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-#: Seconds that processes have to end by themselves before they are killed.
+#: Seconds within which processes have to exit before they are killed.
 PATIENCE = 8.0
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -26,7 +26,7 @@ class Failed(Exception):
 
 
 class Process:
-    """One process in a group of its own, and the file that it logs to."""
+    """A process in its own process group, and its log file."""
 
     def __init__(
         self, name: str, command: Sequence[str | Path], environment: Mapping[str, str], log: Path
@@ -38,7 +38,7 @@ class Process:
         self.start()
 
     def start(self) -> None:
-        """Start it, for the first time or again."""
+        """Start or restart the process."""
         with self.log.open("ab") as log:
             self._popen = subprocess.Popen(
                 self._command,
@@ -47,7 +47,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # A Ctrl-C is for the demo alone, which then ends all others in good order.
+                # Ctrl-C reaches only the demo, which then stops the others in order.
                 start_new_session=True,
                 preexec_fn=_die_with_parent,  # noqa: PLW1509  # the demo has no threads
             )
@@ -61,21 +61,21 @@ class Process:
         return self._popen.poll() is None
 
     def kill(self) -> None:
-        """SIGKILL it; what it started goes with it."""
+        """SIGKILL the process and its children."""
         self._popen.kill()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._popen.wait()
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Send SIGTERM."""
         self._popen.terminate()
 
     def wait(self, seconds: float) -> int:
-        """Its exit code.
+        """Wait for the exit; returns the exit code.
 
         Raises:
-            Failed: it still runs after *seconds*.
+            Failed: the process still runs after *seconds*.
         """
         try:
             return self._popen.wait(seconds)
@@ -83,11 +83,11 @@ class Process:
             raise Failed(f"{self.name} did not end in {seconds:.0f} s:\n{self.tail()}") from None
 
     def has_said(self, words: str) -> bool:
-        """Whether *words* are in its log."""
+        """True if its log contains *words*."""
         return words in self.log.read_text(errors="replace")
 
     def tail(self) -> str:
-        """The end of its log."""
+        """The last lines of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
 
 
@@ -97,7 +97,7 @@ def python(*arguments: str) -> list[str]:
 
 
 def end(processes: Iterable[Process]) -> None:
-    """End all of them, in good order if they can."""
+    """Terminate all *processes*; kill those that do not exit in time."""
     running = [each for each in processes if each.alive]
     for each in running:
         each.terminate()
@@ -109,11 +109,11 @@ def end(processes: Iterable[Process]) -> None:
 
 
 def _die_with_parent() -> None:
-    """Have the system SIGKILL this process when the demo is gone, even if by SIGKILL itself.
+    """Let the kernel SIGKILL this process when the demo ends, even by SIGKILL.
 
     Celery does the same for the children of a prefork pool.
     """
     if _libc:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != _parent:  # gone already, in the moment since the fork
+        if os.getppid() != _parent:  # the demo ended between the fork and the call
             os.kill(os.getpid(), signal.SIGKILL)

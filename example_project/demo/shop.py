@@ -21,17 +21,17 @@ PATIENCE = 40.0
 
 
 class Shop:
-    """One shop, with its logs, and its databases unless the environment names others, in *folder*.
+    """A shop with its logs, and its databases unless the environment names others, in *folder*.
 
     Attributes:
-        staff: the running workers and relays, by name; whoever ends is to be started again.
-        customers: processes that end by themselves.
+        staff: the workers and relays by name; restarted when they exit.
+        customers: processes that exit by themselves.
     """
 
     def __init__(self, broker: str, folder: Path) -> None:
         self.broker = broker
         self.folder = folder
-        # The broker may be somebody else's, so that the queues have names of their own.
+        # The broker may be shared, so the queues get unique names.
         self.name = f"shop-{uuid4().hex[:8]}"
         self.databases = {
             service: os.environ.get(_variable(service)) or f"sqlite:///{folder / service}.db"
@@ -43,7 +43,7 @@ class Shop:
             "SHOP_BROKER": broker,
             "SHOP_NAME": self.name,
             "PYTHONUNBUFFERED": "1",
-            # What a killed process leaves in it goes with the folder.
+            # Temporary files of killed processes are deleted with the folder.
             "TMPDIR": str(folder),
         }
         self._errands: list[Process] = []
@@ -51,7 +51,7 @@ class Shop:
         self.customers: list[Process] = []
 
     def make_tables(self) -> None:
-        """Make celery_eda's tables and the shop's own in each database."""
+        """Create the tables of celery_eda and of the shop in each database."""
         self._run_all(
             {
                 f"{service}-upgrade": python("celery", "-A", _app(service), "eda", "db", "upgrade")
@@ -61,7 +61,7 @@ class Shop:
         self._run_all({"opening": python("example_project.opening")})
 
     def open(self) -> None:
-        """Start the staff and wait until everybody is at work."""
+        """Start the staff and wait until all are ready."""
         for name in WORKERS:
             service = name.split("-")[0]
             command = python("celery", "-A", _app(service), "worker", "-c2", "-l", "INFO")
@@ -77,7 +77,7 @@ class Shop:
         _wait_for((self.staff[name] for name in RELAYS), "Relay is running")
 
     def let_in(self, orders: int, seconds: float, seed: int) -> None:
-        """Start the customers, who place *orders* orders together, and see them at the counter."""
+        """Start the customers, who place *orders* orders together; wait until they are ready."""
         for number in range(CUSTOMERS):
             share = len(range(number, orders, CUSTOMERS))
             diary = str(self.folder / f"{number}.diary")
@@ -87,10 +87,10 @@ class Shop:
         _wait_for(self.customers, customers.READY)
 
     def is_trading(self) -> bool:
-        """Whether customers are at the counter.
+        """True while customers are ordering.
 
         Raises:
-            Failed: one of them left with an error.
+            Failed: one of them exited with an error.
         """
         for each in self.customers:
             if not each.alive and each.wait(0):
@@ -98,26 +98,26 @@ class Shop:
         return any(each.alive for each in self.customers)
 
     def supervise(self) -> Iterator[str]:
-        """Start everybody again who has ended; gives their names."""
+        """Restart the staff that exited; returns their names."""
         for each in self.staff.values():
             if not each.alive:
                 each.start()
                 yield each.name
 
     def node(self, worker: str) -> str:
-        """The name by which Celery's remote control knows *worker*."""
+        """The node name of *worker* in Celery's remote control."""
         return f"{worker}@{self.name}"
 
     def told(self) -> customers.Told:
-        """What the customers were told so far."""
+        """The customers' results so far."""
         return customers.read(self.folder)
 
     def close(self) -> None:
-        """End everybody."""
+        """Stop all processes."""
         processes.end([*self._errands, *self.customers, *self.staff.values()])
 
     def close_and_remove_queues(self) -> None:
-        """End everybody and leave nothing on a broker that is not ours."""
+        """Stop all processes, and delete the queues on a broker that is not private."""
         self.close()
         with Celery(broker=self.broker).connection_for_write() as connection:
             for service in SERVICES:
@@ -128,7 +128,7 @@ class Shop:
         return Process(name, command, self._environment, self.folder / f"{name}.log")
 
     def _run_all(self, commands: dict[str, list[str]]) -> None:
-        """Run *commands* beside each other, to their ends."""
+        """Run *commands* concurrently until all have finished."""
         self._errands = [self._start(name, command) for name, command in commands.items()]
         for each in self._errands:
             if each.wait(PATIENCE):
@@ -136,10 +136,10 @@ class Shop:
 
 
 def _wait_for(started: Iterable[Process], words: str) -> None:
-    """Wait until each of them has said *words*.
+    """Wait until the log of each process contains *words*.
 
     Raises:
-        Failed: one of them ended, or did not say it in time.
+        Failed: a process exited, or its log lacks the words after the timeout.
     """
     deadline = time.monotonic() + PATIENCE
     for each in started:

@@ -1,11 +1,11 @@
 """A day of the shop: ``python -m example_project.mediator_topology``.
 
-Twenty orders, of which the last cannot be made: stock runs out. Then the barista is absent: two
-orders wait, time goes by, and the manager decides, once for another try and once against it. Then
-the barista is back.
+Customers place twenty orders; stock runs out before the last ones are made. Then the barista is
+absent: two orders wait until the manager decides, once to try again and once to give up. Then the
+barista is back.
 
-The last line is one JSON object; the exit code is 0 only if every order had its end, no money is
-missing, and everybody was told.
+The last line is one JSON object. The exit code is 0 only if every order came to an end, no money
+is missing, and every customer was notified.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from example_project.town import PATIENCE, Town, wait_until
 
 PACKAGE = "example_project.mediator_topology"
 SERVICES = ("order", "payment", "kitchen", "delivery", "notification")
-#: Few at once: with more of them on a slow machine the manager would be asked.
+#: Few concurrent orders; with more, a slow machine would time out and ask the manager.
 ORDERS, LATER, AT_ONCE = 20, 2, 5
 DRINK, OTHER = "hot chocolate", "white chocolate"
 
 
 def main() -> int:
-    """Open the shop in a folder of its own."""
+    """Run the story in a temporary folder, which is kept if it fails."""
     folder = Path(tempfile.mkdtemp(prefix="celery-eda-shop-"))
     try:
         with ExitStack() as ends:
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def tell(town: Town) -> dict[str, Any]:
-    """Sell until the stock is gone, and once more while nobody is in the kitchen."""
+    """Sell until stock runs out, and twice while the barista is absent."""
     town.open(SERVICES)
     from example_project.mediator_topology import kitchen, notification, order, payment
 
@@ -98,7 +98,7 @@ def _states(order: Any) -> Counter[str]:
 
 
 def _ended(order: Any) -> int:
-    """The orders whose sagas are over; what was late is undone by then."""
+    """The orders whose sagas have ended, late effects compensated."""
     sagas = order.eda.tables.sagas
     with Session(order.eda.engine) as session:
         ends = Counter(session.scalars(select(sagas.c.state)))
@@ -106,14 +106,14 @@ def _ended(order: Any) -> int:
 
 
 def _asks(order: Any, number: int) -> bool:
-    """Whether the manager is asked about an order."""
+    """True if the saga of an order waits for the manager."""
     with order.eda.engine.connect() as connection:
         records = order.eda.sagas.store.records(connection, f"order {number}")
     return any(each.kind is Kind.wait and each.status is Status.open for each in records)
 
 
 def _paid(payment: Any) -> int:
-    """What the accounts lack, in cents."""
+    """The cents missing from the accounts."""
     with Session(payment.eda.engine) as session:
         left = session.scalar(select(func.sum(payment.Account.balance))) or 0
     return int(len(payment.CUSTOMERS) * payment.OPENING_BALANCE - left)

@@ -1,4 +1,4 @@
-"""Delivery: brings what was made."""
+"""Delivery: delivers finished drinks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Base(DeclarativeBase):
 
 
 class Delivery(Base):
-    """A drink that was brought to its customer."""
+    """A delivered drink."""
 
     __tablename__ = "deliveries"
 
@@ -28,10 +28,10 @@ class Delivery(Base):
 
 @eda.task(name="delivery.deliver")
 def deliver(session: Session, what: dict[str, Any]) -> None:
-    """Bring it."""
+    """Deliver the drink."""
     session.add(Delivery(order_id=what["order"], customer=what["customer"]))
 
 
 def open_for_business() -> None:
-    """Make the service's own table."""
+    """Create the service's table."""
     Base.metadata.create_all(eda.engine)

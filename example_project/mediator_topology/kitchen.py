@@ -1,4 +1,4 @@
-"""The kitchen: makes what it is told to, as long as there is something to make it of."""
+"""The kitchen: makes drinks while stock lasts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Base(DeclarativeBase):
 
 
 class Stock(Base):
-    """Portions that are left, and cups that were made for nothing."""
+    """The portions left of a drink, and the cups thrown away."""
 
     __tablename__ = "stock"
 
@@ -30,21 +30,21 @@ class Stock(Base):
 
 @eda.task(name="kitchen.make")
 def make(session: Session, what: dict[str, Any]) -> bool:
-    """Make the drink, if there is something to make it of."""
-    # Counted by the database, since another order may take a portion right now.
+    """Make the drink, or refuse if stock ran out."""
+    # The database does the subtraction, since a concurrent order may take a portion.
     one_less = update(Stock).where(Stock.drink == what["drink"], Stock.portions > 0)
     return bool(session.execute(one_less.values(portions=Stock.portions - 1)).rowcount)
 
 
 @eda.task(name="kitchen.throw_away")
 def throw_away(session: Session, what: dict[str, Any]) -> None:
-    """Nobody will drink it, if there is a cup."""
+    """Throw the cup away, if there is one."""
     stock = update(Stock).where(Stock.drink == what["drink"])
     session.execute(stock.values(wasted=Stock.wasted + int(what["cup"])))
 
 
 def open_for_business() -> None:
-    """Make the table and fill the stock."""
+    """Create the table and fill the stock."""
     Base.metadata.create_all(eda.engine)
     with eda.transaction() as session:
         for drink in ("hot chocolate", "white chocolate"):

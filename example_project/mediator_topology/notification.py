@@ -1,4 +1,4 @@
-"""Notification: what customers are told."""
+"""Notification: messages to customers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Base(DeclarativeBase):
 
 
 class Note(Base):
-    """Something that a customer was told."""
+    """A message to a customer."""
 
     __tablename__ = "notes"
 
@@ -28,16 +28,16 @@ class Note(Base):
 
 @eda.task(name="notification.tell")
 def tell(session: Session, what: dict[str, Any]) -> None:
-    """Tell the customer that the order has come in."""
+    """Confirm the order to the customer."""
     session.add(Note(order_id=what["order"], text="we are at it"))
 
 
 @eda.task(name="notification.apologise")
 def apologise(session: Session, what: dict[str, Any]) -> None:
-    """Tell the customer that nothing comes of it."""
+    """Tell the customer that the order is cancelled."""
     session.add(Note(order_id=what["order"], text="we are sorry"))
 
 
 def open_for_business() -> None:
-    """Make the service's own table."""
+    """Create the service's table."""
     Base.metadata.create_all(eda.engine)

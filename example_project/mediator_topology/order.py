@@ -1,4 +1,4 @@
-"""Orders: the mediator. What has to happen for one, and what if it cannot, is written down here."""
+"""Orders: the mediator, which defines the flow of an order and its compensations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from example_project.service import service
 app, eda = service("order")
 
 MENU = {"hot chocolate": 450, "white chocolate": 500}
-#: Seconds until the manager is asked about an order that nobody makes.
+#: Seconds until the manager is asked about an order that is not made.
 PATIENCE = 8
 
 
@@ -23,7 +23,7 @@ class Base(DeclarativeBase):
 
 
 class Order(Base):
-    """An order; the saga of the same number moves its state."""
+    """An order; the saga of the same number changes its state."""
 
     __tablename__ = "orders"
 
@@ -35,19 +35,19 @@ class Order(Base):
 
 @eda.task(name="order.close")
 def close(session: Session, what: dict[str, Any]) -> None:
-    """The customer has it."""
+    """Close the delivered order."""
     session.get_one(Order, what["order"]).state = "delivered"
 
 
 @eda.task(name="order.accept")
 def accept(session: Session, what: dict[str, Any]) -> None:
-    """It is under way."""
+    """Accept the order."""
     session.get_one(Order, what["order"]).state = "accepted"
 
 
 @eda.task(name="order.discard")
 def discard(session: Session, what: dict[str, Any]) -> None:
-    """Nothing is owed."""
+    """Discard the order; the customer owes nothing."""
     session.get_one(Order, what["order"]).state = "discarded"
 
 
@@ -65,7 +65,7 @@ def out_of_stock(data: Data) -> bool:
 
 @eda.saga("order")
 def sell(steps: Steps) -> None:
-    """The whole flow; what fails has all before it undone, the latest first."""
+    """Describe the flow; after a failure, completed steps are compensated in reverse order."""
     cup: dict[str, Any] = {"undo": "kitchen.throw_away", "keep": "cup"}
     steps.step("accept", accept, undo=discard)
     with steps.parallel("order"):
@@ -85,13 +85,13 @@ def sell(steps: Steps) -> None:
         steps.step("make_again", "kitchen.make", **cup)
     with steps.when(out_of_stock):
         steps.fail("stock", "out of stock")
-    steps.pivot("served")  # from here on there is no way back
+    steps.pivot("served")  # no compensation from here on
     steps.step("deliver", "delivery.deliver")
     steps.step("close", close)
 
 
 def place(customer: str, drink: str) -> int:
-    """Place an order, and begin its saga: both, or neither."""
+    """Store an order and start its saga, in one transaction."""
     with eda.transaction() as session:
         order = Order(customer=customer, drink=drink)
         session.add(order)
@@ -102,5 +102,5 @@ def place(customer: str, drink: str) -> int:
 
 
 def open_for_business() -> None:
-    """Make the service's own table."""
+    """Create the service's table."""
     Base.metadata.create_all(eda.engine)

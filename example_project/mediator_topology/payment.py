@@ -31,9 +31,9 @@ class Account(Base):
 
 @eda.task(name="payment.charge")
 def charge(session: Session, what: dict[str, Any]) -> None:
-    """Take the price from the customer's account, or refuse."""
+    """Charge the price to the customer's account, or refuse."""
     customer, price = what["customer"], what["price"]
-    # Counted by the database, since another order of this customer may be paid right now.
+    # The database does the subtraction, since a concurrent order may charge this account.
     can_pay = update(Account).where(Account.customer == customer, Account.balance >= price)
     if not session.execute(can_pay.values(balance=Account.balance - price)).rowcount:
         raise Ignore(f"{customer} cannot pay {price}")
@@ -41,13 +41,13 @@ def charge(session: Session, what: dict[str, Any]) -> None:
 
 @eda.task(name="payment.refund")
 def refund(session: Session, what: dict[str, Any]) -> None:
-    """Give the price back."""
+    """Refund the price."""
     account = update(Account).where(Account.customer == what["customer"])
     session.execute(account.values(balance=Account.balance + what["price"]))
 
 
 def open_for_business() -> None:
-    """Make the table and open the customers' accounts."""
+    """Create the table and open the customers' accounts."""
     Base.metadata.create_all(eda.engine)
     with eda.transaction() as session:
         for customer in CUSTOMERS:

@@ -1,8 +1,8 @@
-"""Tells the story of a bulk of trades of which one is malformed.
+"""Places a bulk of trades, one of them malformed: ``python -m example_project.trading``.
 
-``python -m example_project.trading``, or ``--by-hand`` to have a person mend it with the commands
-of ``celery -A … eda dead-letters``. The last line is one JSON object; the exit code is 0 only if
-every account's trades took effect once, in their order.
+The repairer corrects the malformed trade; with ``--by-hand`` the commands of
+``celery -A … eda dead-letters`` do. The last line is one JSON object. The exit code is 0 only if
+every account's trades took effect once, in order.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ place([tuple(each) for each in json.load(sys.stdin)])
 
 
 def main() -> int:
-    """Tell the story in a folder of its own."""
+    """Run the story in a temporary folder, which is kept if it fails."""
     options = _options()
     folder = Path(tempfile.mkdtemp(prefix="celery-eda-trades-"))
     try:
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 class Desk:
-    """The desk's processes, its database, and its command line."""
+    """The processes, database and command line of the desk."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self.environment = environment
@@ -65,10 +65,10 @@ class Desk:
         self._folder = folder
 
     def command(self, *words: str, given: str | None = None) -> str:
-        """Run a command to its end; returns what it printed.
+        """Run a command; returns its output.
 
         Raises:
-            Failed: it ended with an error.
+            Failed: the command exited with an error.
         """
         done = subprocess.run(
             [sys.executable, *words],
@@ -97,7 +97,7 @@ class Desk:
             yield Process(queue, command, self.environment, self._folder / f"{queue}.log")
 
     def executed(self) -> dict[str, list[int]]:
-        """The numbers of each account's trades, in the order in which they took effect."""
+        """The numbers of each account's trades, in the order of their effects."""
         query = select(Trade.account, Trade.number).order_by(Trade.account, Trade.id)
         with self.engine.connect() as connection:
             rows = connection.execute(query).all()
@@ -107,10 +107,10 @@ class Desk:
         }
 
     def wait(self, until: Callable[[dict[str, list[int]]], bool], what: str) -> float:
-        """Wait until the executed trades are as wanted; returns the seconds that took.
+        """Wait until the executed trades are as expected; returns the seconds waited.
 
         Raises:
-            Failed: they are not in time.
+            Failed: the trades differ after the timeout.
         """
         began = time.monotonic()
         while not until(self.executed()):
@@ -121,7 +121,7 @@ class Desk:
 
 
 def tell(desk: Desk, by_hand: bool) -> dict[str, object]:
-    """Place the trades, see who waits and who does not, have the malformed one mended."""
+    """Place the trades, check which accounts wait, and repair the malformed trade."""
     orders = [
         MALFORMED if (account, number) == MALFORMED[:2] else (account, number, "CHOC", "100")
         for number in range(1, TRADES + 1)
@@ -149,7 +149,7 @@ def tell(desk: Desk, by_hand: bool) -> dict[str, object]:
 
 
 def mend(desk: Desk) -> None:
-    """What a person does: look, correct, send again."""
+    """Act as a person: list, edit, redrive."""
     desk.wait(lambda executed: executed.get("A") == [1], "A's first trade alone")
     print(f"A waits: {desk.executed()['A']} executed. A person looks:")
     print(desk.eda("dead-letters", "list", "--state", "open"))

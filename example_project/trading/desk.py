@@ -1,7 +1,7 @@
-"""The trading desk: executes trades, those of one account in the order in which they were placed.
+"""The trading desk: executes the trades of each account in the order in which they were placed.
 
-A trade that cannot be understood holds up its account alone. The repairer mends what it knows how
-to mend; without it (``DESK_REPAIRER=off``) a person does the same with ``eda dead-letters``.
+A malformed trade blocks only its own account. A repairer corrects the known mistakes; without it
+(``DESK_REPAIRER=off``) a person does the same with ``eda dead-letters``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ app = Celery("trading")
 app.config_from_object(settings)
 app.conf.update(
     eda_database_url=settings.database_of("trading"),
-    # Repairs have a queue, and so a worker, of their own: they never hold up the trades.
+    # Repairs have a queue and a worker of their own, so they never delay the trades.
     eda_repair_queue=settings.queue_of("trading.repair"),
     eda_embedded_relay=True,
     task_routes={"trading.*": {"queue": settings.queue_of("trading")}},
@@ -32,7 +32,7 @@ class Base(DeclarativeBase):
 
 
 class Trade(Base):
-    """An executed trade; ``id`` is the order in which trades took effect."""
+    """An executed trade; ``id`` gives the order of the effects."""
 
     __tablename__ = "trades"
 
@@ -45,12 +45,12 @@ class Trade(Base):
 
 @eda.task(name="trading.execute", key="account")
 def execute(session: Session, account: str, number: int, symbol: str, shares: str) -> None:
-    """Execute a trade. The text *shares* has to be a number."""
+    """Execute a trade. The text *shares* must be a number."""
     session.add(Trade(account=account, number=number, symbol=symbol, shares=int(shares)))
 
 
 def correct(failure: Failure) -> RepairDecision:
-    """Mend what a tired broker typed: the letter O where a nought was meant."""
+    """Correct a typing error: the letter O in place of a zero."""
     typed = failure.arguments["shares"]
     mended = typed.upper().replace("O", "0")
     if mended.isdigit():
@@ -63,12 +63,12 @@ if os.environ.get("DESK_REPAIRER") != "off":
 
 
 def place(orders: list[tuple[str, int, str, str]]) -> None:
-    """Place a bulk of trades in one transaction: all of them or none."""
+    """Place a bulk of trades in one transaction: all or none."""
     with eda.transaction():
         for account, number, symbol, shares in orders:
             execute.delay(account, number, symbol, shares)
 
 
 def open_desk() -> None:
-    """Make the desk's own table."""
+    """Create the desk's table."""
     Base.metadata.create_all(eda.engine)
