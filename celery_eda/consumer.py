@@ -31,9 +31,9 @@ from celery_eda.continuation import (
     classify,
     lost,
 )
-from celery_eda.cursors import Turn
+from celery_eda.cursor import Turn
 from celery_eda.delivery import Delivery
-from celery_eda.errors import Unwanted
+from celery_eda.errors import OutOfSequence, Unwanted
 from celery_eda.failures import Failures
 from celery_eda.handling import HandlerResult
 from celery_eda.identity import VERDICT, Identity
@@ -125,7 +125,7 @@ class Consumer:
                 self._reply_again(unit, recorded)
                 return recorded
             if turn is Turn.past:
-                return HandlerResult(ignored=self.turns.pass_over(delivery, cursor))
+                raise OutOfSequence("another message has been handled in its position")
             if verdict := delivery.request.get(VERDICT):
                 raise Unwanted(verdict)
             checkpoints.reach("inbox.admitted")

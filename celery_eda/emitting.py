@@ -54,7 +54,7 @@ class Emitting:
                 "version. Give the key too, or leave expected_version out."
             )
         service = self.service()
-        lane = None if key is None else ordering.lane(service, count_of(name), key)
+        lane = None if key is None else ordering.ordering_key(service, count_of(name), key)
         identity = Identity.fresh()
         correlation, causation = self._origin()
         event = Event(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from celery.exceptions import Ignore
 
 from celery_eda import redaction
-from celery_eda.cursors import Cursor, Cursors, PlaceTaken, Turn
-from celery_eda.delivery import Delivery
+from celery_eda.cursor import Cursor, Turn
+from celery_eda.cursors import Cursors, PositionTaken
 from celery_eda.dialects.base import LostRace
 from celery_eda.errors import OutOfSequence
 from celery_eda.unit_of_work import UnitOfWork
@@ -32,7 +32,7 @@ class TurnKeeper:
         if (position := delivery.position) is None:
             return Turn.now, Cursor()
         cursor = self.cursors.find(unit.connection, delivery.consumer, position.lane)
-        return cursor.turn(position), cursor
+        return cursor.turn_of(position), cursor
 
     def park(self, unit: UnitOfWork) -> Ignore:
         """Park a message that came before its predecessor, and commit.
@@ -49,23 +49,13 @@ class TurnKeeper:
         message = delivery.as_message()
         try:
             parked = self.cursors.park(unit.connection, delivery.consumer, position, message)
-        except PlaceTaken as error:
+        except PositionTaken as error:
             raise OutOfSequence("another message is parked at the same position") from error
         if not parked:
             raise LostRace
         unit.commit()
         log.info("%s[%s] is parked until its predecessor has been handled", *delivery.names)
         return Ignore("parked until its predecessor has taken effect")
-
-    def pass_over(self, delivery: Delivery, cursor: Cursor) -> Ignore:
-        """End a message that comes after its turn and is no copy; it has no effect.
-
-        Raises:
-            OutOfSequence: the message was meant for this consumer, so a dead letter keeps it.
-        """
-        if delivery.position and cursor.joined_after(delivery.position):
-            return Ignore("sent before this consumer joined")
-        raise OutOfSequence("another message has been handled in its position")
 
     def advance(self, unit: UnitOfWork, cursor: Cursor) -> None:
         """Give the next message of the key its turn; send it again if it is parked.
@@ -87,7 +77,7 @@ class TurnKeeper:
             return
         if delivery.task.when_dead == "block":
             revision = delivery.identity.revision
-            self.cursors.hold(unit.connection, delivery.consumer, position, revision)
+            self.cursors.block(unit.connection, delivery.consumer, position, revision)
             return
         turn, cursor = self.turn_of(unit)
         if turn is Turn.now:

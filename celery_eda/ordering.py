@@ -1,4 +1,4 @@
-"""The ordering key of a task's call: whose messages take effect one after the other."""
+"""Ordering keys: messages with the same key take effect in the order of their commits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from celery_eda.errors import InvalidKey
 from celery_eda.identity import Lane
 from celery_eda.limits import KEY_BYTES
 
-#: What ``@eda.task(key=…)`` takes: a parameter's name, or a function of the task's arguments.
+#: Argument of ``@eda.task(key=…)``: a parameter's name, or a function of the task's arguments.
 Key = str | Callable[..., Any]
 
 
 def key_function(function: Callable[..., Any], key: Key) -> Callable[..., Any]:
-    """What gives the key of a call of *function*, from the arguments that callers write.
+    """A function that returns the key of a call of *function*; it takes the same arguments.
 
     Raises:
         InvalidKey: *function* has no parameter of that name.
@@ -37,20 +37,20 @@ def key_function(function: Callable[..., Any], key: Key) -> Callable[..., Any]:
     return key_of
 
 
-def lane(source: str, stream: str, key: Any) -> Lane:
-    """The lane of a message of *stream* with *key*.
+def ordering_key(source: str, stream: str, key: Any) -> Lane:
+    """The lane of messages of *stream* that the service *source* publishes with *key*.
 
     Raises:
-        InvalidKey: *key* has no text of its own, or it is too long.
+        InvalidKey: *key* has no unambiguous text (None, a float, a collection), or is too long.
     """
     text = key if isinstance(key, str) else str(key)
     if not text or key is None or isinstance(key, float | list | dict | set):
         raise InvalidKey(
-            f"{key!r} is no ordering key of {stream}: give a text, a number or a UUID."
+            f"{key!r} is no ordering key of {stream}: give a text, an integer or a UUID."
         )
     if len(text.encode(errors="replace")) > KEY_BYTES or not text.isprintable():
         raise InvalidKey(
             f"The ordering key {text[:40]!r}… of {stream} has {len(text)} characters; "
-            f"{KEY_BYTES} bytes of printable text are the most. Use a digest of it."
+            f"a key is at most {KEY_BYTES} bytes of printable text. Use a digest of it."
         )
     return Lane(source, stream, text)

@@ -36,7 +36,8 @@ from sqlalchemy.exc import OperationalError
 from celery_eda import context
 from celery_eda.arguments import Arguments
 from celery_eda.column_types import LongText
-from celery_eda.cursors import Cursor, Cursors, Turn
+from celery_eda.cursor import Cursor, Turn
+from celery_eda.cursors import Cursors
 from celery_eda.errors import InvalidEvent, RebuildError
 from celery_eda.event import Event
 from celery_eda.event_types import EventTypes
@@ -183,7 +184,9 @@ class Projecting:
         return Difference(
             **{name: _count(connection, query) for name, query in queries.items()},
             examples=tuple(examples),
-            behind=self.cursors.apart(connection, projection.name, projection.follower, EXAMPLES),
+            behind=self.cursors.differing_keys(
+                connection, projection.name, projection.follower, EXAMPLES
+            ),
         )
 
     def swap(self, projection: Projection) -> Difference:
@@ -223,7 +226,7 @@ class Projecting:
         """Give the shadow's consumer an event that the live one handles."""
         position = _place(event)
         cursor = self.cursors.lock(connection, projection.follower, position.lane)
-        match cursor.turn(position):
+        match cursor.turn_of(position):
             case Turn.now:
                 self._apply(connection, projection, projection.shadow, event)
                 self._advance(connection, projection, position, cursor)
@@ -250,9 +253,9 @@ class Projecting:
             fresh, last = [], None
             for event in lanes[lane]:
                 position = _place(event)
-                if cursor.turn(position) is Turn.past:
+                if cursor.turn_of(position) is Turn.past:
                     continue
-                if cursor.turn(position) is Turn.later:
+                if cursor.turn_of(position) is Turn.later:
                     raise RebuildError(
                         f"Events of {event.stream} are missing before {event.type} {event.id}. "
                         "Export the whole category, from its beginning and in its order."

@@ -102,7 +102,7 @@ class CapturingAMQP(AMQP):
         if key is None:
             key_of = getattr(self.app.tasks.get(task), "ordering_key", None)
             key = key_of and key_of(*body[0], **body[1])
-        return None if key is None else ordering.lane(self.app.eda.service, task, key)
+        return None if key is None else ordering.ordering_key(self.app.eda.service, task, key)
 
     def _captured(
         self, task: str, identity: Identity, lane: Lane | None, recorder: RecordingProducer

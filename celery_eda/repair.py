@@ -16,7 +16,8 @@ from sqlalchemy import Connection
 from celery_eda.arguments import JSON, Arguments, as_json
 from celery_eda.audit import Action, Audit, AuditEntry, Author
 from celery_eda.context import Capture
-from celery_eda.cursors import Cursors, Turn
+from celery_eda.cursor import Turn
+from celery_eda.cursors import Cursors
 from celery_eda.dead_letters import DeadLetters
 from celery_eda.dialects.base import LostRace
 from celery_eda.errors import NotItsTurn, UnreadableBody
@@ -134,7 +135,7 @@ class Repair:
         if consumer is None:
             raise NotItsTurn(_never_sent(letter))
         cursor = self.cursors.find(connection, consumer, position.lane)
-        match cursor.turn(position):
+        match cursor.turn_of(position):
             case Turn.past:
                 raise NotItsTurn(
                     f"Later messages of the key of letter {id} have taken effect already. Discard "
@@ -230,7 +231,7 @@ class Repair:
         position, consumer = letter.message.place, _consumer(letter)
         if position is None or consumer is None:
             return Turn.later
-        return self.cursors.find(connection, consumer, position.lane).turn(position)
+        return self.cursors.find(connection, consumer, position.lane).turn_of(position)
 
 
 def edited(letter: Letter, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> Message:

@@ -1,8 +1,8 @@
-"""The numbers given to messages that share an ordering key.
+"""Numbers of messages that share an ordering key.
 
-A number is taken under its row's lock at the end of the producer's transaction, so the numbers
-of a key are in the order of the commits, without a gap: a transaction that rolls back gives its
-number back. The version of a stream of events counts along, and no new epoch begins it again.
+A number is assigned at the end of the producer's transaction, under a row lock. So the numbers of a
+key follow the order of the commits and have no gaps: a rollback also undoes the assignment. The
+version of an event stream is counted in the same row, and a new epoch does not reset it.
 """
 
 from __future__ import annotations
@@ -21,48 +21,51 @@ from celery_eda.message import Message
 
 @dataclass(frozen=True)
 class Sequences:
-    """The sequences of one service."""
+    """The sequences of one publishing service."""
 
     table: Table
     dialect: Dialect
 
     def number(self, connection: Connection, messages: Sequence[Message]) -> list[Message]:
-        """*messages* in the same order; those of a lane have their place in it.
+        """*messages* in the same order; those with an ordering key get their position.
 
-        Until the transaction ends nobody else gets a number of the same keys. All keys are locked
-        in one order: taken one by one as they come, two keys crosswise are a deadlock.
+        The rows of the keys stay locked until the transaction ends. They are locked in sorted
+        order, so that two transactions with the same keys cannot deadlock.
         """
         counts = Counter(message.lane for message in messages if message.lane)
         if not counts:
             return list(messages)
         wanted = {(lane.stream, lane.key): count for lane, count in counts.items()}
-        places = {
-            (row.stream, row.key): _places(row, wanted[row.stream, row.key])
+        numbers = {
+            (row.stream, row.key): _numbers(row, wanted[row.stream, row.key])
             for row in self.dialect.take_numbers(
                 connection, self.table, dict(sorted(wanted.items()))
             )
         }
         return [
-            _at(message, lane, *next(places[lane.stream, lane.key]))
+            _at(message, lane, *next(numbers[lane.stream, lane.key]))
             if (lane := message.lane)
             else message
             for message in messages
         ]
 
     def version(self, connection: Connection, stream: str, key: str) -> int:
-        """How many events a stream has had; 0 if none."""
+        """Number of events in a stream; 0 if it has none."""
         columns = self.table.c
         query = select(columns.version).where(columns.stream == stream, columns.key == key)
         return connection.scalar(query) or 0
 
     def begin_epoch(self, connection: Connection, stream: str | None = None) -> int:
-        """Let every count begin again; returns how many there are.
+        """Restart the numbers of all keys, or of those of *stream*, in a new epoch.
 
-        To be done after the database was restored from a backup: numbers given since then are
-        given once more, and consumers would take the new messages for old ones.
+        Necessary after the database was restored from a backup: numbers assigned since the backup
+        would be assigned again, and consumers would treat the new messages as old ones.
+
+        Returns:
+            The number of sequences that were restarted.
         """
         columns = self.table.c
-        # Those without a message in this epoch keep what came before it.
+        # A sequence without a message in this epoch still refers to the epoch before.
         statement = update(self.table).where(columns.last > 0)
         if stream is not None:
             statement = statement.where(columns.stream == stream)
@@ -76,12 +79,12 @@ class Sequences:
         return connection.execute(statement).rowcount
 
 
-#: Epoch, number and what came before the epoch, as in a :class:`Position`; and the version.
-_Place = tuple[int, int, tuple[int, int] | None, int]
+#: Epoch, number and previous of a :class:`Position`, and the version of the event stream.
+_Numbers = tuple[int, int, tuple[int, int] | None, int]
 
 
-def _places(row: Row[Any], count: int) -> Iterator[_Place]:
-    """The *count* places that end with those in *row*."""
+def _numbers(row: Row[Any], count: int) -> Iterator[_Numbers]:
+    """The last *count* numbers that *row* has assigned, in ascending order."""
     before = None
     if row.previous_epoch is not None:
         before = (row.previous_epoch, row.previous_last)
@@ -93,7 +96,7 @@ def _places(row: Row[Any], count: int) -> Iterator[_Place]:
 def _at(
     message: Message, lane: Lane, epoch: int, number: int, before: Any, version: int
 ) -> Message:
-    """*message* at its place; its event, if it has one, is at *version* of its stream."""
+    """*message* at its position; its event, if any, gets *version* in its stream."""
     position = Position(lane, epoch, number, before)
     placed = message.at(position)
     if (draft := message.draft) is None:

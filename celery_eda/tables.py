@@ -188,7 +188,6 @@ class Tables:
             *_key_columns(),
             Column("epoch", BigInteger, nullable=False),
             Column("last", BigInteger, nullable=False),
-            Column("base", BigInteger, nullable=False),
             Column("held", Integer),
             Column("parked", Integer, nullable=False),
             PrimaryKeyConstraint("consumer", "source", "stream", "key"),

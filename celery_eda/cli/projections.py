@@ -158,7 +158,7 @@ def _state(context: click.Context, service: EDA, projection: Projection) -> dict
         waiting = service.event_queues.waiting(channel, queue) or 0
     with service.engine.connect() as connection:
         shadow = service.projections.find(connection, name)
-        parked = service.cursors.waiting(connection, name)
+        parked = service.cursors.count_parked(connection, name)
         newest = service.inbox.newest(connection, name)
     lag = None if newest is None else (datetime.now(timezone.utc) - newest).total_seconds()
     return {

@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import Connection, create_engine, select, update
 from sqlalchemy.exc import OperationalError
 
-from celery_eda.cursors import Cursor, Cursors, PlaceTaken, Turn
+from celery_eda.cursor import Cursor, Turn
+from celery_eda.cursors import Cursors, PositionTaken
 from celery_eda.dialects.base import LostRace
 from celery_eda.identity import Lane, Position
 from celery_eda.message import Message
@@ -39,7 +40,7 @@ def at(number: int, epoch: int = OLD, previous: tuple[int, int] | None = None) -
 def handle(cursors: Cursors, connection: Connection, position: Position) -> Message | None:
     """Have the message at *position* take effect; returns what that releases."""
     cursor = cursors.find(connection, "charge", LANE)
-    assert cursor.turn(position) is Turn.now
+    assert cursor.turn_of(position) is Turn.now
     released = cursors.advance(connection, "charge", position, cursor)
     connection.commit()
     return released
@@ -74,7 +75,7 @@ def park(cursors: Cursors, connection: Connection, position: Position) -> Messag
 def test_a_turn_is_told_from_epoch_and_number(
     cursor: Cursor, position: Position, turn: Turn
 ) -> None:
-    assert cursor.turn(position) is turn
+    assert cursor.turn_of(position) is turn
 
 
 def test_a_message_that_comes_early_is_released_by_its_predecessor(
@@ -113,7 +114,7 @@ def test_another_message_at_the_place_of_a_parked_one_is_refused(
 ) -> None:
     park(cursors, connection, at(2))
 
-    with pytest.raises(PlaceTaken):
+    with pytest.raises(PositionTaken):
         cursors.park(connection, "charge", at(2), message().at(at(2)))
 
 
@@ -125,7 +126,7 @@ def test_what_is_parked_after_its_predecessors_end_finds_that_its_turn_has_come(
         other.rollback()
         handle(cursors, connection, at(1))
 
-        assert seen.turn(at(2)) is Turn.later
+        assert seen.turn_of(at(2)) is Turn.later
         assert not cursors.park(other, "charge", at(2), message().at(at(2)))
 
 
@@ -178,7 +179,7 @@ def test_nobody_moves_the_cursor_while_a_message_is_being_parked(
         advancing = threads.submit(advance)
         time.sleep(0.2)  # it waits, if it has to
         order.append("parked")
-        assert looked.turn(at(3)) is Turn.later
+        assert looked.turn_of(at(3)) is Turn.later
         assert cursors.park(parking, "charge", at(3), waiting)
         parking.commit()
 
@@ -203,7 +204,7 @@ def test_a_failed_message_holds_its_key_until_it_has_an_end(
 ) -> None:
     second = park(cursors, connection, at(2))
 
-    cursors.hold(connection, "charge", at(1), revision=3)
+    cursors.block(connection, "charge", at(1), revision=3)
     connection.commit()
 
     assert cursors.find(connection, "charge", LANE).held == 3
@@ -268,7 +269,7 @@ def test_what_waits_for_its_predecessor_is_not_swept_up(
 ) -> None:
     park(cursors, connection, at(3))
     handle(cursors, connection, at(1))
-    cursors.hold(connection, "charge", at(2), revision=0)
+    cursors.block(connection, "charge", at(2), revision=0)
     park(cursors, connection, at(4))
     connection.commit()
 

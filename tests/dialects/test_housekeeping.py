@@ -11,7 +11,8 @@ import pytest
 from sqlalchemy import Table, delete, func, insert, select, update
 
 from celery_eda.attempts import Attempts
-from celery_eda.cursors import Cursor, Cursors
+from celery_eda.cursor import Cursor
+from celery_eda.cursors import Cursors
 from celery_eda.dead_letters import DeadLetters
 from celery_eda.housekeeping import BATCH, Housekeeping
 from celery_eda.identity import Identity, Lane, Position

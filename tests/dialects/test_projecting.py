@@ -17,7 +17,7 @@ from sqlalchemy import JSON, Column, Integer, MetaData, String, Table, select, u
 from sqlalchemy.exc import OperationalError
 
 from celery_eda import EDA, Event, projecting
-from celery_eda.cursors import Turn
+from celery_eda.cursor import Turn
 from celery_eda.dialects.base import LostRace
 from celery_eda.errors import ConfigurationError, InvalidEvent, PublishingForbidden, RebuildError
 from celery_eda.event_store import fold
@@ -71,7 +71,7 @@ class Shop:
         assert place is not None
         with self.eda.engine.begin() as connection:
             cursor = cursors.lock(connection, "copy", place.lane)
-            assert cursor.turn(place) is Turn.now
+            assert cursor.turn_of(place) is Turn.now
             self.eda.projecting.take(connection, self.copy, event)
             cursors.go_to(connection, "copy", place, cursor)
 
@@ -234,12 +234,14 @@ def test_what_is_not_in_the_log_yet_comes_to_the_shadow_from_the_live_one(shop: 
         if event.category == "order":
             shop.handle(event)
     with shop.eda.engine.connect() as connection:
-        assert shop.eda.cursors.waiting(connection, shop.copy.follower) == 20, "for what was before"
+        assert shop.eda.cursors.count_parked(connection, shop.copy.follower) == 20, (
+            "for what was before"
+        )
     shop.feed(log)
 
     assert shop.shadow() == shop.rows() == shop.folded()
     with shop.eda.engine.connect() as connection:
-        assert shop.eda.cursors.waiting(connection, shop.copy.follower) == 0
+        assert shop.eda.cursors.count_parked(connection, shop.copy.follower) == 0
     shop.eda.projecting.swap(shop.copy)
 
 

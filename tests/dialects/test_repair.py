@@ -64,7 +64,7 @@ class Desk:
             id = self.dead_letters.add(connection, letter, consumer=consumer, **details)
             if consumer and letter.place:
                 revision = letter.identity.revision
-                self.cursors.hold(connection, consumer, letter.place, revision)
+                self.cursors.block(connection, consumer, letter.place, revision)
             return id
 
     def park(self, parked: Message) -> None:

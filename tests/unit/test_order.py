@@ -212,21 +212,6 @@ def test_a_message_that_comes_after_its_place_was_taken_is_a_dead_letter(
     assert [letter.reason for letter in slot.dead()] == ["out of sequence"]
 
 
-def test_what_was_before_the_consumer_joined_was_never_for_it(slot: Slot, lanes: Any) -> None:
-    for number in (1, 2, 3):
-        lanes.delay("a", number)
-    first, _, third = slot.sent()
-    place = position(first)
-    with slot.engine.begin() as connection:
-        slot.eda.cursors.join(connection, "trade", place.lane, place.epoch, 2)
-
-    assert isinstance(slot.deliver(first), Ignore)
-    slot.deliver(third)
-
-    assert in_order_of_effect(slot, "a") == [3]
-    assert slot.dead() == []
-
-
 def test_a_handler_that_publishes_in_order_does_so_with_its_commit(slot: Slot, lanes: Any) -> None:
     @slot.task(key=lambda account: account)
     def forward(session: Any, account: str) -> None:
@@ -370,7 +355,8 @@ def test_a_handler_whose_turn_is_taken_while_it_runs_has_no_effect(slot: Slot, l
     first, _ = slot.sent()
     place = position(first)
     with slot.engine.begin() as connection:
-        slot.eda.cursors.join(connection, "overtaken", place.lane, place.epoch, 0)
+        slot.eda.cursors.lock(connection, "overtaken", place.lane)
+        connection.execute(update(slot.database.tables.cursors).values(epoch=place.epoch))
 
     assert isinstance(slot.deliver(first), Reject)
     assert slot.effects() == []

@@ -159,7 +159,6 @@ def _create_ordering_tables(prefix: str, options: dict[str, Any]) -> None:
         *_key_columns(),
         sa.Column("epoch", sa.BigInteger(), nullable=False),
         sa.Column("last", sa.BigInteger(), nullable=False),
-        sa.Column("base", sa.BigInteger(), nullable=False),
         sa.Column("held", sa.Integer()),
         sa.Column("parked", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("consumer", "source", "stream", "key"),
