@@ -1,7 +1,7 @@
-"""The queues that were made for subscriptions of this service, so that none is forgotten.
+"""The queues declared for subscriptions of this service.
 
-Most brokers do not tell which queues they have. One whose subscription is gone from the code would
-fill for ever.
+Most brokers cannot list their queues. The queue of a subscription that was removed from the code
+collects events for ever; this list lets ``celery eda subscriptions`` find and drop it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from celery_eda.subscriptions import Subscription
 
 
 @dataclass(frozen=True)
-class Declarations:
-    """What was declared by this service, in its database."""
+class DeclaredQueues:
+    """The declared queues of one service, in its database."""
 
     table: Table
     dialect: Dialect
 
-    def note(self, connection: Connection, subscriptions: Mapping[str, Subscription]) -> None:
-        """Write down *subscriptions*, by their queues. Repeating it is harmless."""
+    def add(self, connection: Connection, subscriptions: Mapping[str, Subscription]) -> None:
+        """Record the queues of *subscriptions*, a mapping by queue. Idempotent."""
         table = self.table
         known = set(connection.scalars(select(table.c.queue)))
         for queue, subscription in sorted(subscriptions.items()):
@@ -34,11 +34,11 @@ class Declarations:
                 self.dialect.insert_once(connection, table, values, now="at")
 
     def all(self, connection: Connection) -> dict[str, Subscription]:
-        """All of them by their queues, as they were when they were written down."""
+        """Return the recorded subscriptions by queue, as they were when recorded."""
         rows = connection.execute(select(self.table)).all()
         return {row.queue: Subscription(row.task, tuple(json.loads(row.patterns))) for row in rows}
 
     def forget(self, connection: Connection, queue: str) -> None:
-        """Forget one that was deleted."""
+        """Delete the record of a *queue* that was deleted."""
         table = self.table
         connection.execute(delete(table).where(table.c.queue == queue))

@@ -1,7 +1,7 @@
-"""Emitting an event: into the event store and to whoever subscribes to it, in one transaction.
+"""Emitting an event: stored, and sent to its subscribers, in one transaction.
 
-Its message is one that Celery's own publishing makes, captured like any other; only its route is
-ours. Who handles it is not known here, and need not be there yet.
+Celery's own publishing makes the message, which is captured like any other; only the route differs.
+The emitter does not know the subscribers, and works without any.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from celery_eda.topics import checked_name
 
 
 @dataclass(frozen=True)
-class Emitting:
-    """Emits events on behalf of one app.
+class Emitter:
+    """Emits the events of one app.
 
     Attributes:
-        service: asks for the name of this service, which every event has for its source.
-        types: what the data of its events look like.
+        service: returns the name of this service, the source of its events.
+        types: the classes and versions of the events' data.
     """
 
     app: Celery
@@ -50,8 +50,8 @@ class Emitting:
         checked_name(name)
         if expected_version is not None and key is None:
             raise InvalidEvent(
-                f"{name} is emitted without a key, so it belongs to no stream that could have a "
-                "version. Give the key too, or leave expected_version out."
+                f"{name} is emitted without a key, so it has no stream to compare expected_version "
+                "with. Give the key too, or leave expected_version out."
             )
         service = self.service()
         lane = None if key is None else ordering.ordering_key(service, count_of(name), key)
@@ -77,7 +77,7 @@ class Emitting:
         return event
 
     def message_of(self, event: Event, identity: Identity) -> Message:
-        """What Celery would send as a call with *event*, to the exchange of events."""
+        """Return the message of *event* to the exchange of events, with this *identity*."""
         collected = context.Collected()
         with context.scope_of(collected):
             self.app.send_task(
@@ -92,11 +92,12 @@ class Emitting:
                 eda_identity=identity,
             )
         message: Message = collected.messages[0]
-        # Whoever sends it makes the exchange, and the queues of its own subscriptions.
+        # The queue's name lets the relay declare the exchange and the queues of this app's
+        # subscriptions before it publishes.
         return replace(message, queue=EVENT_EXCHANGE, prerequisites=())
 
     def _origin(self) -> tuple[str | None, str | None]:
-        """Correlation and causation of what is emitted right here."""
+        """The correlation and causation ids of an event that is emitted here and now."""
         if (handled := context.handled_event.get()) is not None:
             return handled.correlation_id or str(handled.id), str(handled.id)
         task = self.app.current_worker_task

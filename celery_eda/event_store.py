@@ -1,18 +1,18 @@
-"""Every event that this service has emitted, for ever; today's state is the fold of past events.
+"""The event store: every event that this service has emitted.
 
-An event is appended in the transaction that emits it. Events of one category with the same key are
-a stream, whose versions count in the order of the commits. All together have positions, which are
-given when somebody reads, to what is committed by then: whoever follows them misses no event whose
-transaction took long, and meets none twice.
+An event is appended in the transaction that emits it. The events of one category and key are a
+stream, and its versions follow the order of the commits. A position orders all events of the store.
+Positions are assigned to committed events only, when a reader asks for them; so a reader that
+follows the positions never misses the event of a long transaction, and sees no event twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 from kombu.utils import json
@@ -38,21 +38,20 @@ from celery_eda.dialects.base import Dialect
 from celery_eda.errors import InvalidEvent, VersionConflict
 from celery_eda.event import Draft, Event
 
-S = TypeVar("S")
-
-#: Events that get their positions, or are read, at once.
+#: Events to read, or to assign positions to, in one statement.
 BATCH = 1000
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which events are read; what is None, or empty, chooses all.
+class EventFilter:
+    """Conditions on events, all of which have to hold; None, or an empty sequence, matches all.
 
     Attributes:
-        category: what is before the first dot of their types.
+        category: the first word of the type.
         stream: ``<category>.<key>``.
-        types: their types, word for word.
-        since, until: when they were appended, by the database's clock; *until* itself is too late.
+        types: exact types.
+        since, until: time of the append, by the database's clock; *since* is inclusive, *until*
+            exclusive. A naive datetime is UTC.
     """
 
     category: str | None = None
@@ -70,31 +69,26 @@ class EventStore:
     dialect: Dialect
 
     def append(self, connection: Connection, drafts: Sequence[Draft]) -> None:
-        """Write events, each at the version that its stream's sequence has given it.
+        """Append events that have their versions already.
 
         Raises:
-            VersionConflict: a stream is not at the version that was expected; nothing of this
-                transaction may be committed.
+            VersionConflict: a stream is not at the expected version; the transaction has to be
+                rolled back.
         """
         for draft in drafts:
             event = draft.event
             if draft.expected is not None and event.version != draft.expected + 1:
-                assert event.stream is not None, "it has a key"
-                assert event.version is not None, "its sequence was moved on"
+                assert event.stream is not None, "an expected version needs a key"
+                assert event.version is not None, "its sequence has numbered the event"
                 raise VersionConflict(event.stream, draft.expected, event.version - 1)
         if drafts:
             connection.execute(self._appending, [_to_row(draft.event) for draft in drafts])
 
     def find(self, connection: Connection, event_id: UUID) -> Event | None:
-        """The event with that id."""
+        """Return the event with this id; None if there is none."""
         query = select(self.table).where(self.table.c.event_id == event_id)
         row = connection.execute(query).one_or_none()
         return None if row is None else _from_row(row)
-
-    def version(self, connection: Connection, stream: str) -> int:
-        """The version of *stream*; 0 if nothing was ever appended to it."""
-        query = select(func.max(self.table.c.version)).where(*self._of_stream(stream))
-        return connection.scalar(query) or 0
 
     def stream(
         self,
@@ -104,7 +98,14 @@ class EventStore:
         after: int = 0,
         at: datetime | None = None,
     ) -> Iterator[Event]:
-        """The events of *stream* by their versions, those *after* one, appended until *at*."""
+        """Yield the events of *stream* by version.
+
+        Args:
+            connection: to read with, in pages of 1000 events.
+            stream: ``<category>.<key>``.
+            after: a version; only later events are read.
+            at: a time; only events appended until then are read.
+        """
         columns = self.table.c
         query = select(self.table).where(*self._of_stream(stream)).order_by(columns.version)
         if at is not None:
@@ -119,79 +120,80 @@ class EventStore:
     def read(
         self,
         connection: Connection,
-        choice: Choice | None = None,
+        wanted: EventFilter | None = None,
         *,
         after: int = 0,
         limit: int = BATCH,
     ) -> list[Event]:
-        """Up to *limit* events by their positions, those *after* one.
+        """Return up to *limit* events by position, later than the position *after*.
 
-        Those that have none yet are not among them: see :meth:`give_positions`.
+        Events without a position are not included: see :meth:`assign_positions`.
         """
         position = self.table.c.position
         query: Select[Any] = select(self.table).where(position > after).order_by(position)
-        query = query.where(*self._chosen(choice or Choice())).limit(limit)
+        query = query.where(*self._conditions(wanted or EventFilter())).limit(limit)
         return [_from_row(row) for row in connection.execute(query)]
 
     def follow(
-        self, engine: Engine, choice: Choice | None = None, *, after: int = 0
+        self, engine: Engine, wanted: EventFilter | None = None, *, after: int = 0
     ) -> Iterator[Event]:
-        """All events by their positions, those *after* one, page by page; each page read anew.
+        """Assign positions, then yield all events by position, later than the position *after*.
 
-        Those that have no position when this begins get one.
+        Each page of 1000 events is read in a transaction of its own.
         """
-        self.give_positions(engine)
+        self.assign_positions(engine)
         while True:
             with engine.connect() as connection:
-                page = self.read(connection, choice, after=after)
+                page = self.read(connection, wanted, after=after)
             yield from page
             if not page:
                 return
             after = page[-1].position or after
 
-    def give_positions(self, engine: Engine) -> int:
-        """Give positions to what is committed and has none, in short transactions of their own.
+    def assign_positions(self, engine: Engine) -> int:
+        """Assign positions to the committed events without one, in short transactions.
 
-        One after the other: whoever sees a position sees, or has seen, all that are before it.
+        A lock makes these transactions run one after the other. So a reader that sees a position
+        can see all events with smaller positions too.
 
         Returns:
-            How many were given.
+            The number of events that got a position.
         """
         total = 0
-        while self._has_some_without(engine):
+        while self._lacks_positions(engine):
             with (
                 engine.connect() as connection,
                 self.dialect.exclusive(connection, f"{self.table.fullname}.position"),
             ):
-                given = self._give(connection)
+                assigned = self._assign(connection)
                 connection.commit()
-            total += given
+            total += assigned
         return total
 
-    def forget(self, connection: Connection, choice: Choice, up_to: int, limit: int) -> int:
-        """Delete up to *limit* events of *choice* whose positions are at most *up_to*.
+    def delete(self, connection: Connection, wanted: EventFilter, up_to: int, limit: int) -> int:
+        """Delete up to *limit* of the *wanted* events with positions up to and including *up_to*.
 
-        The last one of all stays, since positions count on from it.
+        The event with the highest position of the store stays: the next position follows it.
 
         Returns:
-            How many were deleted.
+            The number of events deleted.
         """
         position = self.table.c.position
         last = connection.scalar(select(func.max(position))) or 0
-        chosen = self._chosen(choice)
-        ids = select(self.table.c.id).where(position <= up_to, position < last, *chosen)
+        conditions = self._conditions(wanted)
+        ids = select(self.table.c.id).where(position <= up_to, position < last, *conditions)
         found = list(connection.scalars(ids.order_by(position).limit(limit)))
         if found:
             connection.execute(delete(self.table).where(self.table.c.id.in_(found)))
         return len(found)
 
-    def _has_some_without(self, engine: Engine) -> bool:
-        """Looked at without the lock, which on SQLite would stop all writers."""
+    def _lacks_positions(self, engine: Engine) -> bool:
+        """True if an event has no position; read without the lock, which stops SQLite's writers."""
         with engine.connect() as connection:
             some = exists().where(self.table.c.position.is_(None))
             return bool(connection.scalar(select(some)))
 
-    def _give(self, connection: Connection) -> int:
+    def _assign(self, connection: Connection) -> int:
         columns = self.table.c
         without = select(columns.id).where(columns.position.is_(None)).order_by(columns.id)
         ids = list(connection.scalars(without.limit(BATCH)))
@@ -204,7 +206,7 @@ class EventStore:
             )
             numbered = enumerate(ids, last + 1)
             connection.execute(
-                statement, [{"its_id": id_, "its_position": place} for place, id_ in numbered]
+                statement, [{"its_id": id_, "its_position": position} for position, id_ in numbered]
             )
         return len(ids)
 
@@ -218,38 +220,30 @@ class EventStore:
         category, key = parts_of(stream)
         return self.table.c.category == category, self.table.c.key == key
 
-    def _chosen(self, choice: Choice) -> Iterator[ColumnElement[bool]]:
+    def _conditions(self, wanted: EventFilter) -> Iterator[ColumnElement[bool]]:
         columns = self.table.c
-        if choice.stream is not None:
-            yield from self._of_stream(choice.stream)
-        if choice.category is not None:
-            yield columns.category == choice.category
-        if choice.types:
-            yield columns.type.in_(choice.types)
-        if choice.since is not None:
-            yield columns.at >= utc(choice.since)
-        if choice.until is not None:
-            yield columns.at < utc(choice.until)
+        if wanted.stream is not None:
+            yield from self._of_stream(wanted.stream)
+        if wanted.category is not None:
+            yield columns.category == wanted.category
+        if wanted.types:
+            yield columns.type.in_(wanted.types)
+        if wanted.since is not None:
+            yield columns.at >= utc(wanted.since)
+        if wanted.until is not None:
+            yield columns.at < utc(wanted.until)
 
 
 def parts_of(stream: str) -> tuple[str, str]:
-    """Category and key of a *stream*.
+    """Split the name of a *stream* into category and key.
 
     Raises:
-        InvalidEvent: it is none.
+        InvalidEvent: the name is not ``<category>.<key>``.
     """
     category, dot, key = stream.partition(".")
     if not dot or not category or not key:
-        raise InvalidEvent(f"{stream!r} is no stream: give <category>.<key>, as 'order.7'.")
+        raise InvalidEvent(f"{stream!r} is no stream: use <category>.<key>, as in 'order.7'.")
     return category, key
-
-
-def fold(events: Iterable[Event], initial: S, apply: Callable[[S, Event], S]) -> S:
-    """What comes of *initial* when all *events* are applied to it."""
-    state = initial
-    for event in events:
-        state = apply(state, event)
-    return state
 
 
 def _to_row(event: Event) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The state of a stream: the fold of its events, now or as it was at some time.
+"""The state of a stream: the fold of its events, now or at a time in the past.
 
-With a name the state is kept now and then, and the next fold begins there.
+A fold with a name stores a snapshot every 100 events, and the next fold begins at the snapshot.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from celery_eda.snapshots import Snapshot, Snapshots
 
 S = TypeVar("S")
 
-#: Events since the last snapshot after which another one is made.
+#: Events after the last snapshot from which on a fold stores another one.
 EVERY = 100
 
 
 @dataclass(frozen=True)
-class Folding:
+class StreamFold:
     """Folds the streams of one service."""
 
     engine: Engine
@@ -48,7 +48,7 @@ class Folding:
         snapshot: str | None,
         session: Session | Connection | None,
     ) -> S:
-        """What comes of *initial*; see :meth:`celery_eda.EDA.fold`."""
+        """Fold a stream; see :meth:`celery_eda.EDA.fold`."""
         with self._connection(session) as connection:
             begin = Snapshot(0, initial)
             if snapshot is not None:
@@ -70,7 +70,7 @@ class Folding:
     def _connection(
         self, session: Session | Connection | None
     ) -> AbstractContextManager[Connection]:
-        """That of the session, or of the message in progress, or one of its own."""
+        """The connection of *session*, else of the message in progress, else a new one."""
         if session is not None:
             given = session.connection() if isinstance(session, Session) else session
             return nullcontext(given)
@@ -80,11 +80,16 @@ class Folding:
         return self.engine.begin()
 
     def _require_next(self, stream: str, after: int, version: int | None) -> None:
+        """Make sure that *version*, the first one read, follows *after* without a gap."""
         if version != after + 1:
             raise ArchivedEvents(stream, after + 1)
 
     def _require_end(self, connection: Connection, stream: str, after: int) -> None:
-        """Make sure that nothing was read because nothing is there, or not by then."""
+        """Make sure that no events exist beyond *after* but those that are still in the store.
+
+        Raises:
+            ArchivedEvents: the next event of the stream has left the store.
+        """
         category, key = parts_of(stream)
         if self.sequences.version(connection, count_of(category), key) <= after:
             return

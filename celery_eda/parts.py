@@ -19,15 +19,15 @@ from celery_eda.audit import Audit
 from celery_eda.consumer import Consumer
 from celery_eda.cursors import Cursors
 from celery_eda.dead_letters import DeadLetters
-from celery_eda.declarations import Declarations
+from celery_eda.declarations import DeclaredQueues
 from celery_eda.dialects import Dialect, dialect_of
-from celery_eda.emitting import Emitting
+from celery_eda.emitting import Emitter
 from celery_eda.errors import ConfigurationError, UnsafeSetting
 from celery_eda.event_queues import EventQueues
 from celery_eda.event_store import EventStore
 from celery_eda.event_types import EventTypes
 from celery_eda.failures import Failures
-from celery_eda.folding import Folding
+from celery_eda.folding import StreamFold
 from celery_eda.housekeeping import Housekeeping
 from celery_eda.inbox import Inbox
 from celery_eda.limits import Limits
@@ -36,8 +36,8 @@ from celery_eda.message import Message
 from celery_eda.order import TurnKeeper
 from celery_eda.outbox import Outbox
 from celery_eda.patience import TransientErrors
-from celery_eda.projecting import Projecting
-from celery_eda.projections import Projections
+from celery_eda.projecting import Rebuild
+from celery_eda.projections import ProjectionRegistry
 from celery_eda.publisher import Publisher
 from celery_eda.reading import ReplyReader
 from celery_eda.refusals import Refusals
@@ -45,7 +45,7 @@ from celery_eda.relay import Relay
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.repair import Repair
 from celery_eda.repairers import Repairers, RepairTasks
-from celery_eda.replaying import Replaying
+from celery_eda.replaying import Replay
 from celery_eda.reply_watcher import ReplyWatcher
 from celery_eda.replying import Responder
 from celery_eda.requesting import RequestClient
@@ -59,6 +59,7 @@ from celery_eda.sagas import Coordinator
 from celery_eda.sender import Sender
 from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings
+from celery_eda.shadows import Shadows
 from celery_eda.snapshots import Snapshots
 from celery_eda.subscriptions import Subscriptions
 from celery_eda.tables import Tables
@@ -239,11 +240,14 @@ class Parts:
         return EventStore(self.tables.events, self.dialect)
 
     @made_once
-    def folding(self) -> Folding:
+    def folding(self) -> StreamFold:
         """Folds streams of events."""
-        snapshots = Snapshots(self.tables.snapshots, self.dialect)
-        return Folding(
-            *(self.engine, self.event_store, snapshots, self.sequences, self.event_types),
+        return StreamFold(
+            engine=self.engine,
+            store=self.event_store,
+            snapshots=Snapshots(self.tables.snapshots, self.dialect),
+            sequences=self.sequences,
+            types=self.event_types,
         )
 
     @made_once
@@ -253,7 +257,7 @@ class Parts:
 
     @made_once
     def subscriptions(self) -> Subscriptions:
-        """Who wants which events."""
+        """The handlers of events."""
         return Subscriptions(lambda: self.service)
 
     @made_once
@@ -262,37 +266,46 @@ class Parts:
         return EventQueues(self.subscriptions, self._queue_arguments)
 
     @made_once
-    def declarations(self) -> Declarations:
-        """The queues that were made for subscriptions."""
-        return Declarations(self.tables.declarations, self.dialect)
+    def declarations(self) -> DeclaredQueues:
+        """The queues declared for subscriptions."""
+        return DeclaredQueues(self.tables.declarations, self.dialect)
 
     def note_subscriptions(self) -> None:
         """Write down whose queues are made from now on."""
         if by_queue := self.subscriptions.by_queue:
             with self.engine.begin() as connection:
-                self.declarations.note(connection, by_queue)
+                self.declarations.add(connection, by_queue)
 
     @made_once
-    def emitting(self) -> Emitting:
+    def emitting(self) -> Emitter:
         """Emits events."""
-        return Emitting(self.app, self.publisher, lambda: self.service, self.event_types)
+        return Emitter(self.app, self.publisher, lambda: self.service, self.event_types)
 
     @made_once
-    def replaying(self) -> Replaying:
-        """Sends events once more."""
-        return Replaying(self.engine, self.event_store, self.emitting.message_of, self.store_apart)
+    def replaying(self) -> Replay:
+        """Sends stored events again."""
+        return Replay(self.engine, self.event_store, self.emitting, self.store_apart)
 
     @made_once
-    def projections(self) -> Projections:
-        """The tables made of events, and their shadows."""
-        return Projections(lambda: (self.tables.projections, self.dialect))
+    def projections(self) -> ProjectionRegistry:
+        """The projections of this app."""
+        return ProjectionRegistry()
 
     @made_once
-    def projecting(self) -> Projecting:
-        """Makes rows of events."""
-        return Projecting(
-            *(self.engine, self.projections, self.subscriptions, self.event_types),
-            *(self.cursors, self.replaying.addressed),
+    def shadows(self) -> Shadows:
+        """The shadows of projections."""
+        return Shadows(self.tables.projections, self.dialect)
+
+    @made_once
+    def projecting(self) -> Rebuild:
+        """Applies events to projections, and rebuilds projections."""
+        return Rebuild(
+            engine=self.engine,
+            shadows=self.shadows,
+            subscriptions=self.subscriptions,
+            types=self.event_types,
+            cursors=self.cursors,
+            replay=self.replaying,
         )
 
     @made_once

@@ -1,16 +1,15 @@
-"""From an event to its row; and a projection made anew beside the one in use, compared, and put
-in its place.
+"""Rebuilding a projection: a shadow table beside the live one, fed, compared and swapped in.
 
-The shadow is one more consumer in the order of each key. It is fed from the log of the services
-that emitted the events, and meanwhile the live projection hands it what it handles itself: in its
-turn that takes effect, too early it is parked, and what the log had already is passed over.
-Whatever dies can be begun again. Nothing can be published from a projection.
+The shadow is another consumer of the events, with its own place in the order of each key. It is fed
+from the logs of the services that emitted the events. Meanwhile the live projection passes each
+event on: applied if it is the next one, parked if it is early, ignored if the log had it. A rebuild
+that was interrupted can be repeated. Projections cannot publish.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -43,25 +42,27 @@ from celery_eda.event import Event
 from celery_eda.event_types import EventTypes
 from celery_eda.identity import ORDER_HEADER, Lane, Position
 from celery_eda.message import Message
-from celery_eda.projections import Projection, Projections, Shadow, Values
+from celery_eda.projections import Projection, Values
+from celery_eda.replaying import Replay
+from celery_eda.shadows import Shadow, Shadows
 from celery_eda.subscriptions import Subscriptions
 
-#: Events that a shadow is fed with in one transaction.
+#: Events to feed in one transaction.
 AT_ONCE = 500
-#: Keys that a comparison tells.
+#: Keys of differing rows that a comparison reports.
 EXAMPLES = 10
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a shadow differs from its projection.
+    """The difference between a shadow and the live table.
 
     Attributes:
-        missing: rows that only the shadow has.
-        extra: rows that only the projection has.
-        changed: rows that say something else.
-        examples: keys of some of them.
-        behind: keys in which one of them has handled more events than the other.
+        missing: the number of rows that only the shadow has.
+        extra: the number of rows that only the live table has.
+        changed: the number of rows with the same key and other values.
+        examples: keys of up to 10 such rows.
+        behind: up to 10 keys of which the two have not handled the same events.
     """
 
     missing: int
@@ -72,86 +73,85 @@ class Difference:
 
     @property
     def rows(self) -> int:
-        """How many rows differ."""
+        """The number of rows that differ."""
         return self.missing + self.extra + self.changed
 
 
 @dataclass(frozen=True)
-class Projecting:
-    """Makes rows of events.
-
-    Attributes:
-        addressed: makes the message with which an event comes to a subscription's queue.
-    """
+class Rebuild:
+    """Applies events to projections, and rebuilds projections."""
 
     engine: Engine
-    projections: Projections
+    shadows: Shadows
     subscriptions: Subscriptions
     types: EventTypes
     cursors: Cursors
-    addressed: Callable[[str, Event], Message]
+    replay: Replay
 
     # ── one event ───────────────────────────────────────────────────────────────────────────
 
-    def take(self, connection: Connection, projection: Projection, event: Event) -> None:
-        """Let *event*, at its turn, take effect in the live table, and in a shadow that follows.
+    def apply(self, connection: Connection, projection: Projection, event: Event) -> None:
+        """Apply *event*, the next one of its key, to the live table and to a following shadow.
 
-        One that is not wanted only has its turn.
+        An event that matches no pattern of the projection only advances the order of its key.
         """
-        shadow = self.projections.share(connection, projection.name)
-        self._apply(connection, projection, projection.table, event)
+        shadow = self.shadows.share(connection, projection.name)
+        self._apply_to(projection.table, connection, projection, event)
         if shadow is Shadow.following:
-            self._hand_on(connection, projection, event)
+            self._pass_on(connection, projection, event)
 
-    def _apply(
-        self, connection: Connection, projection: Projection, table: Table, event: Event
+    def _apply_to(
+        self, table: Table, connection: Connection, projection: Projection, event: Event
     ) -> None:
-        """Let *event* take effect in its row, if it is wanted."""
+        """Write the row of *event* in *table*, if a pattern matches the event."""
         if self.subscriptions.known[projection.name].wants(event.type):
             key = projection.row_key(event)
             before = projection.read(connection, table, key)
             projection.write(connection, table, key, before, self._after(projection, before, event))
 
     def _after(self, projection: Projection, row: Values | None, event: Event) -> Values | None:
-        """What *event* makes of a *row*."""
+        """Return the row after *event*; the function cannot publish."""
         with context.silenced(f"The projection {projection.name}"):
             return projection(row, self.types.restored(event))
 
     # ── the shadow ──────────────────────────────────────────────────────────────────────────
 
     def begin(self, projection: Projection, shadow: Shadow) -> None:
-        """Make an empty shadow, in place of one that there may be.
+        """Create an empty shadow, in place of an existing one.
 
-        From then on one that is *following* is told of what the live projection handles.
+        From then on the live projection passes its events on to a *following* shadow.
         """
         self.discard(projection)
         with self.engine.begin() as connection:
             projection.shadow.create(connection)
         with self.engine.begin() as connection:
-            self.projections.lock(connection, projection.name)
-            self.projections.note(connection, projection.name, shadow)
+            self.shadows.lock(connection, projection.name)
+            self.shadows.set(connection, projection.name, shadow)
 
     def discard(self, projection: Projection) -> None:
-        """Forget the shadow. Repeating it is harmless."""
+        """Drop the shadow. Idempotent."""
         with self.engine.begin() as connection:
-            self.projections.lock(connection, projection.name)
+            self.shadows.lock(connection, projection.name)
             self._forget(connection, projection)
         self._drop(projection)
 
     def feed(
         self, projection: Projection, events: Iterable[Event], skip: Collection[UUID] = ()
     ) -> Iterator[int]:
-        """Let *events*, those of each key in their order, take effect in the shadow.
+        """Apply *events* to the shadow, in transactions of 500 events.
 
-        What it has already is passed over, so that whoever was killed gives them all again. Those
-        of *skip* have their turn without an effect.
+        The shadow ignores events that it has already, so an interrupted feed can be repeated.
 
-        Returns:
-            After each transaction, how many events were given so far.
+        Args:
+            projection: whose shadow is fed.
+            events: in the order of each key, from its beginning.
+            skip: ids of events that are not to be applied.
+
+        Yields:
+            After each transaction, the number of events so far.
 
         Raises:
-            RebuildError: there is no shadow, events are missing before one, or the projection
-                fails with one.
+            RebuildError: there is no shadow, an event is missing, or the projection fails.
         """
         given, number = iter(events), 0
         while batch := list(islice(given, AT_ONCE)):
@@ -162,12 +162,12 @@ class Projecting:
             yield number
 
     def compare(self, connection: Connection, projection: Projection) -> Difference:
-        """How the shadow differs from the live table, which nobody changes meanwhile.
+        """Compare the shadow with the live table, which handles no event meanwhile.
 
         Raises:
             RebuildError: there is no shadow.
         """
-        self.projections.lock(connection, projection.name)
+        self.shadows.lock(connection, projection.name)
         self._require_shadow(connection, projection)
         live, shadow = projection.table, projection.shadow
         differing = not_(_same(shadow, live))
@@ -190,27 +190,27 @@ class Projecting:
         )
 
     def swap(self, projection: Projection) -> Difference:
-        """Let the live table say what the shadow says, in one transaction, and forget the shadow.
+        """Copy the shadow's rows into the live table, in one transaction, and drop the shadow.
 
         Returns:
-            What was different.
+            The difference before.
 
         Raises:
-            RebuildError: there is no shadow that follows, or one of them has handled events that
-                the other has not: nothing was changed, and later it may succeed.
+            RebuildError: there is no following shadow, or the two have not handled the same events.
+                Nothing has changed; repeat the swap later.
         """
         live, shadow = projection.table, projection.shadow
         with self.engine.begin() as connection:
-            if self.projections.lock(connection, projection.name) is Shadow.frozen:
+            if self.shadows.lock(connection, projection.name) is Shadow.frozen:
                 raise RebuildError(
-                    f"The shadow of {projection.name} is of the past. Make one without --at."
+                    f"The shadow of {projection.name} is frozen in the past. Make one without --at."
                 )
             difference = self.compare(connection, projection)
             if difference.behind:
                 raise RebuildError(
                     f"{projection.name} and its shadow have not handled the same events, e.g. of "
-                    f"{', '.join(difference.behind)}. Wait until no message is left for "
-                    "it, and see to its dead letters; then feed the shadow with a new log."
+                    f"{', '.join(difference.behind)}. Wait until the queue of the projection is "
+                    "empty, redrive or discard its dead letters, then feed the shadow again."
                 )
             same = select(1).where(_same_key(live, shadow), _same(live, shadow))
             connection.execute(delete(live).where(~same.correlate(live).exists()))
@@ -222,17 +222,17 @@ class Projecting:
 
     # ── steps ───────────────────────────────────────────────────────────────────────────────
 
-    def _hand_on(self, connection: Connection, projection: Projection, event: Event) -> None:
-        """Give the shadow's consumer an event that the live one handles."""
-        position = _place(event)
+    def _pass_on(self, connection: Connection, projection: Projection, event: Event) -> None:
+        """Apply an event of the live table to the shadow too, or park it for the shadow."""
+        position = _position(event)
         cursor = self.cursors.lock(connection, projection.follower, position.lane)
         match cursor.turn_of(position):
             case Turn.now:
-                self._apply(connection, projection, projection.shadow, event)
+                self._apply_to(projection.shadow, connection, projection, event)
                 self._advance(connection, projection, position, cursor)
             case Turn.later:
                 queue = self.subscriptions.name_of(self.subscriptions.known[projection.name])
-                message = self.addressed(queue, event)
+                message = self.replay.message_to(queue, event)
                 self.cursors.park(connection, projection.follower, position, message)
 
     def _feed(
@@ -246,19 +246,19 @@ class Projecting:
         lanes: defaultdict[Lane, list[Event]] = defaultdict(list)
         for event in events:
             if event.category in subscription.categories and event.key is not None:
-                lanes[_place(event).lane].append(event)
-        # In one order, like whoever else locks more than one.
+                lanes[_position(event).lane].append(event)
+        # Sorted: transactions that lock several keys lock them in one order, against deadlocks.
         for lane in sorted(lanes, key=lambda each: (each.source, each.stream, each.key)):
             cursor = locked = self.cursors.lock(connection, projection.follower, lane)
             fresh, last = [], None
             for event in lanes[lane]:
-                position = _place(event)
+                position = _position(event)
                 if cursor.turn_of(position) is Turn.past:
                     continue
                 if cursor.turn_of(position) is Turn.later:
                     raise RebuildError(
                         f"Events of {event.stream} are missing before {event.type} {event.id}. "
-                        "Export the whole category, from its beginning and in its order."
+                        "Export the whole category from its beginning, and keep the order."
                     )
                 cursor, last = cursor.after(position), position
                 if subscription.wants(event.type) and event.id not in skip:
@@ -269,7 +269,7 @@ class Projecting:
                 self._advance(connection, projection, last, locked)
 
     def _try(self, connection: Connection, projection: Projection, events: list[Event]) -> None:
-        """Let *events* of one key take effect in the shadow, and say with which one that fails."""
+        """Apply *events* of one key to the shadow; an error names the event that failed."""
         reached, shadow = events[0], projection.shadow
         try:
             key = projection.row_key(reached)
@@ -278,55 +278,55 @@ class Projecting:
                 row = self._after(projection, row, reached)
             projection.write(connection, shadow, key, before, row)
         except OperationalError:
-            raise  # the database is away, or let us lose a race: no event is to blame
+            raise  # an outage or a lost race of the database, not the fault of an event
         except Exception as error:
             raise RebuildError(
                 f"{projection.name} fails with {reached.type} {reached.id} of {reached.stream}: "
-                f"{type(error).__name__}: {error}. Mend it, or leave it out with --skip."
+                f"{type(error).__name__}: {error}. Correct the function, or --skip the event."
             ) from error
 
     def _advance(
         self, connection: Connection, projection: Projection, position: Position, cursor: Cursor
     ) -> None:
-        """Note that the shadow has come to *position*, and let what was parked behind it follow."""
+        """Advance the shadow to *position*, and apply the parked events that follow."""
         follower, lane = projection.follower, position.lane
         self.cursors.go_to(connection, follower, position, cursor)
         while message := cursor.parked and self.cursors.release(connection, follower, lane):
             event, cursor = _parked(message), self.cursors.lock(connection, follower, lane)
-            self._apply(connection, projection, projection.shadow, event)
-            self.cursors.go_to(connection, follower, _place(event), cursor)
+            self._apply_to(projection.shadow, connection, projection, event)
+            self.cursors.go_to(connection, follower, _position(event), cursor)
 
     def _require_shadow(self, connection: Connection, projection: Projection) -> None:
-        if self.projections.find(connection, projection.name) is None:
+        if self.shadows.find(connection, projection.name) is None:
             raise RebuildError(
                 f"{projection.name} has no shadow. Make one with `eda projections rebuild`."
             )
 
     def _forget(self, connection: Connection, projection: Projection) -> None:
         self.cursors.forget(connection, projection.follower)
-        self.projections.note(connection, projection.name, None)
+        self.shadows.set(connection, projection.name, None)
 
     def _drop(self, projection: Projection) -> None:
         with self.engine.begin() as connection:
             projection.shadow.drop(connection, checkfirst=True)
 
 
-def _place(event: Event) -> Position:
-    """The place of *event* in the order of its key.
+def _position(event: Event) -> Position:
+    """The position of *event* in the order of its key.
 
     Raises:
-        InvalidEvent: nobody has told it.
+        InvalidEvent: the event comes without its position.
     """
     if (position := Position.of_event(event)) is None:
         raise InvalidEvent(
-            f"{event.type} {event.id} has no place in the order of its key. Take the log from "
-            "`eda events export`."
+            f"{event.type} {event.id} has no position in the order of its key. Use a log of "
+            "`celery eda events export`."
         )
     return position
 
 
 def _parked(message: Message) -> Event:
-    """The event of a *message* that was parked for a shadow."""
+    """The event in a *message* that was parked for a shadow."""
     event = Event.of_cloud(Arguments.of(message).args[0])
     return replace(event, order=tuple(message.headers[ORDER_HEADER]))
 
@@ -336,18 +336,18 @@ def _same_key(one: Table, other: Table) -> ColumnElement[bool]:
 
 
 def _same(one: Table, other: Table) -> ColumnElement[bool]:
-    """Whether two rows say the same; two that say nothing do."""
+    """True if two rows have equal values; NULL equals NULL."""
     pairs = [(_comparable(column), _comparable(other.c[column.name])) for column in one.columns]
     return and_(*(a.is_not_distinct_from(b) for a, b in pairs))
 
 
 def _comparable(column: ColumnElement[Any]) -> ColumnElement[Any]:
-    """PostgreSQL compares no JSON."""
+    """*column* in a type that can be compared: PostgreSQL has no ``=`` for JSON."""
     return cast(column, LongText) if isinstance(column.type, JSON) else column
 
 
 def _without(one: Table, other: Table) -> Select[Any]:
-    """The rows of *one* whose keys are not in the *other*."""
+    """The rows of *one* whose keys the *other* does not have."""
     there = select(1).where(_same_key(one, other)).correlate(one).exists()
     return select(one).where(~there)
 

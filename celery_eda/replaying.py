@@ -1,8 +1,8 @@
-"""Sending events from the store once more, to one subscription.
+"""Replay: events of the store are sent again, to one subscription.
 
-So a subscription that is new gets what happened before it was there, and one that lost its queue
-what it lost. Each event has the identity and the place in order that it had: whoever handled it
-takes no effect again, and what comes live meanwhile waits for its turn.
+A new subscription gets the events before its time, and a subscription that lost its queue the lost
+ones. Each event keeps its identity and its position: the inbox ignores events that were handled
+already, and live events of the same key wait for their turn.
 """
 
 from __future__ import annotations
@@ -12,69 +12,74 @@ from dataclasses import dataclass, replace
 
 from sqlalchemy import Engine
 
+from celery_eda.emitting import Emitter
 from celery_eda.errors import InvalidEvent
 from celery_eda.event import Event
-from celery_eda.event_store import Choice, EventStore
+from celery_eda.event_store import EventFilter, EventStore
 from celery_eda.identity import REPLAY_HEADER, Identity, Position
 from celery_eda.message import Message
 from celery_eda.subscriptions import PREFIX
 
-#: Events that go to the outbox in one transaction.
+#: Events to write to the outbox in one transaction.
 AT_ONCE = 500
 
 
 @dataclass(frozen=True)
-class Replaying:
+class Replay:
     """Replays the events of one service.
 
     Attributes:
-        message_of: makes the message of an event.
-        send: writes messages to the outbox in a transaction of their own.
+        send: writes messages to the outbox, in a transaction of its own.
     """
 
     engine: Engine
     store: EventStore
-    message_of: Callable[[Event, Identity], Message]
+    emitter: Emitter
     send: Callable[[Sequence[Message]], None]
 
     def replay(
-        self, queue: str, choice: Choice, *, after: int = 0, publish: bool = False
+        self, queue: str, wanted: EventFilter, *, after: int = 0, publish: bool = False
     ) -> Iterator[Event]:
-        """Send the events of *choice*, by their positions, to the subscription with that *queue*.
+        """Send the *wanted* events, by position, to the subscription with this *queue*.
 
-        Unless it may *publish*, its handler fails when it does, and the event is a dead letter.
-        Repeating it is harmless, and so is dying half-way: begin anew, or *after* the position of
-        the last one that was given here.
+        A replay can be repeated, and resumed *after* the position of the last event yielded.
 
-        Returns:
-            Each event, once it is in the outbox.
+        Args:
+            queue: the name of a subscription's queue.
+            wanted: which events.
+            after: a position; only later events are sent.
+            publish: True to let the handler publish. Otherwise a handler that publishes fails, and
+                the event becomes a dead letter.
+
+        Yields:
+            Each event, after the commit that wrote it to the outbox.
 
         Raises:
-            InvalidEvent: that is no queue of a subscription.
+            InvalidEvent: *queue* is not the name of a subscription's queue.
         """
         if not queue.startswith(PREFIX):
             raise InvalidEvent(
-                f"{queue!r} is no queue of a subscription: their names begin with {PREFIX!r}. "
-                "`eda subscriptions list` tells those of a service."
+                f"{queue!r} is not the queue of a subscription; their names begin with {PREFIX!r}. "
+                "`celery eda subscriptions list` lists the queues of a service."
             )
-        self.store.give_positions(self.engine)
-        while events := self._read(choice, after):
-            messages = [self.addressed(queue, event) for event in events]
+        self.store.assign_positions(self.engine)
+        while events := self._read(wanted, after):
+            messages = [self.message_to(queue, event) for event in events]
             self.send(messages if publish else [silent(each) for each in messages])
             yield from events
             after = events[-1].position or after
 
-    def _read(self, choice: Choice, after: int) -> list[Event]:
+    def _read(self, wanted: EventFilter, after: int) -> list[Event]:
         with self.engine.connect() as connection:
-            return self.store.read(connection, choice, after=after, limit=AT_ONCE)
+            return self.store.read(connection, wanted, after=after, limit=AT_ONCE)
 
-    def addressed(self, queue: str, event: Event) -> Message:
-        """The message with which *event* comes to that *queue* alone, as the one that it is."""
-        message = self.message_of(replace(event, order=None), Identity(event.id))
+    def message_to(self, queue: str, event: Event) -> Message:
+        """Return the message that carries *event* to *queue* alone, with its old identity."""
+        message = self.emitter.message_of(replace(event, order=None), Identity(event.id))
         message = replace(message, exchange="", routing_key=queue, queue=None)
         return message.at(Position.of_event(event))
 
 
 def silent(message: Message) -> Message:
-    """*message*, whose handler can publish nothing."""
+    """Return *message*, marked so that its handler cannot publish."""
     return replace(message, headers={**message.headers, REPLAY_HEADER: True})

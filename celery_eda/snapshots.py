@@ -1,4 +1,4 @@
-"""What the fold of a stream came to at some of its versions, so that it is not read anew."""
+"""Snapshots: states of streams at some of their versions, where later folds begin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from celery_eda.event_store import parts_of
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state after the event *version* of a stream."""
+    """The state of a stream after its event *version*."""
 
     version: int
     state: Any
@@ -25,7 +25,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Snapshots:
-    """The snapshots of one database; each belongs to a stream and to the *name* of a fold."""
+    """The snapshots of one database, by stream and by the name of the fold."""
 
     table: Table
     dialect: Dialect
@@ -33,7 +33,7 @@ class Snapshots:
     def latest(
         self, connection: Connection, stream: str, name: str, at: datetime | None = None
     ) -> Snapshot | None:
-        """The last one, of what was appended until *at*."""
+        """Return the latest snapshot of events appended until *at*; None if there is none."""
         columns = self.table.c
         category, key = parts_of(stream)
         query = select(columns.version, columns.state).where(
@@ -47,12 +47,10 @@ class Snapshots:
     def add(
         self, connection: Connection, stream: str, name: str, snapshot: Snapshot, at: datetime
     ) -> None:
-        """Keep one, of the state after an event that was appended *at* that time.
-
-        Repeating it is harmless.
+        """Store a snapshot, whose last event was appended at the time *at*. Idempotent.
 
         Raises:
-            InvalidEvent: its state is another one when it is read again.
+            InvalidEvent: the state does not survive the way to JSON and back.
         """
         try:
             state = json.dumps(snapshot.state)
@@ -61,8 +59,8 @@ class Snapshots:
             same = False
         if not same:
             raise InvalidEvent(
-                f"The state {name!r} of {stream} cannot be kept as JSON without becoming another: "
-                "fold to texts, numbers, lists and dictionaries, or leave the snapshot out."
+                f"The state {name!r} of {stream} changes when written as JSON and read again. "
+                "Fold to texts, numbers, lists and dictionaries, or leave out the snapshot."
             )
         category, key = parts_of(stream)
         values = {"category": category, "key": key, "name": name, "version": snapshot.version}

@@ -1,11 +1,11 @@
-"""``@eda.on``: makes a function a handler of events."""
+"""``@eda.on`` and ``@eda.projection``: turn functions into handlers of events."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Protocol
 
@@ -19,17 +19,17 @@ from celery_eda.errors import ConfigurationError
 from celery_eda.event import Event
 from celery_eda.event_types import EventTypes
 from celery_eda.identity import ORDER_HEADER, REPLAY_HEADER
-from celery_eda.projecting import Projecting
-from celery_eda.projections import Apply, Projection, Projections
+from celery_eda.projecting import Rebuild
+from celery_eda.projections import Apply, Projection, ProjectionRegistry
 from celery_eda.subscriptions import Subscription, Subscriptions
 from celery_eda.task import run_async
 
-#: Options of a task that a subscription decides on itself.
-OURS = frozenset(("bind", "key", "ignore_result"))
+#: Options of a task that a subscription sets itself.
+FIXED_OPTIONS = frozenset(["bind", "key", "ignore_result"])
 
 
 class Subscribes(Protocol):
-    """What the decorator needs of a service."""
+    """The part of :class:`celery_eda.EDA` that subscriptions use."""
 
     app: Celery
     task: TaskDecorator
@@ -41,23 +41,72 @@ class Subscribes(Protocol):
     def event_types(self) -> EventTypes: ...
 
     @property
-    def projections(self) -> Projections: ...
+    def projections(self) -> ProjectionRegistry: ...
 
     @property
-    def projecting(self) -> Projecting: ...
+    def projecting(self) -> Rebuild: ...
 
     @property
     def session(self) -> Session: ...
 
 
+@dataclass(frozen=True)
+class EventHandler:
+    """Calls a user's function with an event of the latest version, of its registered class."""
+
+    types: EventTypes
+    function: Callable[..., Any]
+
+    def __call__(self, event: Event) -> Any:
+        event = self.types.restored(event)
+        with context.handling(event):
+            return self.function(event)
+
+
+@dataclass(frozen=True)
+class ProjectionHandler:
+    """Applies an event to the table of a projection."""
+
+    eda: Subscribes
+    projection: Projection
+
+    def __call__(self, event: Event) -> None:
+        event = replace(event, order=_order_in_progress())
+        self.eda.projecting.apply(self.eda.session.connection(), self.projection, event)
+
+
+@dataclass(frozen=True)
+class EventReceiver:
+    """Passes the events of a subscription, as they arrive in messages, to its handler."""
+
+    app: Celery
+    subscription: Subscription
+    handle: Callable[[Event], Any]
+
+    def receive(self, attributes: Any) -> Any:
+        """Handle the event with these CloudEvents *attributes*, if the subscription wants it."""
+        event = Event.of_cloud(attributes)
+        if not self.subscription.all and not self.subscription.wants(event.type):
+            return None
+        with self._scope():
+            return self.handle(event)
+
+    def _scope(self) -> AbstractContextManager[None]:
+        """A scope in which nothing can be published, if the message in progress is a replay."""
+        task = self.app.current_worker_task
+        if task is not None and task.request.get(REPLAY_HEADER):
+            return context.silenced(f"The replay to {self.subscription.task}")
+        return nullcontext()
+
+
 class SubscriptionDecorator:
     """``@eda.on("order.*")``: lets a function handle events of any service.
 
-    It becomes a reliable task with a queue of its own, which is there, and filled, once a worker or
-    a relay of this app has started. The function gets the :class:`celery_eda.Event`, and in front
-    of it the session of the message in progress if its first parameter is called ``session``; what
-    it writes and publishes is committed together. Each subscription takes effect once with each
-    event, and its retries, repairs and dead letters are its own.
+    The function becomes a reliable task with a queue of its own. The queue exists, and collects
+    events, from the first start of a worker or relay of this app on. The function is called with
+    the :class:`celery_eda.Event`, after the session of the message in progress if its first
+    parameter is called ``session``. Its writes and messages are committed together. Each
+    subscription handles each event exactly once, with retries, repairs and dead letters of its own.
     """
 
     def __init__(self, eda: Subscribes) -> None:
@@ -71,107 +120,100 @@ class SubscriptionDecorator:
         every_worker: bool = False,
         **options: Any,
     ) -> Callable[[Callable[..., Any]], Any]:
-        """Subscribe to the events that one of *patterns* chooses.
+        """Subscribe to the events whose names match one of *patterns*.
 
         Args:
-            patterns: as AMQP has them: ``*`` is any one word, ``#`` any number of words.
-            name: of the task and, with the service's, of the queue; by default that of the
-                function. A changed name leaves a queue behind.
-            ordered: whether the events of one category and key are handled one after the other, in
-                the order of their commits, whatever their names.
-            every_worker: whether each worker gets every event that happens while it runs, e.g. to
-                empty a cache. It then is a plain task, in no transaction: what happens while a
-                worker is away, or is in its hands when it dies, is missed. With a pool of
-                processes one of them gets it; a cache in memory needs threads.
-            options: those of ``@eda.task``, or of ``@app.task`` for every worker, but for ``bind``,
-                ``key`` and ``ignore_result``.
+            patterns: as in AMQP: ``*`` matches one word, ``#`` any number of words.
+            name: of the task, by default that of the function; also the last part of the queue's
+                name, so a new name leaves the old queue behind.
+            ordered: True to handle the events of one category and key one after the other, in the
+                order of their commits, whatever their types.
+            every_worker: True to call the function in every running worker, e.g. to empty a cache.
+                The task is a plain one then, without a transaction: a worker misses events while it
+                is down, and an event in progress when it dies. In a pool of processes one process
+                gets the event; a cache in memory needs threads.
+            options: options of ``@eda.task``, or of ``@app.task`` with *every_worker*, except
+                ``bind``, ``key`` and ``ignore_result``.
 
         Raises:
-            ConfigurationError: it cannot be subscribed so.
-            InvalidEvent: a pattern is none.
+            ConfigurationError: the options contradict each other.
+            InvalidEvent: a pattern is malformed.
         """
 
         def decorate(function: Callable[..., Any]) -> Any:
             eda = self._eda
-            task = name or eda.app.gen_task_name(function.__name__, function.__module__)
-            if every_worker and next(iter(inspect.signature(function).parameters), "") == "session":
-                raise ConfigurationError(
-                    f"{task} is called in every worker, in no transaction, so there is no session "
-                    "for it. Leave out the parameter, or every_worker."
-                )
-            handle = run_async(eda.task.with_session(function))
-
-            def receive(event: Event) -> Any:
-                event = eda.event_types.restored(event)
-                with context.handling(event):
-                    return handle(event)
-
-            subscription = Subscription(task, patterns, ordered, every_worker=every_worker)
-            return self._subscribe(subscription, receive, function, options)
+            subscription = Subscription(
+                self._task_name(function, name), patterns, ordered, every_worker=every_worker
+            )
+            if every_worker:
+                _refuse_session(subscription, function)
+            handler = EventHandler(eda.event_types, run_async(eda.task.with_session(function)))
+            return self._subscribe(subscription, handler, function, options)
 
         return decorate
 
     def projection(
         self, *patterns: str, table: Table, name: str | None = None, **options: Any
     ) -> Callable[[Apply], Projection]:
-        """Let a function make the rows of a table; see :meth:`celery_eda.EDA.projection`."""
+        """Let a function maintain the rows of a table; see :meth:`celery_eda.EDA.projection`."""
 
         def decorate(function: Apply) -> Projection:
-            eda = self._eda
-            task = name or eda.app.gen_task_name(function.__name__, function.__module__)
-            projection = Projection(task, table, function)
-            eda.projections.add(projection)
-
-            def receive(event: Event) -> None:
-                event = replace(event, order=_place_in_progress())
-                eda.projecting.take(eda.session.connection(), projection, event)
-
-            subscription = Subscription(task, patterns, ordered=True, all=True)
-            self._subscribe(subscription, receive, function, options)
+            projection = Projection(self._task_name(function, name), table, function)
+            self._eda.projections.add(projection)
+            subscription = Subscription(projection.name, patterns, ordered=True, all=True)
+            handler = ProjectionHandler(self._eda, projection)
+            self._subscribe(subscription, handler, function, options)
             return projection
 
         return decorate
 
+    def _task_name(self, function: Callable[..., Any], name: str | None) -> str:
+        return name or str(self._eda.app.gen_task_name(function.__name__, function.__module__))
+
     def _subscribe(
         self,
         subscription: Subscription,
-        receive: Callable[[Event], Any],
+        handle: Callable[[Event], Any],
         function: Callable[..., Any],
         options: dict[str, Any],
     ) -> Any:
-        """Make a task of what *receive* does with each event that comes to *subscription*."""
-        if refused := sorted(OURS & options.keys()):
+        """Register *subscription*, and return its task."""
+        if refused := sorted(FIXED_OPTIONS & options.keys()):
             raise ConfigurationError(
-                f"A subscription decides itself about {', '.join(refused)}: it gets the event, "
-                "whose key is that of its order, and nobody waits for a result. Leave it out."
+                f"A subscription does not accept {', '.join(refused)}: its only argument is the "
+                "event, its order is that of the event's key, and it has no result. Remove the "
+                "option."
             )
         self._eda.subscriptions.add(subscription)
-
-        @wraps(function, assigned=("__module__", "__doc__"))
-        def take(attributes: Any) -> Any:
-            event = Event.of_cloud(attributes)
-            if subscription.all or subscription.wants(event.type):
-                with _silenced_by_replay(self._eda.app, subscription):
-                    return receive(event)
-            return None
-
-        del take.__wrapped__  # Celery would take the function's parameters for its own
+        receiver = EventReceiver(self._eda.app, subscription, handle)
         options = {"name": subscription.task, "ignore_result": True, **options}
         if subscription.every_worker:
-            return self._eda.app.task(shared=False, **options)(take)
-        return self._eda.task(**options)(take)
+            return self._eda.app.task(shared=False, **options)(_task_function(receiver, function))
+        return self._eda.task(**options)(_task_function(receiver, function))
 
 
-def _silenced_by_replay(app: Celery, subscription: Subscription) -> AbstractContextManager[None]:
-    """Where nothing can be published, if the event in progress is replayed."""
-    task = app.current_worker_task
-    if task is not None and task.request.get(REPLAY_HEADER):
-        return context.silenced(f"The replay to {subscription.task}")
-    return nullcontext()
+def _task_function(receiver: EventReceiver, function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """The function of a subscription's task, with the module and docs of the user's *function*."""
+
+    @wraps(function, assigned=("__module__", "__doc__"))
+    def receive(attributes: Any) -> Any:
+        return receiver.receive(attributes)
+
+    # Celery would check calls against the parameters of the wrapped function.
+    del receive.__wrapped__
+    return receive
 
 
-def _place_in_progress() -> tuple[Any, ...] | None:
-    """The place of the message in progress, as an event has it."""
+def _refuse_session(subscription: Subscription, function: Callable[..., Any]) -> None:
+    if next(iter(inspect.signature(function).parameters), "") == "session":
+        raise ConfigurationError(
+            f"{subscription.task} is called in every worker, without a transaction, so it has no "
+            "session. Leave out the parameter, or every_worker."
+        )
+
+
+def _order_in_progress() -> tuple[Any, ...] | None:
+    """The position of the message in progress, in the shape of :attr:`Event.order`."""
     progress = context.in_progress.get()
     if progress is None or progress.delivery.position is None:
         return None

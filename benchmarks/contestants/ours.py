@@ -250,7 +250,7 @@ def heard() -> int:
 
 def read_page() -> int:
     """Read the last thousand events in the order of their positions, all assigned."""
-    eda.event_store.give_positions(eda.engine)
+    eda.event_store.assign_positions(eda.engine)
     with eda.engine.connect() as connection:
         last = connection.scalar(select(func.max(eda.tables.events.c.position))) or 0
         return len(eda.event_store.read(connection, after=max(0, last - 1000)))

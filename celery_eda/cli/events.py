@@ -23,7 +23,7 @@ from celery_eda.cli.console import Command, confirm, report, service_of
 from celery_eda.cli.options import MOMENT, Rate, as_json, confirmed, options
 from celery_eda.error_text import printable
 from celery_eda.event import Event
-from celery_eda.event_store import Choice
+from celery_eda.event_store import EventFilter
 
 #: Events between two lines about the progress, and events deleted in one transaction.
 STEP = 1000
@@ -111,7 +111,10 @@ def archive(
     if file.exists():
         raise click.ClickException(f"{file} exists. Give the name of a new file.")
     confirm(f"Move events into {file}?", yes=yes)
-    service, choice = service_of(context), Choice(**_aware({"until": until, "category": category}))
+    service, choice = (
+        service_of(context),
+        EventFilter(**_aware({"until": until, "category": category})),
+    )
     number, last = _write(service.event_store.follow(service.engine, choice), file)
     deleted = _delete(service, choice, last.position) if last and last.position else 0
     done = {"events": number, "deleted": deleted}
@@ -155,7 +158,7 @@ def replay(
         return
     confirm(f"Send events to {printable(queue)} again?", yes=yes)
     number, last = 0, None
-    chosen = Choice(**_aware(choice))
+    chosen = EventFilter(**_aware(choice))
     for last in service.replaying.replay(queue, chosen, after=after, publish=publish):
         number += 1
         if number % STEP == 0:
@@ -186,12 +189,12 @@ def _write(events: Iterable[Event], file: Path) -> tuple[int, Event | None]:
     return number, last
 
 
-def _delete(service: EDA, choice: Choice, position: int) -> int:
+def _delete(service: EDA, choice: EventFilter, position: int) -> int:
     """Delete the events of *choice* up to *position*; returns their number."""
     deleted = 0
     while True:
         with service.engine.begin() as connection:
-            batch = service.event_store.forget(connection, choice, position, STEP)
+            batch = service.event_store.delete(connection, choice, position, STEP)
         if not batch:
             return deleted
         deleted += batch
@@ -200,7 +203,7 @@ def _delete(service: EDA, choice: Choice, position: int) -> int:
 def _events(context: click.Context, after: int, **choice: Any) -> Iterator[Event]:
     """The chosen events, in the order of their positions, which are assigned where missing."""
     service = service_of(context)
-    return service.event_store.follow(service.engine, Choice(**_aware(choice)), after=after)
+    return service.event_store.follow(service.engine, EventFilter(**_aware(choice)), after=after)
 
 
 def _aware(choice: dict[str, Any]) -> dict[str, Any]:

@@ -22,9 +22,10 @@ from celery_eda.cli.options import MOMENT, as_json, confirmed
 from celery_eda.error_text import printable
 from celery_eda.errors import InvalidEvent
 from celery_eda.event import Event
-from celery_eda.event_store import Choice
+from celery_eda.event_store import EventFilter
 from celery_eda.projecting import Difference
-from celery_eda.projections import Projection, Shadow
+from celery_eda.projections import Projection
+from celery_eda.shadows import Shadow
 
 
 @click.group(name="projections")
@@ -142,7 +143,7 @@ def _found(context: click.Context, name: str) -> tuple[EDA, Projection]:
 def _begin(service: EDA, projection: Projection, wanted: Shadow, *, anew: bool) -> None:
     """Begin a shadow, unless an unfinished one of the *wanted* kind can be continued."""
     with service.engine.connect() as connection:
-        existing = service.projections.find(connection, projection.name)
+        existing = service.shadows.find(connection, projection.name)
     if existing is None or anew:
         service.projecting.begin(projection, wanted)
     elif existing is not wanted:
@@ -157,7 +158,7 @@ def _state(context: click.Context, service: EDA, projection: Projection) -> dict
     with channel_of(context) as channel:
         waiting = service.event_queues.waiting(channel, queue) or 0
     with service.engine.connect() as connection:
-        shadow = service.projections.find(connection, name)
+        shadow = service.shadows.find(connection, name)
         parked = service.cursors.count_parked(connection, name)
         newest = service.inbox.newest(connection, name)
     lag = None if newest is None else (datetime.now(timezone.utc) - newest).total_seconds()
@@ -183,7 +184,7 @@ def _line(state: dict[str, Any]) -> str:
 def _stored(service: EDA, name: str) -> Iterator[Event]:
     """The stored events of the categories to which the projection *name* subscribes."""
     for category in service.subscriptions.known[name].categories:
-        yield from service.event_store.follow(service.engine, Choice(category=category))
+        yield from service.event_store.follow(service.engine, EventFilter(category=category))
 
 
 def _read(log: TextIO) -> Iterator[Event]:

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, select
 
 from celery_eda.errors import InvalidEvent, VersionConflict
 from celery_eda.event import Draft, Event
-from celery_eda.event_store import Choice, EventStore, fold
+from celery_eda.event_store import EventFilter, EventStore
 from celery_eda.identity import Lane
 from celery_eda.sequences import Sequences
 from tests.databases import Database
@@ -59,9 +59,14 @@ def types(events: Sequence[Event]) -> list[str]:
     return [each.type for each in events]
 
 
+def version_of(store: EventStore, connection: Connection, stream: str) -> int:
+    """The version of the last event of *stream*; 0 if there is none."""
+    return max((each.version or 0 for each in store.stream(connection, stream)), default=0)
+
+
 def positions(store: EventStore, database: Database) -> list[tuple[int | None, str]]:
     """The positions and types of all events that have one."""
-    store.give_positions(database.engine)
+    store.assign_positions(database.engine)
     with database.engine.connect() as connection:
         return [(each.position, each.type) for each in store.read(connection)]
 
@@ -99,9 +104,9 @@ def test_the_events_of_a_stream_count_from_one_across_their_types(
     with database.engine.connect() as connection:
         order = [(each.version, each.type) for each in store.stream(connection, "order.7")]
         assert order == [(1, "order.placed"), (2, "order.paid"), (3, "order.made")]
-        assert store.version(connection, "order.7") == 3
-        assert store.version(connection, "stock.7") == 1
-        assert store.version(connection, "order.9") == 0
+        assert version_of(store, connection, "order.7") == 3
+        assert version_of(store, connection, "stock.7") == 1
+        assert version_of(store, connection, "order.9") == 0
         assert types(list(store.stream(connection, "order.7", after=2))) == ["order.made"]
 
 
@@ -114,7 +119,7 @@ def test_keys_that_differ_in_case_blanks_or_unicode_form_are_streams_apart(
         append(store, connection, *(event(key=key) for key in keys))
 
     with database.engine.connect() as connection:
-        assert [store.version(connection, f"order.{key}") for key in keys] == [1] * len(keys)
+        assert [version_of(store, connection, f"order.{key}") for key in keys] == [1] * len(keys)
 
 
 def test_an_event_without_a_key_belongs_to_no_stream(database: Database, store: EventStore) -> None:
@@ -133,7 +138,7 @@ def test_an_expected_version_that_is_there_is_accepted(
         append(store, connection, event("order.paid"), expected=1)
 
     with database.engine.connect() as connection:
-        assert store.version(connection, "order.7") == 2
+        assert version_of(store, connection, "order.7") == 2
 
 
 def test_an_expected_version_that_has_passed_is_a_loud_conflict(
@@ -149,7 +154,7 @@ def test_an_expected_version_that_has_passed_is_a_loud_conflict(
         append(store, connection, event("order.paid"), expected=1)
 
     with database.engine.connect() as connection:
-        assert store.version(connection, "order.7") == 2
+        assert version_of(store, connection, "order.7") == 2
 
 
 def test_of_sixteen_who_append_to_one_stream_each_gets_a_version_or_a_conflict(
@@ -162,7 +167,7 @@ def test_of_sixteen_who_append_to_one_stream_each_gets_a_version_or_a_conflict(
         nonlocal conflicts
         with database.engine.connect() as connection:
             for number in range(10):
-                version = store.version(connection, "order.7")
+                version = version_of(store, connection, "order.7")
                 connection.rollback()
                 time.sleep(0.001)  # between reading and deciding
                 try:
@@ -221,7 +226,7 @@ def test_the_state_at_any_time_is_the_fold_of_what_was_appended_by_then(
     def total(at: datetime | None) -> int:
         with database.engine.connect() as connection:
             events = store.stream(connection, "order.7", at=at)
-            return fold(events, 0, lambda state, each: state + each.data)
+            return sum(each.data for each in events)
 
     assert [total(at) for at in moments] == [5, 12, 9]
     assert total(moments[0] - timedelta(hours=1)) == 0
@@ -239,11 +244,11 @@ def test_events_are_chosen_by_stream_category_type_and_time(
     time.sleep(0.02)
     with database.engine.begin() as connection:
         append(store, connection, event("orderly.left"), event("order.placed", key="8"))
-    store.give_positions(database.engine)
+    store.assign_positions(database.engine)
 
     def chosen(**choice: Any) -> list[int | None]:
         with database.engine.connect() as connection:
-            return [each.position for each in store.read(connection, Choice(**choice))]
+            return [each.position for each in store.read(connection, EventFilter(**choice))]
 
     assert chosen() == [1, 2, 3, 4]
     assert chosen(category="order") == [1, 2, 4]
@@ -315,7 +320,7 @@ def test_readers_that_follow_while_many_append_see_each_event_once_and_streams_i
         seen: list[Event] = []
         while True:
             last_look = done.is_set()
-            store.give_positions(database.engine)
+            store.assign_positions(database.engine)
             with database.engine.connect() as connection:
                 after = seen[-1].position if seen else 0
                 assert after is not None

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import reduce
 from itertools import islice
 from typing import Any
 
@@ -20,9 +21,8 @@ from celery_eda import EDA, Event, projecting
 from celery_eda.cursor import Turn
 from celery_eda.dialects.base import LostRace
 from celery_eda.errors import ConfigurationError, InvalidEvent, PublishingForbidden, RebuildError
-from celery_eda.event_store import fold
 from celery_eda.identity import Position
-from celery_eda.projections import Shadow
+from celery_eda.shadows import Shadow
 from tests.databases import Database
 
 NAMES = ("order.placed", "order.item.added", "order.noted", "order.cancelled")
@@ -61,7 +61,7 @@ class Shop:
     def log(self) -> list[Event]:
         """Every event, as another service reads it in an export."""
         store = self.eda.event_store
-        store.give_positions(self.eda.engine)
+        store.assign_positions(self.eda.engine)
         with self.eda.engine.connect() as connection:
             return [Event.of_cloud(each.to_cloud()) for each in store.read(connection, limit=10**6)]
 
@@ -72,7 +72,7 @@ class Shop:
         with self.eda.engine.begin() as connection:
             cursor = cursors.lock(connection, "copy", place.lane)
             assert cursor.turn_of(place) is Turn.now
-            self.eda.projecting.take(connection, self.copy, event)
+            self.eda.projecting.apply(connection, self.copy, event)
             cursors.go_to(connection, "copy", place, cursor)
 
     def handle_all(self) -> None:
@@ -106,7 +106,7 @@ class Shop:
                     for each in self.eda.event_store.stream(connection, f"order.{key}", at=at)
                     if each.type != "order.noted"
                 ]
-            row = fold(events, None, self.copy)
+            row = reduce(self.copy, events, None)
             if row is not None:
                 found.append((key, row["state"], row["items"], row["seen"]))
         return found
@@ -297,7 +297,7 @@ def test_nobody_handles_an_event_while_a_projection_is_exchanged(shop: Shop) -> 
     handling = threading.Thread(target=shop.handle, args=(second,))
 
     with shop.eda.engine.begin() as connection:
-        shop.eda.projections.lock(connection, "copy")
+        shop.eda.shadows.lock(connection, "copy")
         handling.start()
         handling.join(0.5)
         assert handling.is_alive(), "it waits for the lock"
@@ -330,7 +330,7 @@ def test_a_log_with_a_hole_is_refused(shop: Shop) -> None:
     with pytest.raises(RebuildError, match=r"order\.0 are missing before"):
         shop.feed([*orders[:4], *orders[5:]])
     assert shop.shadow() == []
-    with pytest.raises(InvalidEvent, match="no place in the order"):
+    with pytest.raises(InvalidEvent, match="no position in the order"):
         shop.feed([replace(each, order=None) for each in orders])
 
 
@@ -355,7 +355,7 @@ def test_a_frozen_shadow_does_not_follow_and_is_not_exchanged(shop: Shop) -> Non
     shop.handle_all()
 
     assert shop.shadow() == then
-    with pytest.raises(RebuildError, match="of the past"):
+    with pytest.raises(RebuildError, match="in the past"):
         shop.eda.projecting.swap(shop.copy)
 
 
@@ -403,7 +403,7 @@ def test_nothing_can_be_published_from_a_projection(shop: Shop) -> None:
             pytest.raises(PublishingForbidden, match="The projection loud publishes"),
             shop.eda.engine.begin() as connection,
         ):
-            shop.eda.projecting.take(connection, loud, replace(event, key="7"))
+            shop.eda.projecting.apply(connection, loud, replace(event, key="7"))
     assert [each.type for each in shop.log()] == ["order.placed"] * 2
 
 

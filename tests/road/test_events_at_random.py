@@ -17,7 +17,7 @@ from sqlalchemy import func, select, text
 
 from celery_eda import Event
 from celery_eda.dialects import dialect_of
-from celery_eda.event_store import EventStore, fold
+from celery_eda.event_store import EventStore
 from tests.road.conftest import Process, Road, expect_hits, first_of
 from tests.road.tables import accounts, effects
 from tests.road.test_order import kill_somebody
@@ -74,8 +74,7 @@ def folded(events: list[Event]) -> list[tuple[Any, ...]]:
         if event.category == "order":
             streams[event.key].append(event)
     return sorted(
-        (str(key), one[-1].type, one[-1].data["price"], fold(one, 0, lambda n, _: n + 1))
-        for key, one in streams.items()
+        (str(key), one[-1].type, one[-1].data["price"], len(one)) for key, one in streams.items()
     )
 
 

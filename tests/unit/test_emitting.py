@@ -57,7 +57,7 @@ class Shop:
 
     def stored(self) -> list[Event]:
         store = self.eda.event_store
-        store.give_positions(self.eda.engine)
+        store.assign_positions(self.eda.engine)
         with self.eda.engine.connect() as connection:
             return store.read(connection)
 

@@ -98,7 +98,7 @@ def test_replaying_puts_events_into_the_outbox_for_one_queue_at_the_places_they_
         (("list", "--category", "nothing"), "No event matches"),
         (("list", "--stream", "nothing"), "no stream"),
         (("show", str(uuid4())), "has emitted no event"),
-        (("replay", "--to", "celery", "--yes"), "no queue of a subscription"),
+        (("replay", "--to", "celery", "--yes"), "not the queue of a subscription"),
     ],
 )
 def test_what_cannot_be_done_is_said_with_exit_code_1(

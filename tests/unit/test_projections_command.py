@@ -135,7 +135,7 @@ def test_at_a_time_it_is_as_it_was_then(eda: EDA) -> None:
     assert shadow(eda) == ROWS
     swap = projections(eda, "swap", "copy", "--yes")
     assert swap.exit_code == 1
-    assert "of the past" in swap.stderr
+    assert "in the past" in swap.stderr
     follow = projections(eda, "rebuild", "copy")
     assert follow.exit_code == 1
     assert "Its shadow is frozen. Add --anew" in follow.stderr

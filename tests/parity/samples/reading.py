@@ -25,11 +25,11 @@ from celery_eda import (
 from celery_eda.attempts import Attempts
 from celery_eda.dead_letters import Filter
 from celery_eda.dialects import postgresql_presence
+from celery_eda.event_queues import EXCHANGE
 from celery_eda.message import Identity, Lane, Message, Position
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.replying import REPLY_TASK
 from celery_eda.snapshots import Snapshot, Snapshots
-from celery_eda.subscriptions import EXCHANGE
 from celery_eda.tables import Tables
 from celery_eda.transports import redis_taking, undelivered
 
@@ -80,7 +80,7 @@ def keep_unreadable(eda: EDA, payload: bytes) -> None:
 
 def give_positions(eda: EDA) -> None:
     """Give the events their positions, as their readers do."""
-    eda.event_store.give_positions(eda.engine)
+    eda.event_store.assign_positions(eda.engine)
 
 
 # ── rows, as they are read ──────────────────────────────────────────────────────────────────
@@ -218,19 +218,19 @@ def _declarations(eda: EDA, connection: Connection) -> Iterable[Any]:
 
 def _projections(eda: EDA, connection: Connection) -> Iterable[Any]:
     for row in _rows(connection, eda.tables.projections):
-        yield row.name, eda.projections.find(connection, row.name)
+        yield row.name, eda.shadows.find(connection, row.name)
 
 
 def _sagas(eda: EDA, connection: Connection) -> Iterable[Any]:
     for row in _rows(connection, eda.tables.sagas):
-        yield vars(eda.saga_log.find(connection, row.id))
+        yield vars(eda.saga_store.find(connection, row.id))
 
 
 def _saga_histories(eda: EDA, connection: Connection) -> Iterable[Any]:
     for row in _rows(connection, eda.tables.sagas):
-        for each in eda.saga_log.history(connection, row.id):
+        for each in eda.saga_store.history(connection, row.id):
             record = each.record
-            did = (record.kind, record.place, record.attempt, record.status, record.ended)
+            did = (record.kind, record.path, record.attempt, record.status, record.ended)
             then = (record.value, record.timed_out, record.id)
             yield row.id, did, then, each.begun_at, each.ended_at, each.due, each.who, each.request
 
@@ -271,7 +271,7 @@ def names(eda: EDA) -> dict[str, Any]:
         "tasks": {
             "event": event.EVENT_TASK,
             "reply": REPLY_TASK,
-            "saga news": saga_engine.NEWS_TASK,
+            "saga news": saga_engine.WAKEUP_TASK,
             "all": sorted(name for name in eda.app.tasks if name.startswith("celery_eda.")),
         },
         "exchanges": {
