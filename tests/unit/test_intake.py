@@ -141,14 +141,14 @@ def test_who_waits_for_an_unknown_task_hears_of_it(shop: Shop) -> None:
 def test_a_dead_letter_that_cannot_be_written_is_written_later_and_once(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keep, tries = Refusals.keep, iter((True, True, False))
+    keep, tries = Refusals.dead_letter, iter((True, True, False))
 
     def keep_at_last(*arguments: Any) -> bool:
         if next(tries, False):
             raise OperationalError("INSERT", {}, Exception("away"), connection_invalidated=True)
         return keep(*arguments)
 
-    monkeypatch.setattr(Refusals, "keep", keep_at_last)
+    monkeypatch.setattr(Refusals, "dead_letter", keep_at_last)
     shop.put(Letter("first", body=b"null"))
     shop.put(Letter("second", body=b"5"))
     shop.expect_service()
@@ -163,14 +163,14 @@ def test_a_dead_letter_that_cannot_be_written_is_written_later_and_once(
 def test_one_that_can_never_be_written_holds_up_no_other(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep = Refusals.keep
+    keep = Refusals.dead_letter
 
     def keep_all_but_one(self: Refusals, refused: Any) -> bool:
         if b"never" in refused.letter.body:
             raise ValueError("too long for this database")
         return keep(self, refused)
 
-    monkeypatch.setattr(Refusals, "keep", keep_all_but_one)
+    monkeypatch.setattr(Refusals, "dead_letter", keep_all_but_one)
     shop.put(Letter("never", body=b'"never"'))
     shop.put(Letter("other", body=b"null"))
 
