@@ -281,14 +281,14 @@ def _arm_faults() -> None:
 
 def _strike_before_the_ack(action: str, path: str) -> None:
     """Strike when a dead letter of the inspection is committed, before its message goes."""
-    keep = Refusals.keep
+    keep = Refusals.dead_letter
 
     def keep_and_strike(*arguments: Any) -> bool:
         fresh = keep(*arguments)
         _strike(action, path)
         return fresh
 
-    Refusals.keep = keep_and_strike  # type: ignore[method-assign]
+    Refusals.dead_letter = keep_and_strike  # type: ignore[method-assign]
 
 
 def _strike(action: str, path: str) -> None:

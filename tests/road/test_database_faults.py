@@ -26,7 +26,7 @@ on_postgresql = pytest.mark.parametrize("road", ["rabbitmq-postgresql"], indirec
 on_servers = pytest.mark.parametrize(
     "road", ["rabbitmq-postgresql", "redis-mariadb"], indirect=True
 )
-AGAIN = "delivery is made again"
+AGAIN = "delivery is repeated in"
 
 
 def expect_each_effect_once(road: Road) -> None:
