@@ -1,7 +1,7 @@
-"""Decompression that ends: a few bytes cannot become gigabytes in a worker's memory.
+"""Bounded decompression: a small message cannot become gigabytes in a worker's memory.
 
-Kombu decompresses a message as soon as it comes. Here its decoders get a bound, beyond which they
-raise instead, so that the message is treated as one that cannot be decoded.
+Kombu decompresses a message as soon as it arrives. Here its decoders get a limit, beyond which they
+raise, so that the message is refused like any other that cannot be decoded.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from kombu import compression
 
 from celery_eda.errors import TooLarge
 
-#: Bytes that a decoder of LZMA may use itself: the highest of its presets needs 65 MiB.
+#: Bytes of memory for an LZMA decoder: its highest preset needs 65 MiB.
 LZMA_MEMORY = 100 * 2**20
 
 
-def bound(most: int) -> None:
-    """Let no message of this process become larger than *most* bytes by decompression."""
+def limit_decompression(limit: int) -> None:
+    """Limit every decompressed message body in this process to *limit* bytes."""
     for content_type, make in _DECODERS.items():
         try:
             encoder, _ = compression.get_encoder(content_type)
         except KeyError:
-            continue  # not there
-        compression.register(encoder, partial(_decompress, make, most), content_type)
+            continue  # its library is not installed
+        compression.register(encoder, partial(_decompress, make, limit), content_type)
 
 
-def _decompress(make: Callable[[], Any], most: int, data: bytes) -> bytes:
-    """*data*, of one stream or several, decompressed.
+def _decompress(make: Callable[[], Any], limit: int, data: bytes) -> bytes:
+    """Decompress *data*, which may consist of several streams.
 
     Raises:
-        TooLarge: it would have more than *most* bytes.
-        ValueError: it ends too early.
+        TooLarge: the result would have more than *limit* bytes.
+        ValueError: a stream is incomplete.
     """
     parts: list[bytes] = []
-    room = most
+    room = limit
     while True:
         decoder = make()
         part = decoder.decompress(data, room + 1)
@@ -47,18 +47,18 @@ def _decompress(make: Callable[[], Any], most: int, data: bytes) -> bytes:
         room -= len(part)
         if room < 0:
             raise TooLarge(
-                f"The body has more than {most} bytes when decompressed, the most that "
-                "eda_max_decompressed_bytes allows."
+                f"The body has more than {limit} bytes when decompressed, the limit set by "
+                "eda_max_decompressed_bytes."
             )
         if not decoder.eof:
-            raise ValueError("the compressed body ends too early")
+            raise ValueError("the compressed body is incomplete")
         data = decoder.unused_data
         if not data or isinstance(decoder, _ZLIB):
             return b"".join(parts)
 
 
 class _Brotli:
-    """Brotli's decoder, to be used as the others are. Before its version 1.2 it had no bound."""
+    """Brotli's decoder, with the interface of the others. Needs Brotli 1.2, which has a limit."""
 
     unused_data = b""
 
@@ -69,8 +69,8 @@ class _Brotli:
     def eof(self) -> bool:
         return bool(self._decoder.is_finished())
 
-    def decompress(self, data: bytes, most: int) -> bytes:
-        return bytes(self._decoder.process(data, output_buffer_limit=most))
+    def decompress(self, data: bytes, limit: int) -> bytes:
+        return bytes(self._decoder.process(data, output_buffer_limit=limit))
 
 
 def _zstd() -> Any:

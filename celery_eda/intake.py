@@ -59,7 +59,7 @@ class Intake(bootsteps.StartStopStep):
         self.delays = delays(*RETRY_DELAYS)
         self.polling: Any = None
         self.given_up: Consumer | None = None
-        compression.bound(settings.max_decompressed_bytes)
+        compression.limit_decompression(settings.max_decompressed_bytes)
         self._create_task_handler = consumer.create_task_handler
         consumer.create_task_handler = self.create_task_handler
         consumer.on_decode_error = self.on_decode_error

@@ -146,7 +146,7 @@ class Parts:
     def relay_engine(self) -> Engine:
         """The engine of the relays, whose claims end sooner than a handler's transaction."""
         engine = self._prepared_engine(self.settings.claim_timeout)
-        self.dialect.prepare_for_relays(engine)
+        self.dialect.configure_relay_engine(engine)
         return engine
 
     @made_once
@@ -399,7 +399,7 @@ class Parts:
     def reading(self) -> ReplyReader:
         """How replies are read."""
         settings, conf = self.settings, self.app.conf
-        compression.bound(settings.max_decompressed_bytes)
+        compression.limit_decompression(settings.max_decompressed_bytes)
         limits = Limits(settings.max_message_bytes, settings.max_nesting)
         accept = conf.result_accept_content or conf.accept_content
         return ReplyReader.of(limits, accept, self.remote_errors)
@@ -518,7 +518,7 @@ class Parts:
         """
         options = self.dialect.engine_options(patience)
         engine = create_engine(self.url, max_overflow=-1, **options)
-        self.dialect.prepare(engine, patience)
+        self.dialect.configure_engine(engine, patience)
         return _forkable(engine)
 
 

@@ -1,4 +1,4 @@
-"""A text with places in it, to be filled in again and again: what stays the same is made once."""
+"""A text with slots: its constant parts are made once, and only the slots filled each time."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import AnyStr, Generic
 
 
 class Template(Generic[AnyStr]):
-    """A text, or bytes, in which some places differ from use to use.
+    """A text, or bytes, with named slots.
 
     Args:
-        whole: it, with something of its own at each of those places.
-        places: what that is, by the name of the place.
+        whole: an example of the text, with a unique text in each slot.
+        slots: those unique texts, by the name of the slot.
 
     Raises:
-        ValueError: one of them is not there, or not only once.
+        ValueError: a slot's text occurs in the whole not at all, or more than once.
     """
 
-    def __init__(self, whole: AnyStr, places: Mapping[str, AnyStr]) -> None:
-        for name, text in places.items():
+    def __init__(self, whole: AnyStr, slots: Mapping[str, AnyStr]) -> None:
+        for name, text in slots.items():
             if whole.count(text) != 1:
-                raise ValueError(f"{name} has no place of its own")
-        self.names = sorted(places, key=lambda name: whole.index(places[name]))
-        self._nothing: AnyStr = whole[:0]
+                raise ValueError(f"{name} has no slot of its own")
+        self.names = sorted(slots, key=lambda name: whole.index(slots[name]))
+        self._empty: AnyStr = whole[:0]
         self._pieces: list[AnyStr] = []
         for name in self.names:
-            before, _, whole = whole.partition(places[name])
-            self._pieces += [before, self._nothing]
+            before, _, whole = whole.partition(slots[name])
+            self._pieces += [before, self._empty]
         self._pieces.append(whole)
 
     def filled(self, values: Mapping[str, AnyStr]) -> AnyStr:
-        """The whole with these *values* in its places; there may be more than are needed."""
+        """The text with these *values* in its slots; other values are ignored."""
         pieces = self._pieces.copy()
         pieces[1::2] = [values[name] for name in self.names]
-        return self._nothing.join(pieces)
+        return self._empty.join(pieces)

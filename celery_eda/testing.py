@@ -77,7 +77,7 @@ class SagaTest:
     def __post_init__(self) -> None:
         engine = create_engine("sqlite://", poolclass=StaticPool)
         dialect, tables = dialect_of(engine.url, claim_timeout=60), Tables.on()
-        dialect.prepare(engine, 60)
+        dialect.configure_engine(engine, 60)
         for table in (tables.sagas, tables.saga_steps, tables.saga_locks):
             table.create(engine)
         errors = RemoteErrors()

@@ -41,7 +41,7 @@ def connect(vendor: str, url: str, claim_timeout: float = 60) -> Database:
     """The database at *url*, with an engine as ``EDA`` makes it."""
     dialect = dialect_of(make_url(url), claim_timeout=claim_timeout)
     engine = create_engine(url, **dialect.engine_options(dialect.claim_timeout))
-    dialect.prepare(engine, dialect.claim_timeout)
+    dialect.configure_engine(engine, dialect.claim_timeout)
     return Database(vendor, engine, dialect, Tables.on())
 
 

@@ -1,4 +1,4 @@
-"""One file per database; each writes only what differs from :mod:`celery_eda.dialects.base`."""
+"""The databases: one dialect each, which overrides only what differs from the base."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ ALIASES = {
 
 
 def dialect_of(url: URL, *, claim_timeout: float = 60.0) -> Dialect:
-    """The dialect that speaks to *url*.
+    """The dialect of the database at *url*.
+
+    *claim_timeout* is the number of seconds that a claim of outbox rows lasts.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: the database is not supported.
     """
     backend = url.get_backend_name()
     if backend not in ALIASES:

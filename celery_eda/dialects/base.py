@@ -1,7 +1,7 @@
-"""What the road needs of a database, as PostgreSQL and MariaDB share it.
+"""The statements that celery_eda executes, in the form that PostgreSQL and MariaDB share.
 
-A database that differs overrides only what differs. Every method takes the caller's connection
-and leaves the commit to the caller, unless it says otherwise.
+A dialect overrides only what its database does differently. Every method uses the caller's
+connection and leaves the commit to the caller, unless its docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, TimeoutError
 
 from celery_eda.column_types import Moment
-from celery_eda.dialects import idle
+from celery_eda.dialects.idle import ping_idle_connections
 from celery_eda.dialects.statements import cached_statement, columns_of
 
 Values = Mapping[str, Any]
 
-#: Sequences that one statement moves on: databases bound its parameters.
+#: Sequences that one statement advances: databases limit the number of its parameters.
 SEQUENCES_AT_ONCE = 200
 
 
@@ -52,16 +52,16 @@ class LostRace(Exception):
 
 
 class Dialect:
-    """The statements of the road."""
+    """The statements of one database."""
 
-    #: Whether the inbox row is inserted before the handler runs. A concurrent copy then waits
-    #: for the first one's end instead of running the handler in vain.
+    #: True if the inbox row is inserted before the handler runs. A concurrent copy then waits for
+    #: the first transaction to end, instead of running the handler in vain.
     admits_first = True
 
-    #: Pools, by the name of Celery's module, that this database cannot live with, and why.
+    #: Worker pools that do not work with this database, by Celery's module name, and the reason.
     refused_pools: Mapping[str, str] = {}
 
-    #: SQLSTATEs or error codes after which the same transaction may well succeed.
+    #: SQLSTATEs or error codes after which the same transaction may succeed if repeated.
     transient_codes: frozenset[object] = frozenset()
 
     def __init__(self, claim_timeout: float = 60.0) -> None:
@@ -70,53 +70,53 @@ class Dialect:
 
     # ── the engine ──────────────────────────────────────────────────────────────────────────
 
-    def engine_options(self, patience: float) -> dict[str, Any]:
-        """Arguments for :func:`sqlalchemy.create_engine`.
+    def engine_options(self, timeout: float) -> dict[str, Any]:
+        """Arguments for :func:`sqlalchemy.create_engine`, with *timeout* in seconds.
 
-        Nothing hangs on a connection that is cut off; with *patience* in seconds.
+        With them no statement waits forever on a connection that is cut off.
         """
         return {"isolation_level": "READ COMMITTED"}
 
-    def prepare(self, engine: Engine, patience: float) -> None:
-        """Install what each new connection needs.
+    def configure_engine(self, engine: Engine, timeout: float) -> None:
+        """Install the listeners that configure each new connection of *engine*.
 
-        The server ends a transaction in which nothing happens for *patience* seconds: a process
-        that is frozen, or whose machine is gone, would keep its row locks for ever.
+        The server ends a transaction that is idle for *timeout* seconds: otherwise a process that
+        is frozen, or whose machine is lost, would hold its row locks forever.
         """
-        idle.ask(engine)
+        ping_idle_connections(engine)
 
-    def prepare_for_relays(self, engine: Engine) -> None:
-        """Install what each new connection of a relay needs beside that.
+    def configure_relay_engine(self, engine: Engine) -> None:
+        """Install further listeners on the *engine* of relays.
 
-        A relay's commits need not be on disk when they return: were one lost with the power, its
-        messages would be sent once more, and their copies are known.
+        A relay's commit need not be on disk when it returns: if a power failure undoes it, its
+        messages are sent once more, and consumers recognize the copies.
         """
 
     def exclusive(self, connection: Connection, name: str) -> AbstractContextManager[None]:
-        """A block that one connection at a time runs under this *name*; others wait for it.
+        """A block that only one connection at a time runs under this *name*; others wait.
 
-        Where the lock belongs to the transaction it also outlasts the block until the commit.
+        A database whose locks belong to the transaction holds the lock until the commit.
         """
         raise NotImplementedError
 
     def stop_writers(self, connection: Connection) -> None:
-        """See to it that nobody changes what is read from here on and locked, until the commit.
+        """Prevent changes, until the commit, to rows that are read and locked from here on.
 
-        Here the locks of the rows do; a database that has none stops all who write.
+        Row locks do so; a database without row locks stops all other writers.
         """
 
     # ── the database's clock ────────────────────────────────────────────────────────────────
 
     def now(self) -> ColumnElement[Any]:
-        """The database's own time; never the caller's clock."""
+        """The current time by the database's clock, never by the caller's."""
         return func.clock_timestamp(type_=Moment)
 
     def moment(self) -> ColumnElement[Any]:
-        """The same once for a whole statement, so that an index can be searched for it."""
+        """The current time, evaluated once a statement, so that an index can be searched for it."""
         return self.now()
 
     def later(self, seconds: float) -> ColumnElement[Any]:
-        """The database's own time in *seconds*."""
+        """The time in *seconds* from now, by the database's clock."""
         raise NotImplementedError
 
     # ── outbox ──────────────────────────────────────────────────────────────────────────────
@@ -124,7 +124,7 @@ class Dialect:
     def add(self, connection: Connection, table: Table, rows: Sequence[Values]) -> list[int]:
         """Insert *rows* and return their ids in the same order.
 
-        ``delay`` in a row is the number of seconds until it is due, None for at once.
+        ``delay`` in a row is the number of seconds until the message is due; None for at once.
         """
         now: Any = self.now()
         if any(row["delay"] is not None for row in rows):
@@ -138,7 +138,7 @@ class Dialect:
     def _insert_all(
         self, connection: Connection, statement: Insert, row_id: Any, values: Sequence[Values]
     ) -> list[int]:
-        """Insert *values* in as few statements as possible; returns their ids in order."""
+        """Insert *values* in as few statements as possible; returns their ids in the same order."""
         ordered = statement.returning(row_id, sort_by_parameter_order=True)
         return list(connection.scalars(ordered, values))
 
@@ -158,25 +158,25 @@ class Dialect:
         after: int = 0,
         columns: tuple[str, ...] = (),
     ) -> Sequence[Row[Any]]:
-        """Take up to *limit* rows that are due, so that no other claim gets them.
+        """Claim up to *limit* rows that are due; no other claim gets them.
 
-        The claim lasts until this transaction ends; with *ids*, only those rows are looked at.
-        Rows that waited until a due time go first and take at most half of the room. Of the others
-        those up to the id *after* may be left out, whoever has them.
+        The claim lasts until this transaction ends. With *ids*, only those rows are considered.
+        Delayed rows that have come due go first, and make up at most half of the limit. Of the
+        others, rows up to the id *after* may be left out, claimed or not.
 
         Returns:
-            All *columns* of the rows; only those, if some are named.
+            The rows with these *columns*; with all columns if none is named.
         """
-        named, came_due, ready = self._claims(table, columns)
+        named, came_due, undelayed = self._claims(table, columns)
         if ids:
             return self._rows(connection, named, limit, ids=self._as_parameter(ids))
-        waited = self._rows(connection, came_due, max(1, limit // 2))
-        return [*waited, *self._rows(connection, ready, limit - len(waited), after=after)]
+        delayed = self._rows(connection, came_due, max(1, limit // 2))
+        return [*delayed, *self._rows(connection, undelayed, limit - len(delayed), after=after)]
 
     @cached_statement
     def _claims(self, table: Table, columns: tuple[str, ...]) -> tuple[Select[Any], ...]:
-        """What takes rows that are named, that waited and are due, and that need not wait."""
-        queries = self._named(table), self._came_due(table), self._ready(table)
+        """The queries for named rows, for delayed rows that are due, and for undelayed rows."""
+        queries = self._named(table), self._came_due(table), self._undelayed(table)
         return tuple(
             query.with_only_columns(*columns_of(table, columns))
             .limit(bindparam("room"))
@@ -185,20 +185,20 @@ class Dialect:
         )
 
     def _named(self, table: Table) -> Select[Any]:
-        """The rows of the parameter ``ids`` that are due."""
+        """Query for the rows of the parameter ``ids`` that are due."""
         return select(table).where(self._is_named(table), self._due(table)).order_by(table.c.id)
 
     def _came_due(self, table: Table) -> Select[Any]:
-        """The rows that waited and are due."""
-        # In the order of the index here and below, so that a claim reads only what it takes.
+        """Query for the delayed rows that are due."""
+        # In the order of the index here and below, so that a claim reads only the rows it locks.
         return (
             select(table)
             .where(table.c.available_at <= self.moment())
             .order_by(table.c.available_at, table.c.id)
         )
 
-    def _ready(self, table: Table) -> Select[Any]:
-        """The rows that need not wait, behind the id of the parameter ``after``."""
+    def _undelayed(self, table: Table) -> Select[Any]:
+        """Query for the undelayed rows with an id above the parameter ``after``."""
         return (
             select(table)
             .where(table.c.available_at.is_(None), table.c.id > bindparam("after"))
@@ -209,11 +209,11 @@ class Dialect:
         return table.c.available_at.is_(None) | (table.c.available_at <= self.moment())
 
     def _is_named(self, table: Table) -> ColumnElement[bool]:
-        """Whether a row is one of the parameter ``ids``."""
+        """True for the rows of the parameter ``ids``."""
         return table.c.id.in_(bindparam("ids", expanding=True))
 
     def _as_parameter(self, ids: Sequence[int]) -> Any:
-        """What the parameter ``ids`` takes."""
+        """The value of the parameter ``ids``."""
         return list(ids)
 
     def _rows(
@@ -226,11 +226,11 @@ class Dialect:
     def execute(
         self, connection: Connection, statement: Executable, parameters: Values
     ) -> CursorResult[Any]:
-        """Execute a *statement* that is made once."""
+        """Execute a cached *statement*."""
         return connection.execute(statement, parameters)
 
     def clear(self, connection: Connection, table: Table, owner: str, ids: Sequence[int]) -> int:
-        """Delete claimed rows; returns how many of them were still the owner's."""
+        """Delete claimed rows; returns the number of rows that the *owner* still had claimed."""
         parameters = {"ids": self._as_parameter(ids), "its_owner": owner}
         return self.execute(connection, self._clearing(table), parameters).rowcount
 
@@ -250,7 +250,7 @@ class Dialect:
         *,
         charged: bool = True,
     ) -> int:
-        """Let a claimed row rest for *delay* seconds; *charged* counts as a failed attempt."""
+        """Delay a claimed row for *delay* seconds; if *charged*, count a failed attempt."""
         return connection.execute(
             update(table)
             .where(table.c.id == row_id, *self._owned(table, owner))
@@ -263,12 +263,12 @@ class Dialect:
         ).rowcount
 
     def release(self, connection: Connection, table: Table, owner: str, ids: Sequence[int]) -> None:
-        """Give claimed rows back untouched; here the end of the transaction does."""
+        """Release claimed rows unchanged; here the end of the transaction does so."""
 
     def _owned(
         self, table: Table, owner: str | BindParameter[str]
     ) -> Sequence[ColumnElement[bool]]:
-        """What says that *owner* still has its claim; here the row locks do."""
+        """The conditions under which *owner* still holds its claim; here the row locks prove it."""
         return ()
 
     # ── sequences ───────────────────────────────────────────────────────────────────────────
@@ -280,7 +280,7 @@ class Dialect:
     def take_numbers(
         self, connection: Connection, table: Table, counts: Mapping[tuple[str, str], int]
     ) -> Sequence[Row[Any]]:
-        """Move each sequence on by its count, in the order of *counts*; returns the rows."""
+        """Advance each sequence by its count, in the order of *counts*; returns the rows."""
         rows = [
             {"stream": stream, "key": key, "last": count, "version": count}
             for (stream, key), count in counts.items()
@@ -288,13 +288,13 @@ class Dialect:
         return [
             row
             for start in range(0, len(rows), SEQUENCES_AT_ONCE)
-            for row in self._move_on(connection, table, rows[start : start + SEQUENCES_AT_ONCE])
+            for row in self._advance(connection, table, rows[start : start + SEQUENCES_AT_ONCE])
         ]
 
-    def _move_on(
+    def _advance(
         self, connection: Connection, table: Table, rows: Sequence[Values]
     ) -> Sequence[Row[Any]]:
-        """Insert *rows*, with an epoch that begins now, or add to those that are there."""
+        """Insert *rows* with an epoch that begins now, or add their counts to the existing rows."""
         raise NotImplementedError
 
     # ── inbox ───────────────────────────────────────────────────────────────────────────────
@@ -302,12 +302,12 @@ class Dialect:
     def insert_once(
         self, connection: Connection, table: Table, values: Values, now: str | None = None
     ) -> bool:
-        """Insert a row unless its key is taken; a concurrent insert of the same key is waited for.
+        """Insert a row unless its key exists; waits for a concurrent insert of the same key.
 
-        The column *now* gets the database's own time.
+        The column named *now* gets the current time of the database.
 
         Returns:
-            False if the key was taken. The transaction is still usable then.
+            False if the key exists. The transaction remains usable.
         """
         raise NotImplementedError
 
@@ -318,10 +318,10 @@ class Dialect:
     ) -> int:
         """Delete up to *limit* rows that are *old*, the oldest first.
 
-        Rows that somebody else has locked, to delete them too, are passed over.
+        Rows locked by another transaction are skipped: it is about to delete them too.
 
         Returns:
-            How many were deleted.
+            The number of rows deleted.
         """
         rows = connection.execute(self._oldest(table, old, limit)).all()
         if not rows:
@@ -330,7 +330,7 @@ class Dialect:
         return self._delete(connection, table, keys)
 
     def _oldest(self, table: Table, old: ColumnElement[bool], limit: int) -> Select[Any]:
-        """The keys of the *limit* oldest rows."""
+        """Query for the keys of the *limit* oldest rows."""
         return (
             select(*table.primary_key)
             .where(old)
@@ -340,9 +340,9 @@ class Dialect:
         )
 
     def _delete(self, connection: Connection, table: Table, keys: Sequence[tuple[Any, ...]]) -> int:
-        """Delete the rows with these *keys*; returns how many there were."""
-        # One key after the other, in one go: given a list of keys of several columns, servers
-        # pass all rows of the table, and MariaDB waits for those that others have locked.
+        """Delete the rows with these *keys*; returns their number."""
+        # One statement a key, in one batch: given a list of composite keys, servers scan the whole
+        # table, and MariaDB waits for rows that other transactions have locked.
         columns = list(table.primary_key)
         named = and_(*(column == bindparam(f"its_{column.name}") for column in columns))
         rows = [
@@ -354,17 +354,17 @@ class Dialect:
     # ── errors ──────────────────────────────────────────────────────────────────────────────
 
     def is_outage(self, error: BaseException) -> bool:
-        """Whether the database is away, so that nothing can be said about the transaction."""
+        """True if the database cannot be reached, so that the transaction's outcome is unknown."""
         return isinstance(error, DBAPIError) and error.connection_invalidated
 
     def is_aborted(self, connection: Connection) -> bool:
-        """Whether the transaction is lost although nobody was told: its COMMIT would roll back."""
+        """True if the transaction was aborted without an error: its COMMIT would roll back."""
         return False
 
     def is_transient(self, error: BaseException) -> bool:
-        """Whether the transaction lost against others and may succeed when run again.
+        """True if the transaction lost a race, and may succeed when run again.
 
-        They were quicker to lock a row, or to take the pool's last connection.
+        The race was for a row lock, or for the last connection of the pool.
         """
         return isinstance(error, TimeoutError) or (
             isinstance(error, DBAPIError) and self.code_of(error) in self.transient_codes

@@ -1,8 +1,8 @@
-"""A connection that nobody has used for a while is asked whether it lives.
+"""Pooled connections are pinged before use if they have been idle.
 
-To ask before each use, as SQLAlchemy's ``pool_pre_ping`` does, costs each transaction a round trip.
-A connection that was good a moment ago and is not now fails like any other outage, and whoever
-uses it repeats its transaction or says so.
+SQLAlchemy's ``pool_pre_ping`` pings before each use, which costs every transaction a round trip. A
+connection that was used a moment ago and has broken since fails like any other outage, and its
+transaction is repeated or raises.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import InvalidatePoolError
 
-#: Seconds after which it is asked.
+#: Seconds without use after which a connection is pinged.
 IDLE = 1.0
-_LEFT = "celery_eda_left_at"
+_RETURNED = "celery_eda_left_at"
 
 
-def ask(engine: Engine) -> None:
-    """Have *engine* ask its connections; one that does not answer makes it drop them all."""
+def ping_idle_connections(engine: Engine) -> None:
+    """Install the ping on *engine*; a connection that fails it invalidates the whole pool."""
 
     @event.listens_for(engine, "checkin")
-    def leave(dbapi_connection: Any, record: Any) -> None:
-        record.info[_LEFT] = time.monotonic()
+    def on_checkin(dbapi_connection: Any, record: Any) -> None:
+        record.info[_RETURNED] = time.monotonic()
 
     @event.listens_for(engine, "checkout")
-    def use(dbapi_connection: Any, record: Any, proxy: Any) -> None:
-        left = record.info.pop(_LEFT, None)
-        if left is None or time.monotonic() - left < IDLE:
+    def on_checkout(dbapi_connection: Any, record: Any, proxy: Any) -> None:
+        returned = record.info.pop(_RETURNED, None)
+        if returned is None or time.monotonic() - returned < IDLE:
             return
         try:
             engine.dialect.do_ping(dbapi_connection)

@@ -1,4 +1,4 @@
-"""MariaDB from 10.6 on, and MySQL 8 as far as it shares the dialect, through PyMySQL."""
+"""MariaDB 10.6 and later, and MySQL 8 as far as it is compatible, through PyMySQL."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ from celery_eda.dialects.base import Dialect, Values
 from celery_eda.dialects.statements import cached_statement
 from celery_eda.errors import SchemaOutdated
 
-#: Seconds; below the read time-out.
+#: Seconds to wait for a named lock; below the read time-out.
 LOCK_TIMEOUT = 50
-#: A list of ids as a table.
+#: The parameter ``ids``, a JSON list, as a table.
 GIVEN = "JSON_TABLE(:ids, '$[*]' COLUMNS (id BIGINT PATH '$')) AS given"
 _PREPARER = MySQLDialect().identifier_preparer
 DUPLICATE_KEY = 1062
-#: After these the server has rolled back the whole transaction, not only the statement.
-GIVES_UP = ((1213,), (1020,))
-_GIVEN_UP = "celery_eda given up"
+#: Error codes after which the server has rolled back the transaction, not only the statement.
+ROLLED_BACK = ((1213,), (1020,))
+_ABORTED = "celery_eda aborted"
 GONE_AWAY = frozenset({1040, 1053, 1077, 1079, 1927, 2002, 2003, 2006, 2013, 2055, 4031})
 
 
 class MySQL(Dialect):
-    # READ COMMITTED also because gap locks of a claim would stop producers at REPEATABLE READ.
+    # READ COMMITTED, because at REPEATABLE READ the gap locks of a claim would block producers.
     transient_codes = frozenset({1205, 1213, 1020})
 
-    def engine_options(self, patience: float) -> dict[str, Any]:
-        seconds = max(math.ceil(patience), LOCK_TIMEOUT + 10)
+    def engine_options(self, timeout: float) -> dict[str, Any]:
+        seconds = max(math.ceil(timeout), LOCK_TIMEOUT + 10)
         return {
-            **super().engine_options(patience),
+            **super().engine_options(timeout),
             "connect_args": {
                 "connect_timeout": 10,
                 "read_timeout": seconds,
@@ -61,13 +61,13 @@ class MySQL(Dialect):
             },
         }
 
-    def prepare(self, engine: Engine, patience: float) -> None:
-        super().prepare(engine, patience)
-        seconds = math.ceil(patience)
+    def configure_engine(self, engine: Engine, timeout: float) -> None:
+        super().configure_engine(engine, timeout)
+        seconds = math.ceil(timeout)
 
         @event.listens_for(engine, "connect")
         def end_idle_transactions(dbapi_connection: Any, record: Any) -> None:
-            # MySQL has no such time-out for transactions, only for whole connections.
+            # MySQL has no time-out for idle transactions, only for idle connections.
             with dbapi_connection.cursor() as cursor:
                 cursor.execute("SHOW VARIABLES LIKE 'idle_transaction_timeout'")
                 name = "idle_transaction_timeout" if cursor.fetchall() else "wait_timeout"
@@ -75,12 +75,12 @@ class MySQL(Dialect):
 
     @contextmanager
     def exclusive(self, connection: Connection, name: str) -> Iterator[None]:
-        # The name is known to the whole server and may have 64 characters.
+        # Lock names are global to the server and have at most 64 characters.
         lock = func.sha1(func.concat_ws(".", func.database(), name))
         if connection.scalar(select(func.get_lock(lock, LOCK_TIMEOUT))) != 1:
             raise SchemaOutdated(
-                f"Somebody else has been changing {name} for {LOCK_TIMEOUT} s. "
-                "Wait until that has ended, then try again."
+                f"Another process has been changing {name} for {LOCK_TIMEOUT} s. "
+                "Wait until it has finished, then try again."
             )
         try:
             yield
@@ -93,8 +93,8 @@ class MySQL(Dialect):
     def later(self, seconds: float) -> ColumnElement[Any]:
         return func.timestampadd(text("MICROSECOND"), int(seconds * 1e6), self.now())
 
-    # InnoDB locks, and waits for, every row that a statement passes on its way. Left alone, the
-    # server passes all of them when the table is small or the list of ids is long.
+    # InnoDB locks, and waits for, every row that a statement scans. Without hints the server scans
+    # the whole table when the table is small or the list of ids is long.
 
     def _named(self, table: Table) -> Select[Any]:
         return (
@@ -108,11 +108,11 @@ class MySQL(Dialect):
     def _came_due(self, table: Table) -> Select[Any]:
         return _by_index(super()._came_due(table), table)
 
-    def _ready(self, table: Table) -> Select[Any]:
-        # By id alone: the server sorts if the column that is NULL is named too.
+    def _undelayed(self, table: Table) -> Select[Any]:
+        # Ordered by id alone: the server would sort if the order named the NULL column too.
         columns = table.c
-        behind = columns.available_at.is_(None), columns.id > bindparam("after")
-        return _by_index(select(table).where(*behind).order_by(columns.id), table)
+        above = columns.available_at.is_(None), columns.id > bindparam("after")
+        return _by_index(select(table).where(*above).order_by(columns.id), table)
 
     @cached_statement
     def _clearing(self, table: Table) -> TextClause:
@@ -125,7 +125,7 @@ class MySQL(Dialect):
     def milliseconds(self) -> ColumnElement[int]:
         return func.floor(func.unix_timestamp(func.now(text("6"))) * 1000)
 
-    def _move_on(
+    def _advance(
         self, connection: Connection, table: Table, rows: Sequence[Values]
     ) -> Sequence[Row[Any]]:
         fresh = insert(table).values([{**row, "epoch": self.milliseconds()} for row in rows])
@@ -135,7 +135,7 @@ class MySQL(Dialect):
                 version=table.c.version + fresh.inserted.version,
             )
         )
-        # A locking read: at REPEATABLE READ another would see the rows as they were before.
+        # A locking read: at REPEATABLE READ a plain one would return the old values.
         names = [(row["stream"], row["key"]) for row in rows]
         wanted = tuple_(table.c.stream, table.c.key).in_(names)
         return connection.execute(select(table).where(wanted).with_for_update()).all()
@@ -166,7 +166,7 @@ class MySQL(Dialect):
         )
 
     def is_aborted(self, connection: Connection) -> bool:
-        return _GIVEN_UP in connection.info
+        return _ABORTED in connection.info
 
     def code_of(self, error: DBAPIError) -> object:
         arguments: tuple[Any, ...] = getattr(error.orig, "args", ())
@@ -178,18 +178,19 @@ def _by_index(query: Select[Any], table: Table) -> Select[Any]:
     return query.with_hint(table, f"FORCE INDEX (`{index.name}`)")
 
 
-# A deadlock ends the transaction, and the next statement begins another one, unseen.
+# After a deadlock the server has ended the transaction, and the next statement silently begins
+# another one.
 
 
 @event.listens_for(Engine, "handle_error")
-def _fail(error: ExceptionContext) -> None:
+def on_error(error: ExceptionContext) -> None:
     code = error.original_exception.args[:1]
-    if error.dialect.name in ("mysql", "mariadb") and code in GIVES_UP:
-        assert error.connection is not None, "it was in a transaction"
-        error.connection.info[_GIVEN_UP] = True
+    if error.dialect.name in ("mysql", "mariadb") and code in ROLLED_BACK:
+        assert error.connection is not None, "a deadlock happens in a transaction"
+        error.connection.info[_ABORTED] = True
 
 
 @event.listens_for(Engine, "begin")
-def _begin(connection: Connection) -> None:
+def on_begin(connection: Connection) -> None:
     if connection.dialect.name in ("mysql", "mariadb"):
-        connection.info.pop(_GIVEN_UP, None)
+        connection.info.pop(_ABORTED, None)

@@ -32,14 +32,14 @@ from celery_eda.dialects.base import Values
 from celery_eda.dialects.statements import cached_statement, quoted_name
 from celery_eda.dialects.upserting import Upserting
 
-#: Of the columns of the outbox that are no text.
+#: The types of the outbox's columns that are not text.
 _TYPES = {
     "message_id": "uuid", "revision": "int4", "body": "bytea", "delay": "float8",
     "envelope": "bytea",
 }  # fmt: skip
 
 
-#: What is known of a connection: whether a pooler is between.
+#: Key in a connection's info: True if the connection goes through a pooler.
 _POOLED = "celery_eda_pooled"
 
 
@@ -47,9 +47,9 @@ class PostgreSQL(Upserting):
     insert = staticmethod(insert)
     transient_codes = frozenset({"40001", "40P01", "55P03"})
 
-    def engine_options(self, patience: float) -> dict[str, Any]:
+    def engine_options(self, timeout: float) -> dict[str, Any]:
         return {
-            **super().engine_options(patience),
+            **super().engine_options(timeout),
             "connect_args": {
                 "connect_timeout": 10,
                 "keepalives_idle": 10,
@@ -59,20 +59,20 @@ class PostgreSQL(Upserting):
             },
         }
 
-    def prepare(self, engine: Engine, patience: float) -> None:
-        super().prepare(engine, patience)
+    def configure_engine(self, engine: Engine, timeout: float) -> None:
+        super().configure_engine(engine, timeout)
         _set(
             engine,
-            idle_in_transaction_session_timeout=int(patience * 1000),
-            # By default the server notices after two hours that a machine is gone.
+            idle_in_transaction_session_timeout=int(timeout * 1000),
+            # By default the server detects the loss of a client's machine after two hours.
             tcp_keepalives_idle=10,
             tcp_keepalives_interval=5,
             tcp_keepalives_count=3,
         )
 
-    def prepare_for_relays(self, engine: Engine) -> None:
-        # A table that grows faster than its statistics would be read and sorted whole; a plan for
-        # any ids, kept since it was empty, would read a whole index for each batch.
+    def configure_relay_engine(self, engine: Engine) -> None:
+        # With outdated statistics, a table that grows fast would be read and sorted whole; a generic
+        # plan, cached while the table was empty, would read a whole index for each batch.
         _set(
             engine,
             synchronous_commit="off",
@@ -88,15 +88,15 @@ class PostgreSQL(Upserting):
         yield
 
     def moment(self) -> ColumnElement[Any]:
-        # By itself it would be asked for again at each row.
+        # Without the subquery the clock would be read again for each row.
         return select(self.now()).scalar_subquery()
 
     def later(self, seconds: float) -> ColumnElement[Any]:
         return func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)
 
     def _is_named(self, table: Table) -> ColumnElement[bool]:
-        # One parameter for any number of ids, so that the statement stays the same to the server;
-        # a text, since drivers take their time to make an array of a list.
+        # One parameter for any number of ids, so that the server sees one statement; a text, since
+        # drivers are slow to convert a list to an array.
         ids = cast(bindparam("ids", type_=Text), ARRAY(BigInteger))
         return table.c.id == func.any(ids)
 
@@ -106,7 +106,7 @@ class PostgreSQL(Upserting):
     def execute(
         self, connection: Connection, statement: Executable, parameters: Values
     ) -> CursorResult[Any]:
-        # SQLAlchemy would look up what it has made of the statement, for longer than that runs.
+        # SQLAlchemy's lookup of the compiled statement takes longer than its execution.
         if connection.dialect.driver != "psycopg":
             return super().execute(connection, statement, parameters)
         text, values = self._compiled(statement, connection.dialect)
@@ -114,7 +114,7 @@ class PostgreSQL(Upserting):
 
     @cached_statement
     def _compiled(self, statement: Any, dialect: SQLAlchemyDialect) -> tuple[str, Values]:
-        """The text of a statement, and the values that it has already."""
+        """The text of a statement, and its constant parameters."""
         compiled = statement.compile(dialect=dialect)
         return str(compiled), compiled.params
 
@@ -139,7 +139,7 @@ class PostgreSQL(Upserting):
 
     @cached_statement
     def _adding(self, table: Table, names: tuple[str, ...]) -> str:
-        """Binary arrays: one statement for any number of rows, 2 to 4 times as fast as the rest."""
+        """One statement for any number of rows, with arrays: 2 to 4 times as fast as other ways."""
         arrays = ", ".join(f"%b::{_TYPES.get(name, 'text')}[]" for name in names)
         return (
             f"INSERT INTO {self._named_columns(table, names)} "
@@ -173,12 +173,12 @@ class PostgreSQL(Upserting):
         return cast(extract("epoch", func.clock_timestamp()) * 1000, BigInteger)
 
     def is_aborted(self, connection: Connection) -> bool:
-        # After a statement failed and the handler went on, COMMIT succeeds as a silent ROLLBACK.
+        # If a handler ignores a failed statement, its COMMIT succeeds but silently rolls back.
         info = getattr(connection.connection.dbapi_connection, "info", None)
         return info is not None and info.transaction_status.name == "INERROR"
 
     def is_outage(self, error: BaseException) -> bool:
-        # 57P: the server shuts down or was told to drop us; 08: connection; 25P03: idle too long.
+        # 57P: shutdown or terminated backend; 08: connection; 53: resources; 25P: idle too long.
         return super().is_outage(error) or (
             isinstance(error, OperationalError)
             and str(self.code_of(error) or "08")[:3].startswith(("08", "57P", "53", "25P"))
@@ -189,7 +189,7 @@ class PostgreSQL(Upserting):
 
 
 def _read_binary(dbapi_connection: Any, record: Any) -> None:
-    """Have rows come as they are: as text, a body is twice as long and read twice as slowly."""
+    """Read rows in binary format: as text a body is twice as long and twice as slow to read."""
     dbapi_connection.cursor_factory = _binary_cursor()
 
 
@@ -206,19 +206,19 @@ def _binary_cursor() -> type:
 
 
 def _scheduled(name: str, value: str) -> str:
-    """The *value* of the column; of a delay, the time when it is over."""
+    """The expression for *value*; for a delay, the time when it ends."""
     return f"clock_timestamp() + make_interval(secs => {value})" if name == "delay" else value
 
 
 def _set(engine: Engine, **settings: int | str) -> None:
-    """Have *settings* hold for the connections of *engine*.
+    """Apply *settings* to the connections of *engine*.
 
-    A pooler hands the server's session to somebody else after each transaction: what was set for
-    the session would be theirs too. So there it is set for each transaction.
+    A pooler passes the server's session to another client after each transaction, and a setting of
+    the session with it. So through a pooler the settings are applied to each transaction.
     """
 
     def statement(for_transaction: str) -> str:
-        """One for all of them, which is one round trip."""
+        """One statement for all settings, which is one round trip."""
         calls = (f"set_config('{k}', '{v}', {for_transaction})" for k, v in settings.items())
         return f"SELECT {', '.join(calls)}"
 
@@ -228,7 +228,7 @@ def _set(engine: Engine, **settings: int | str) -> None:
         if _is_pooled(dbapi_connection, cursor):
             record.info[_POOLED] = True
             if hasattr(dbapi_connection, "prepare_threshold"):
-                # What was prepared would not be there the next time.
+                # A prepared statement would be missing in the next session.
                 dbapi_connection.prepare_threshold = None
         else:
             cursor.execute(statement("false"))
@@ -242,16 +242,17 @@ def _set(engine: Engine, **settings: int | str) -> None:
 
 
 def _is_pooled(dbapi_connection: Any, cursor: Any) -> bool:
-    """Whether the server's process is another one than was said: poolers make one up.
+    """True if the server process that answers is not the one reported to the driver.
 
-    A driver that does not tell what was said may have a pooler behind it, for all we know.
+    Poolers report a made-up process. A driver that does not expose the reported process counts as
+    pooled, to be safe.
     """
     cursor.execute("SELECT pg_backend_pid()")
-    return bool(cursor.fetchone()[0] != _said_process(dbapi_connection))
+    return bool(cursor.fetchone()[0] != _reported_process(dbapi_connection))
 
 
-def _said_process(dbapi_connection: Any) -> int | None:
-    """The server's process as the driver was told of it; None if it does not tell."""
+def _reported_process(dbapi_connection: Any) -> int | None:
+    """The server process reported to the driver; None if the driver does not expose it."""
     if (info := getattr(dbapi_connection, "info", None)) is not None:
         process: int = info.backend_pid
         return process

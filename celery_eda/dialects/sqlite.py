@@ -1,10 +1,11 @@
-"""SQLite, with a write-ahead log: one writer at a time, so nobody holds its lock for long.
+"""SQLite, with a write-ahead log: one writer at a time, so no transaction may hold the lock long.
 
-It differs in three ways. A claim is a lease with an owner, since a transaction that stays open
+SQLite differs in three ways. A claim is a lease with an owner, since a transaction that stays open
 while messages are sent would stop every producer. The inbox row is inserted last, since an early
-insert would hold the only write lock through the handler. And a transaction begins, as a writer
-at once, with its first writing statement, so that readers never turn into writers half-way (which
-SQLite refuses) and a savepoint never becomes a transaction of its own (which commits too early).
+insert would hold the only write lock while the handler runs. And a transaction begins with its
+first writing statement, as a writer at once, so that a reader never becomes a writer half-way
+(which SQLite refuses) and a savepoint never becomes a transaction of its own (which would commit
+too early).
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ class SQLite(Upserting):
     )
     transient_codes = frozenset({"SQLITE_BUSY", "SQLITE_LOCKED"})
 
-    def engine_options(self, patience: float) -> dict[str, Any]:
+    def engine_options(self, timeout: float) -> dict[str, Any]:
         return {"connect_args": {"timeout": 30}}
 
-    def prepare(self, engine: Engine, patience: float) -> None:
+    def configure_engine(self, engine: Engine, timeout: float) -> None:
         @event.listens_for(engine, "connect")
         def use_write_ahead_log(dbapi_connection: Any, record: Any) -> None:
             dbapi_connection.execute("PRAGMA journal_mode=WAL")
@@ -78,9 +79,9 @@ class SQLite(Upserting):
             if not statement.lstrip().upper().startswith(_BEGINS_NOTHING):
                 self.stop_writers(connection)
 
-    def prepare_for_relays(self, engine: Engine) -> None:
+    def configure_relay_engine(self, engine: Engine) -> None:
         @event.listens_for(engine, "connect")
-        def hurry(dbapi_connection: Any, record: Any) -> None:
+        def relax_durability(dbapi_connection: Any, record: Any) -> None:
             dbapi_connection.execute("PRAGMA synchronous=NORMAL")
 
     @contextmanager
@@ -102,7 +103,7 @@ class SQLite(Upserting):
     def _insert_all(
         self, connection: Connection, statement: Insert, row_id: Any, values: Sequence[Values]
     ) -> list[int]:
-        # SQLAlchemy would insert row by row to be sure of the order; ids ascend with the rows here.
+        # To guarantee the order SQLAlchemy would insert row by row; in SQLite ids ascend with the rows.
         return sorted(connection.scalars(statement.returning(row_id), values))
 
     def claim(
@@ -115,19 +116,19 @@ class SQLite(Upserting):
         after: int = 0,
         columns: tuple[str, ...] = (),
     ) -> Sequence[Row[Any]]:
-        """As the base, but the claim is a lease: it is committed here and ends by the clock."""
+        """Claim rows as the base does, but as a lease: committed here, and ended by the clock."""
         named, due = self._leases(table, columns)
         owned = {"its_owner": owner, "room": limit}
         if ids:
-            taken = connection.execute(named, {**owned, "ids": list(ids)}).all()
+            leased = connection.execute(named, {**owned, "ids": list(ids)}).all()
         else:
-            taken = connection.execute(due, owned).all()
+            leased = connection.execute(due, owned).all()
         connection.commit()
-        return sorted(taken, key=lambda row: row.id)
+        return sorted(leased, key=lambda row: row.id)
 
     @cached_statement
     def _leases(self, table: Table, columns: tuple[str, ...]) -> tuple[ReturningUpdate[Any], ...]:
-        """What leases rows that are named and due, and rows that are due."""
+        """The statements that lease named rows that are due, and any rows that are due."""
         until = self.later(self.claim_timeout)
         due = self._due(table)
         return tuple(
@@ -164,6 +165,6 @@ class SQLite(Upserting):
         )
 
     def code_of(self, error: DBAPIError) -> object:
-        # By its text: Python 3.10 gives no code, and later ones give the extended code.
+        # By its text: Python 3.10 exposes no code, and later versions expose the extended code.
         text = str(error.orig)
         return next((code for start, code in _CODES.items() if text.startswith(start)), None)

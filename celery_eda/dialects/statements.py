@@ -1,4 +1,4 @@
-"""Statements that are made once for each table: making one costs more than having it run."""
+"""Cached statements: building a statement costs more than executing it."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy import Column, Table
 from sqlalchemy.dialects import postgresql
 
-Made = TypeVar("Made")
+Statement = TypeVar("Statement")
 
 
-class KeepsStatements(Protocol):
-    """What has methods that make statements.
+class HasStatements(Protocol):
+    """An object with methods that build statements.
 
     Attributes:
-        statements: what was made, by the method and its arguments.
+        statements: the cache, by method and arguments.
     """
 
     statements: dict[Any, Any]
 
 
-def cached_statement(make: Callable[..., Made]) -> Callable[..., Made]:
-    """A method whose result depends on its arguments alone, a table among them.
+def cached_statement(build: Callable[..., Statement]) -> Callable[..., Statement]:
+    """A decorator for a method whose result depends only on its arguments, such as a table.
 
-    Values go into a statement as parameters, so that it stays the same from call to call.
+    Values enter the statement as parameters, so that the statement is the same in every call.
     """
 
-    @wraps(make)
-    def made(keeper: KeepsStatements, *arguments: Any) -> Made:
-        key = (make, *arguments)
-        if (found := keeper.statements.get(key)) is None:
-            found = keeper.statements.setdefault(key, make(keeper, *arguments))
-        statement: Made = found
+    @wraps(build)
+    def cached(owner: HasStatements, *arguments: Any) -> Statement:
+        key = (build, *arguments)
+        if (found := owner.statements.get(key)) is None:
+            found = owner.statements.setdefault(key, build(owner, *arguments))
+        statement: Statement = found
         return statement
 
-    return made
+    return cached
 
 
 def columns_of(table: Table, names: tuple[str, ...]) -> Sequence[Column[Any]]:
-    """The columns of *table* with these *names*; all of them, if none is named."""
+    """The columns of *table* with these *names*; all columns if there are no names."""
     return [table.c[name] for name in names] or list(table.c)
 
 
 def quoted_name(table: Table) -> str:
-    """The name of *table*, as psycopg has it in the text of a statement."""
+    """The quoted name of *table*, for the text of a statement that psycopg executes."""
     preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
     name: str = preparer.format_table(table)
     return name.replace("%", "%%")

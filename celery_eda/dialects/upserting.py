@@ -1,4 +1,4 @@
-"""What databases share that know ``INSERT … ON CONFLICT … RETURNING``."""
+"""The statements of databases with ``INSERT … ON CONFLICT … RETURNING``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from celery_eda.dialects.statements import cached_statement
 
 
 class Upserting(Dialect):
-    """A database that inserts a row, or else changes the one that is there, in one statement."""
+    """A database that inserts a row, or updates the existing one, in one statement."""
 
     #: SQLAlchemy's ``insert`` for this database.
     insert: Callable[[Table], Any]
@@ -20,7 +20,7 @@ class Upserting(Dialect):
     def insert_once(
         self, connection: Connection, table: Table, values: Values, now: str | None = None
     ) -> bool:
-        # Not rowcount: SQLAlchemy keeps none for an INSERT.
+        # Not rowcount: SQLAlchemy has none for an INSERT with RETURNING.
         return connection.execute(self._inserting(table, now), values).first() is not None
 
     @cached_statement
@@ -29,13 +29,13 @@ class Upserting(Dialect):
         key = next(iter(table.primary_key))
         return self.insert(table).values(clock).on_conflict_do_nothing().returning(key)
 
-    def _move_on(
+    def _advance(
         self, connection: Connection, table: Table, rows: Sequence[Values]
     ) -> Sequence[Row[Any]]:
-        return connection.execute(self._moving_on(table), rows).all()
+        return connection.execute(self._advancing(table), rows).all()
 
     @cached_statement
-    def _moving_on(self, table: Table) -> Any:
+    def _advancing(self, table: Table) -> Any:
         fresh = self.insert(table).values(epoch=self.milliseconds())
         statement = fresh.on_conflict_do_update(
             index_elements=list(table.primary_key),

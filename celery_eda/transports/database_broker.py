@@ -57,7 +57,7 @@ class DatabaseBroker:
         self.queueing = queueing_of(self.dialect, url)
         self.queues = Queues(tables, self.queueing)
         self.engine = create_engine(url, max_overflow=-1, **self.dialect.engine_options(PATIENCE))
-        self.dialect.prepare(self.engine, PATIENCE)
+        self.dialect.configure_engine(self.engine, PATIENCE)
         self.heartbeat = _heartbeat(options.get("heartbeat"), url)
         if (synchronous := options.get("synchronous", "FULL")) not in SYNCHRONOUS:
             raise ConfigurationError(

@@ -52,7 +52,7 @@ def test_a_deadlock_will_pass(database: Database, outbox: Outbox) -> None:
 @pytest.mark.parametrize("statement", ["UPDATE eda_outbox SET attempts = 1", "SAVEPOINT one"])
 def test_a_busy_database_will_pass(database: Database, statement: str) -> None:
     impatient = create_engine(database.engine.url, connect_args={"timeout": 0.1})
-    database.dialect.prepare(impatient, database.dialect.claim_timeout)
+    database.dialect.configure_engine(impatient, database.dialect.claim_timeout)
 
     with database.engine.connect() as writer, impatient.connect() as connection:
         writer.execute(text("DELETE FROM eda_outbox"))

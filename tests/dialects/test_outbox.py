@@ -466,7 +466,7 @@ def test_the_plans_of_a_relay_are_made_for_the_rows_that_are_meant(
 ) -> None:
     """One that is kept may be of a time when the table was empty, and any index as good."""
     engine = create_engine(database.engine.url)
-    database.dialect.prepare_for_relays(engine)
+    database.dialect.configure_relay_engine(engine)
     gone = written(database, outbox, *[message()] * 5000)
     with engine.begin() as connection:
         outbox.clear(connection, "me", gone)

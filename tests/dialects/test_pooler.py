@@ -20,9 +20,9 @@ def engine_at(url: str, *, relay: bool) -> Engine:
     """An engine as ``EDA`` makes it."""
     dialect = dialect_of(make_url(url), claim_timeout=60)
     engine = create_engine(url, max_overflow=-1, **dialect.engine_options(60))
-    dialect.prepare(engine, 60)
+    dialect.configure_engine(engine, 60)
     if relay:
-        dialect.prepare_for_relays(engine)
+        dialect.configure_relay_engine(engine)
     return engine
 
 

@@ -142,7 +142,7 @@ class Road:
         # One connection, to ask again and again; tried before it is used, since servers are killed.
         self.engine: Engine = create_engine(database, pool_size=1, pool_pre_ping=True)
         self.tables = Tables.on()
-        dialect_of(self.engine.url, claim_timeout=60).prepare(self.engine, 60)
+        dialect_of(self.engine.url, claim_timeout=60).configure_engine(self.engine, 60)
         upgrading.upgrade(self.engine, self.tables)
         metadata.create_all(self.engine)
         self.environment = {

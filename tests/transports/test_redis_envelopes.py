@@ -101,7 +101,7 @@ def test_an_envelope_made_by_a_template_is_that_of_the_message(header: str, othe
 def test_what_does_not_stand_out_is_no_template() -> None:
     twice = letter(headers={"id": "1", "shadow": "1"})
 
-    with pytest.raises(ValueError, match="no place of its own"):
+    with pytest.raises(ValueError, match="no slot of its own"):
         EnvelopeTemplate(twice, encode_envelope(twice) or b"", ["id"], [])
 
 

@@ -117,7 +117,7 @@ class AsyncService(Service):
 
         async def run() -> None:
             engine = create_async_engine(self.engine.url.set(drivername=self.driver))
-            self.database.dialect.prepare(engine.sync_engine, 60)
+            self.database.dialect.configure_engine(engine.sync_engine, 60)
             await body(engine)
             await engine.dispose()
 

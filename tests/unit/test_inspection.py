@@ -14,7 +14,7 @@ from kombu.message import Message
 from kombu.serialization import dumps, prepare_accept_content
 from kombu.utils import json as kombu_json
 
-from celery_eda.compression import bound
+from celery_eda.compression import limit_decompression
 from celery_eda.error_text import loggable
 from celery_eda.errors import TooLarge
 from celery_eda.inspection import inspect
@@ -33,7 +33,7 @@ EVERYTHING = list(letters("/nowhere"))
 def bounded() -> Iterator[None]:
     """With bounded decompression, as in a worker."""
     decoders = dict(compression._decoders)
-    bound(2**21)
+    limit_decompression(2**21)
     yield
     compression._decoders.update(decoders)
 
