@@ -71,8 +71,8 @@ class PostgreSQL(Upserting):
         )
 
     def configure_relay_engine(self, engine: Engine) -> None:
-        # With outdated statistics, a table that grows fast would be read and sorted whole; a generic
-        # plan, cached while the table was empty, would read a whole index for each batch.
+        # By outdated statistics a fast-growing table would be read and sorted whole; by a generic
+        # plan, cached while the table was empty, a whole index would be read for each batch.
         _set(
             engine,
             synchronous_commit="off",

@@ -103,7 +103,7 @@ class SQLite(Upserting):
     def _insert_all(
         self, connection: Connection, statement: Insert, row_id: Any, values: Sequence[Values]
     ) -> list[int]:
-        # To guarantee the order SQLAlchemy would insert row by row; in SQLite ids ascend with the rows.
+        # To guarantee the order, SQLAlchemy would insert row by row; here ids ascend with the rows.
         return sorted(connection.scalars(statement.returning(row_id), values))
 
     def claim(
