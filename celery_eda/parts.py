@@ -499,7 +499,7 @@ class Parts:
     def _hand_off(self, written: list[Written]) -> None:
         ids = [each for each in written if isinstance(each, int)]
         if self.shortcut and len(ids) < len(written):
-            self.shortcut.ring()
+            self.shortcut.wake_all()
         if ids and self.settings.send_after_commit:
             self.sender.hand_off(ids)
 

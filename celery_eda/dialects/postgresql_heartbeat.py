@@ -44,9 +44,9 @@ class Heartbeat:
         self._over = threading.Event()
         self._lost = ""
         self._thread: threading.Thread | None = None
-        self._bell, self._ringer = os.pipe()
+        self._bell, self._bell_sender = os.pipe()
         os.set_blocking(self._bell, False)
-        os.set_blocking(self._ringer, False)
+        os.set_blocking(self._bell_sender, False)
 
     def announce(self, connection: Connection, taker: int) -> None:
         is_own = self._table.c.id == taker
@@ -69,7 +69,7 @@ class Heartbeat:
         return False
 
     def disown(self) -> None:
-        for descriptor in (self._bell, self._ringer):
+        for descriptor in (self._bell, self._bell_sender):
             with suppress(OSError):
                 os.close(descriptor)
 
@@ -79,15 +79,15 @@ class Heartbeat:
         self._over.set()
         os.close(self._bell)
         if self._thread is None:
-            os.close(self._ringer)  # otherwise the thread closes it: it may be about to write
+            os.close(self._bell_sender)  # otherwise the thread closes it: it may be about to write
 
     def _run(self, taker: int) -> None:
         """Write heartbeats and wake the taker, until the end."""
         with suppress(OSError):  # the taker has ended
-            self._beat_and_ring(taker)
-        os.close(self._ringer)
+            self._beat_and_wake(taker)
+        os.close(self._bell_sender)
 
-    def _beat_and_ring(self, taker: int) -> None:
+    def _beat_and_wake(self, taker: int) -> None:
         written = monotonic()
         due = written + self._lease / BEATS
         while not self._over.wait(POLL_INTERVAL) and not self._lost:
@@ -99,7 +99,7 @@ class Heartbeat:
             if monotonic() > written + self._lease:
                 self._lost = f"taker {taker} could write no heartbeat for {self._lease:g} s"
             with suppress(BlockingIOError):
-                os.write(self._ringer, b".")
+                os.write(self._bell_sender, b".")
 
     def _beat(self, taker: int) -> bool:
         """Write a heartbeat; False if the database cannot be reached."""

@@ -110,7 +110,7 @@ class Queueing:
         Each queue comes with the *lowest* id that can be claimed from then on.
         """
 
-    def ring(self, engine: Engine, tables: Tables) -> None:
+    def wake_all(self, engine: Engine, tables: Tables) -> None:
         """Wake every taker, after a transaction has committed. Never waits, never fails."""
 
     # ── messages ────────────────────────────────────────────────────────────────────────────

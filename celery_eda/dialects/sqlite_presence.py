@@ -159,14 +159,14 @@ def is_gone(folder: Path, name: str) -> bool:
         os.close(descriptor)
 
 
-def ring_all(folder: Path) -> None:
+def wake_all(folder: Path) -> None:
     """Wake the takers of all pipes in *folder*."""
     with suppress(OSError):
         for name in os.listdir(folder):
-            _ring(folder / name)
+            _wake(folder / name)
 
 
-def _ring(path: Path) -> None:
+def _wake(path: Path) -> None:
     with suppress(OSError):  # the taker has ended, or its pipe is full
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:

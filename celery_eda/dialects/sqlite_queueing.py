@@ -20,7 +20,7 @@ from sqlalchemy import (
 
 from celery_eda.dialects.base import Values
 from celery_eda.dialects.queueing import Passed, Presence, Queueing
-from celery_eda.dialects.sqlite_presence import Doorbell, folder_of, is_gone, ring_all
+from celery_eda.dialects.sqlite_presence import Doorbell, folder_of, is_gone, wake_all
 from celery_eda.dialects.statements import cached_statement
 from celery_eda.tables import Tables
 
@@ -43,8 +43,8 @@ class SQLiteQueues(Queueing):
         others = connection.execute(select(takers.c.id, takers.c.name).where(takers.c.id != me))
         return [row.id for row in others.all() if is_gone(folder, row.name)]
 
-    def ring(self, engine: Engine, tables: Tables) -> None:
-        ring_all(folder_of(engine, tables))
+    def wake_all(self, engine: Engine, tables: Tables) -> None:
+        wake_all(folder_of(engine, tables))
 
     def _insert_into_queues(
         self, connection: Connection, table: Table, now: Any, rows: Sequence[Values]

@@ -23,7 +23,7 @@ class Bell:
         with suppress(OSError):  # rung already, or closed
             self._sender.send(b"!")
 
-    def silence(self) -> None:
+    def reset(self) -> None:
         """Make the bell ready to be rung again."""
         with suppress(BlockingIOError):
             self._receiver.recv(4096)

@@ -128,9 +128,9 @@ class DirectEnqueue:
         self._broker.queues.put(connection, rows)
         return [row.queue for row in rows], [each for each in messages if not _is_direct(each)]
 
-    def ring(self) -> None:
+    def wake_all(self) -> None:
         """Wake the takers, after the transaction has committed."""
-        self._broker.ring()
+        self._broker.wake_all()
 
 
 def _is_direct(message: Message) -> bool:

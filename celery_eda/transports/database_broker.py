@@ -93,11 +93,11 @@ class DatabaseBroker:
         """Put *messages* into their queues, in a transaction of their own."""
         with self.engine.begin() as connection:
             self.queues.put(connection, messages)
-        self.ring()
+        self.wake_all()
 
-    def ring(self) -> None:
+    def wake_all(self) -> None:
         """Wake all takers, after a commit."""
-        self.queueing.ring(self.engine, self.tables)
+        self.queueing.wake_all(self.engine, self.tables)
 
     def complete_late(self, connection: Connection) -> None:
         """Complete the ``late`` leases."""

@@ -300,7 +300,7 @@ class Channel(virtual.Channel):
         if returned:
             # Other takers may be waiting for them, or this one.
             self.wake(None)
-            self.broker.ring()
+            self.broker.wake_all()
 
     def _claimed(self, taker: Taker, connection: Any) -> list[tuple[Any, bool]]:
         claimed: list[tuple[Any, bool]] = []

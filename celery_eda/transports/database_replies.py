@@ -86,7 +86,7 @@ class ReplyConsumer:
         bell = self._bell.fileno()
         readable, _, _ = select.select([taker.fileno(), bell], [], [], timeout)
         if bell in readable:
-            self._bell.silence()
+            self._bell.reset()
 
     def _read(self, row: Any) -> Any:
         try:

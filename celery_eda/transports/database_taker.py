@@ -136,7 +136,7 @@ class Taker:
                     )
                 found |= freed
         if found:
-            self.broker.ring()
+            self.broker.wake_all()
         return True
 
     def come_due(self) -> set[str]:
@@ -144,7 +144,7 @@ class Taker:
         with self.transaction() as connection:
             found = self.queues.come_due(connection)
         if found:
-            self.broker.ring()
+            self.broker.wake_all()
         return found
 
     def plan(self) -> float | None:
@@ -165,7 +165,7 @@ class Taker:
             with suppress(Exception), self.transaction() as connection:
                 self.queues.reclaim(connection, self.id)
             self._drop()
-        self.broker.ring()
+        self.broker.wake_all()
 
     def _drop(self) -> None:
         with suppress(Exception):

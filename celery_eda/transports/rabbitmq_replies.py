@@ -97,5 +97,5 @@ class ReplyConsumer:
         watch.register(self._bell, select.POLLIN)
         ready = dict(watch.poll(timeout * 1000))
         if self._bell.fileno() in ready:
-            self._bell.silence()
+            self._bell.reset()
         return broker.fileno() in ready

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from celery import Celery
 from kombu.utils.json import loads
 
 #: The suffix of a mark's name.
@@ -43,7 +44,7 @@ def push(channel: Any, name: str, payload: str | bytes, *, refuse: bool = True) 
     return ["EVAL", PUSH, 2, key, key + MARK, payload, int(not refuse)]
 
 
-def declare(app: Any, name: str, expires: float) -> None:
+def declare(app: Celery, name: str, expires: float) -> None:
     """Open the list *name* for *expires* seconds."""
     with app.pool.acquire_channel(block=True) as (_, channel), channel.conn_or_acquire() as client:
         mark(client, name, expires)
@@ -59,25 +60,25 @@ def mark(client: Any, name: str, expires: float) -> None:
 class ReplyConsumer:
     """The reply lists of one process, over one connection. See ``transports.base``."""
 
-    def __init__(self, app: Any, *, expires: float) -> None:
+    def __init__(self, app: Celery, *, expires: float) -> None:
         self._expires = expires
         self._broker = app.connection_for_read(transport_options={"socket_timeout": TIMEOUT})
         self._channel: Any = None
         self._names: list[str] = []
         self._renewed = 0.0
         self._bell = threading.Event()
-        self._ringing: threading.Thread | None = None
+        self._waker: threading.Thread | None = None
         self._dropped = False
 
     def open(self, name: str) -> None:
         self._channel = self._channel or self._broker.channel()
         mark(self._channel.client, name, self._expires)
         self._names.append(name)
-        if self._ringing is None:
-            self._ringing = threading.Thread(
-                target=self._ring, name="celery_eda replies: bell", daemon=True
+        if self._waker is None:
+            self._waker = threading.Thread(
+                target=self._wake_on_bell, name="celery_eda replies: wake-up", daemon=True
             )
-            self._ringing.start()
+            self._waker.start()
 
     def close(self, name: str) -> None:
         self._names.remove(name)
@@ -105,7 +106,7 @@ class ReplyConsumer:
         self._channel = None
         self._names = []
 
-    def _ring(self) -> None:
+    def _wake_on_bell(self) -> None:
         """Push a wake-up for each :meth:`wake`, in a thread of its own: a caller must not block."""
         while self._bell.wait() and not self._dropped:
             self._bell.clear()

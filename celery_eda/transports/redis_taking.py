@@ -26,7 +26,7 @@ from celery_eda.transports import redis_replies
 MALFORMED = "celery_eda.malformed"
 
 #: Longest wait for a message of a lower priority, in seconds.
-GLANCE = 0.1
+LOW_PRIORITY_POLL = 0.1
 #: Seconds that a bell waits before it is renewed.
 BELL = 5.0
 
@@ -217,7 +217,7 @@ class Channel(redis.Channel):
             self._ensure_client_id()
         for queue in others:
             self._ensure_bell(queue)
-        return self._wait_at(first, GLANCE)
+        return self._wait_at(first, LOW_PRIORITY_POLL)
 
     def _wait_at(self, queue: str, seconds: float) -> list[Any]:
         end = self.global_keyprefix + self._q_for_pri(queue, self.priority_steps[0])

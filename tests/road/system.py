@@ -53,7 +53,9 @@ if os.environ["ROAD_BROKER"].startswith("redis"):
         "unacked_restore_throttle": 1,
     }
 app.conf.update(json.loads(os.environ.get("ROAD_SETTINGS", "{}")))
-redis_taking.GLANCE = float(os.environ.get("ROAD_GLANCE", redis_taking.GLANCE))
+redis_taking.LOW_PRIORITY_POLL = float(
+    os.environ.get("ROAD_GLANCE", redis_taking.LOW_PRIORITY_POLL)
+)
 own_engine = os.environ.get("ROAD_ENGINE")
 eda = EDA(
     app,

@@ -41,7 +41,7 @@ class Taker:
 
 @pytest.fixture(autouse=True)
 def _long_glances(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_taking, "GLANCE", LONG)
+    monkeypatch.setattr(redis_taking, "LOW_PRIORITY_POLL", LONG)
 
 
 @pytest.fixture(params=["", "prefix-"])
@@ -50,7 +50,7 @@ def taker(redis_url: str, request: pytest.FixtureRequest) -> Iterator[Taker]:
     taker = Taker(redis_url, **options)
     yield taker
     # Closing waits for the wait under way.
-    redis_taking.GLANCE = 0.1
+    redis_taking.LOW_PRIORITY_POLL = 0.1
     put(taker, "a")
     taker.connection.close()
 
