@@ -37,7 +37,7 @@ from celery_eda.errors import OutOfSequence, Unwanted
 from celery_eda.failures import Failures
 from celery_eda.handling import HandlerResult
 from celery_eda.identity import VERDICT, Identity
-from celery_eda.inbox import Inbox, Outcome, RecordedOutcome
+from celery_eda.inbox import InboxStore, Outcome, RecordedOutcome
 from celery_eda.letter import Reason
 from celery_eda.order import TurnKeeper
 from celery_eda.patience import Transient, TransientErrors
@@ -59,7 +59,7 @@ class Consumer:
     """
 
     engine: Engine
-    inbox: Inbox
+    inbox: InboxStore
     attempts: Attempts
     units: UnitsOfWork
     turns: TurnKeeper

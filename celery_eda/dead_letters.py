@@ -27,7 +27,7 @@ from celery_eda.message import Message
 
 
 @dataclass(frozen=True)
-class DeadLetters:
+class DeadLetterStore:
     """The dead letters of one database."""
 
     table: Table

@@ -9,9 +9,9 @@ from datetime import datetime
 from celery.exceptions import Ignore, Reject
 
 from celery_eda import handling, redaction
-from celery_eda.dead_letters import DeadLetters
+from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.delivery import Delivery
-from celery_eda.inbox import Inbox, Outcome
+from celery_eda.inbox import InboxStore, Outcome
 from celery_eda.letter import Reason
 from celery_eda.message import Message
 from celery_eda.order import TurnKeeper
@@ -28,8 +28,8 @@ log = redaction.logger(__name__)
 class Failures:
     """Records failed attempts, each in one transaction with what follows from it."""
 
-    inbox: Inbox
-    dead_letters: DeadLetters
+    inbox: InboxStore
+    dead_letters: DeadLetterStore
     units: UnitsOfWork
     turns: TurnKeeper
     responder: Responder

@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, Table, and_, exists, s
 
 from celery_eda.cursors import Cursors
 from celery_eda.dialects.base import Dialect
-from celery_eda.outbox import Outbox
+from celery_eda.outbox import OutboxStore
 from celery_eda.saga_log import SagaStore
 from celery_eda.settings import DAY, Settings
 from celery_eda.tables import Tables
@@ -45,7 +45,7 @@ class Housekeeping:
     engine: Engine
     dialect: Dialect
     tables: Tables
-    outbox: Outbox
+    outbox: OutboxStore
     cursors: Cursors
     sagas: SagaStore
     settings: Settings

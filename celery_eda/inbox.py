@@ -45,7 +45,7 @@ class RecordedOutcome:
 
 
 @dataclass(frozen=True)
-class Inbox:
+class InboxStore:
     """The inbox of one database."""
 
     table: Table

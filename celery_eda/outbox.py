@@ -50,7 +50,7 @@ class Pending(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Outbox:
+class OutboxStore:
     """The outbox of one database.
 
     Attributes:

@@ -18,7 +18,7 @@ from celery_eda.attempts import Attempts
 from celery_eda.audit import Audit
 from celery_eda.consumer import Consumer
 from celery_eda.cursors import Cursors
-from celery_eda.dead_letters import DeadLetters
+from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.declarations import DeclaredQueues
 from celery_eda.dialects import Dialect, dialect_of
 from celery_eda.emitting import Emitter
@@ -29,12 +29,12 @@ from celery_eda.event_types import EventTypes
 from celery_eda.failures import Failures
 from celery_eda.folding import StreamFold
 from celery_eda.housekeeping import Housekeeping
-from celery_eda.inbox import Inbox
+from celery_eda.inbox import InboxStore
 from celery_eda.limits import Limits
 from celery_eda.mailbox import Mailbox
 from celery_eda.message import Message
 from celery_eda.order import TurnKeeper
-from celery_eda.outbox import Outbox
+from celery_eda.outbox import OutboxStore
 from celery_eda.patience import TransientErrors
 from celery_eda.projecting import Rebuild
 from celery_eda.projections import ProjectionRegistry
@@ -171,14 +171,14 @@ class Parts:
         return dialect_of(self.url, claim_timeout=self.settings.claim_timeout)
 
     @made_once
-    def outbox(self) -> Outbox:
+    def outbox(self) -> OutboxStore:
         """Messages committed and not sent yet."""
-        return Outbox(self.tables.outbox, self.dialect, envelope_encoder_of(self.app))
+        return OutboxStore(self.tables.outbox, self.dialect, envelope_encoder_of(self.app))
 
     @made_once
-    def inbox(self) -> Inbox:
+    def inbox(self) -> InboxStore:
         """Messages handled already."""
-        return Inbox(self.tables.inbox, self.dialect)
+        return InboxStore(self.tables.inbox, self.dialect)
 
     @made_once
     def shortcut(self) -> DirectEnqueue | None:
@@ -186,9 +186,9 @@ class Parts:
         return direct_enqueue_of(self.app, self.url, self.tables)
 
     @made_once
-    def dead_letters(self) -> DeadLetters:
+    def dead_letters(self) -> DeadLetterStore:
         """Messages that could not be sent or handled."""
-        return DeadLetters(self.tables.dead_letters, self.dialect)
+        return DeadLetterStore(self.tables.dead_letters, self.dialect)
 
     @made_once
     def audit(self) -> Audit:

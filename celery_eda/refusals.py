@@ -16,12 +16,12 @@ from uuid import UUID, uuid5
 from kombu.utils import json
 from sqlalchemy import Engine
 
-from celery_eda.dead_letters import DeadLetters
+from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.error_text import text_of
 from celery_eda.errors import Malformed, TooLarge, Undecodable, WorkersLost
 from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.identity import Identity
-from celery_eda.inbox import Inbox, Outcome
+from celery_eda.inbox import InboxStore, Outcome
 from celery_eda.inspection import undecodable
 from celery_eda.letter import Reason
 from celery_eda.limits import NAME_LENGTH
@@ -105,8 +105,8 @@ class Refusals:
     """
 
     engine: Engine
-    inbox: Inbox
-    dead_letters: DeadLetters
+    inbox: InboxStore
+    dead_letters: DeadLetterStore
     responder: Responder
     store: Store
 

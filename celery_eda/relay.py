@@ -21,10 +21,10 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_eda import addresses, checkpoints, redaction
-from celery_eda.dead_letters import DeadLetters
+from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.event import EVENT_EXCHANGE
 from celery_eda.letter import Reason
-from celery_eda.outbox import Outbox, Pending
+from celery_eda.outbox import OutboxStore, Pending
 from celery_eda.relay_batch import Batch, Hands
 from celery_eda.results import Prerequisites
 from celery_eda.retry import backoff
@@ -80,8 +80,8 @@ class Relay:
     def __init__(
         self,
         engine: Engine,
-        outbox: Outbox,
-        dead_letters: DeadLetters,
+        outbox: OutboxStore,
+        dead_letters: DeadLetterStore,
         make_transport: Callable[[], Transport],
         prepare: Callable[[Prerequisites], None],
         settings: Settings,

@@ -18,7 +18,7 @@ from celery_eda.audit import Action, Audit, AuditEntry, Author
 from celery_eda.context import Capture
 from celery_eda.cursor import Turn
 from celery_eda.cursors import Cursors
-from celery_eda.dead_letters import DeadLetters
+from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.dialects.base import LostRace
 from celery_eda.errors import NotItsTurn, UnreadableBody
 from celery_eda.identity import ORDER_HEADER, REPLAY_HEADER
@@ -56,7 +56,7 @@ class Repair:
     is sent if and only if it commits. After an error the caller has to roll it back.
     """
 
-    dead_letters: DeadLetters
+    dead_letters: DeadLetterStore
     audit: Audit
     cursors: Cursors
 

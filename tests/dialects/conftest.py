@@ -5,20 +5,20 @@ import pytest
 from celery_eda.attempts import Attempts
 from celery_eda.audit import Audit
 from celery_eda.cursors import Cursors
-from celery_eda.dead_letters import DeadLetters
-from celery_eda.inbox import Inbox
-from celery_eda.outbox import Outbox
+from celery_eda.dead_letters import DeadLetterStore
+from celery_eda.inbox import InboxStore
+from celery_eda.outbox import OutboxStore
 from tests.databases import Database
 
 
 @pytest.fixture
-def outbox(database: Database) -> Outbox:
-    return Outbox(database.tables.outbox, database.dialect)
+def outbox(database: Database) -> OutboxStore:
+    return OutboxStore(database.tables.outbox, database.dialect)
 
 
 @pytest.fixture
-def inbox(database: Database) -> Inbox:
-    return Inbox(database.tables.inbox, database.dialect)
+def inbox(database: Database) -> InboxStore:
+    return InboxStore(database.tables.inbox, database.dialect)
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def attempts(database: Database) -> Attempts:
 
 
 @pytest.fixture
-def dead_letters(database: Database) -> DeadLetters:
-    return DeadLetters(database.tables.dead_letters, database.dialect)
+def dead_letters(database: Database) -> DeadLetterStore:
+    return DeadLetterStore(database.tables.dead_letters, database.dialect)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Connection, select
 
 from celery_eda.audit import Action, Audit, Author
-from celery_eda.dead_letters import DeadLetters
+from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.letter import Letter, Reason
 from celery_eda.message import Message
 from tests.databases import Database
@@ -23,7 +23,7 @@ def connection(database: Database) -> Connection:
         yield connection
 
 
-def letter_of(connection: Connection, dead_letters: DeadLetters, letter: Message) -> Letter:
+def letter_of(connection: Connection, dead_letters: DeadLetterStore, letter: Message) -> Letter:
     id = dead_letters.add(connection, letter, Reason.failed, error="", attempts=1, consumer="c")
     found = dead_letters.find(connection, id)
     assert found is not None
@@ -31,7 +31,7 @@ def letter_of(connection: Connection, dead_letters: DeadLetters, letter: Message
 
 
 def test_a_record_says_who_did_what_to_which_letter_and_why(
-    connection: Connection, dead_letters: DeadLetters, audit: Audit
+    connection: Connection, dead_letters: DeadLetterStore, audit: Audit
 ) -> None:
     letter = letter_of(connection, dead_letters, message())
 
@@ -46,7 +46,7 @@ def test_a_record_says_who_did_what_to_which_letter_and_why(
 
 
 def test_records_of_one_message_come_in_the_order_of_the_deeds(
-    connection: Connection, dead_letters: DeadLetters, audit: Audit
+    connection: Connection, dead_letters: DeadLetterStore, audit: Audit
 ) -> None:
     one, other = (letter_of(connection, dead_letters, message()) for _ in range(2))
     for letter, action in ((one, Action.edit), (other, Action.skip), (one, Action.redrive)):
@@ -59,7 +59,7 @@ def test_records_of_one_message_come_in_the_order_of_the_deeds(
 
 
 def test_deeds_are_counted_by_message_and_kind(
-    connection: Connection, dead_letters: DeadLetters, audit: Audit
+    connection: Connection, dead_letters: DeadLetterStore, audit: Audit
 ) -> None:
     letter = letter_of(connection, dead_letters, message())
     for action in (Action.repair, Action.leave, Action.repair):
@@ -71,7 +71,7 @@ def test_deeds_are_counted_by_message_and_kind(
 
 @pytest.mark.parametrize("odd", ["a\0b", "\ud800", "🍫" * 10**4, "password=hunter2", ""])
 def test_no_reason_is_too_odd_and_none_holds_a_secret(
-    connection: Connection, dead_letters: DeadLetters, audit: Audit, odd: str
+    connection: Connection, dead_letters: DeadLetterStore, audit: Audit, odd: str
 ) -> None:
     letter = letter_of(connection, dead_letters, message())
 

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import select, update
 
 from celery_eda import message_rows
-from celery_eda.dead_letters import DeadLetters
+from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.error_text import LONGEST_ERROR
 from celery_eda.identity import Lane, Position
 from celery_eda.letter import Letter, LetterFilter, LetterState, Reason
@@ -27,7 +27,7 @@ class Unreadable(Exception):
 
 def kept(
     database: Database,
-    dead_letters: DeadLetters,
+    dead_letters: DeadLetterStore,
     letter: Message,
     error: BaseException | str = "refused",
     **details: Any,
@@ -50,7 +50,7 @@ def raised(error: Exception) -> Exception:
 
 
 def test_a_dead_letter_keeps_the_whole_message(
-    database: Database, dead_letters: DeadLetters
+    database: Database, dead_letters: DeadLetterStore
 ) -> None:
     letter = message(
         body=bytes(range(256)) * 1024, headers={"emoji": "🍫", "nul": "\0"}, queue="münzen"
@@ -62,7 +62,7 @@ def test_a_dead_letter_keeps_the_whole_message(
 
 
 def test_a_dead_letter_says_why_where_and_after_how_many_attempts(
-    database: Database, dead_letters: DeadLetters
+    database: Database, dead_letters: DeadLetterStore
 ) -> None:
     row = kept(
         database,
@@ -79,7 +79,7 @@ def test_a_dead_letter_says_why_where_and_after_how_many_attempts(
 
 
 def test_a_message_that_never_reached_a_consumer_names_none(
-    database: Database, dead_letters: DeadLetters
+    database: Database, dead_letters: DeadLetterStore
 ) -> None:
     row = kept(database, dead_letters, message(), "unroutable")
 
@@ -104,7 +104,7 @@ def test_a_message_that_never_reached_a_consumer_names_none(
     ids=["unreadable", "NUL", "surrogate", "10 MB", "emoji", "long name"],
 )
 def test_no_error_is_too_odd_to_be_kept(
-    database: Database, dead_letters: DeadLetters, error: Exception, text: str
+    database: Database, dead_letters: DeadLetterStore, error: Exception, text: str
 ) -> None:
     row = kept(database, dead_letters, message(), raised(error))
 
@@ -112,7 +112,7 @@ def test_no_error_is_too_odd_to_be_kept(
 
 
 def test_a_dead_letter_shares_the_fate_of_its_transaction(
-    database: Database, dead_letters: DeadLetters
+    database: Database, dead_letters: DeadLetterStore
 ) -> None:
     with database.engine.connect() as connection:
         dead_letters.add(connection, message(), Reason.rejected, error="", attempts=1)
@@ -126,21 +126,23 @@ def test_a_dead_letter_shares_the_fate_of_its_transaction(
 LANE = Lane("shop", "shop.charge", "account 7")
 
 
-def add(database: Database, dead_letters: DeadLetters, letter: Message, **details: Any) -> int:
+def add(database: Database, dead_letters: DeadLetterStore, letter: Message, **details: Any) -> int:
     """Commit *letter*; returns its id."""
     details = {"reason": Reason.failed, "error": ValueError("no"), "attempts": 1, **details}
     with database.engine.begin() as connection:
         return dead_letters.add(connection, letter, **details)
 
 
-def found(database: Database, dead_letters: DeadLetters, id: int) -> Letter:
+def found(database: Database, dead_letters: DeadLetterStore, id: int) -> Letter:
     with database.engine.connect() as connection:
         letter = dead_letters.find(connection, id)
     assert letter is not None
     return letter
 
 
-def test_a_letter_is_read_as_it_was_written(database: Database, dead_letters: DeadLetters) -> None:
+def test_a_letter_is_read_as_it_was_written(
+    database: Database, dead_letters: DeadLetterStore
+) -> None:
     headers = {"root_id": "root", "parent_id": "parent", "n": 1}
     placed = message(headers=headers, queue="q").at(Position(LANE, 1000, 3))
     first = datetime(2026, 1, 2, 3, 4, 5, 678, timezone.utc)
@@ -157,7 +159,9 @@ def test_a_letter_is_read_as_it_was_written(database: Database, dead_letters: De
     assert abs(datetime.now(timezone.utc) - letter.at) < timedelta(minutes=1)
 
 
-def test_a_first_attempt_is_the_last_one_too(database: Database, dead_letters: DeadLetters) -> None:
+def test_a_first_attempt_is_the_last_one_too(
+    database: Database, dead_letters: DeadLetterStore
+) -> None:
     letter = found(database, dead_letters, add(database, dead_letters, message()))
 
     assert letter.first_at is not None
@@ -173,7 +177,7 @@ def test_a_first_attempt_is_the_last_one_too(database: Database, dead_letters: D
     ],
 )
 def test_no_header_is_too_odd_to_be_kept(
-    database: Database, dead_letters: DeadLetters, headers: dict[str, Any]
+    database: Database, dead_letters: DeadLetterStore, headers: dict[str, Any]
 ) -> None:
     letter = found(database, dead_letters, add(database, dead_letters, message(headers=headers)))
 
@@ -181,13 +185,15 @@ def test_no_header_is_too_odd_to_be_kept(
     assert letter.key is None
 
 
-def test_there_is_no_letter_of_an_unknown_id(database: Database, dead_letters: DeadLetters) -> None:
+def test_there_is_no_letter_of_an_unknown_id(
+    database: Database, dead_letters: DeadLetterStore
+) -> None:
     with database.engine.connect() as connection:
         assert dead_letters.find(connection, 7) is None
         assert dead_letters.find(connection, 7, lock=True) is None
 
 
-def test_each_filter_finds_its_letters(database: Database, dead_letters: DeadLetters) -> None:
+def test_each_filter_finds_its_letters(database: Database, dead_letters: DeadLetterStore) -> None:
     plain = add(database, dead_letters, message())
     other = message(task="shop.ship", routing_key="ships", queue="docks", headers={"x": 1}).at(
         Position(LANE, 1, 1)
@@ -229,7 +235,7 @@ def test_each_filter_finds_its_letters(database: Database, dead_letters: DeadLet
 
 
 def test_a_moment_without_a_time_zone_is_utc_wherever_this_runs(
-    database: Database, dead_letters: DeadLetters, monkeypatch: pytest.MonkeyPatch
+    database: Database, dead_letters: DeadLetterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TZ", "ELSEWHERE+5")
     time.tzset()
@@ -249,7 +255,7 @@ def test_a_moment_without_a_time_zone_is_utc_wherever_this_runs(
     assert found == 1
 
 
-def test_letters_are_read_page_by_page(database: Database, dead_letters: DeadLetters) -> None:
+def test_letters_are_read_page_by_page(database: Database, dead_letters: DeadLetterStore) -> None:
     ids = [add(database, dead_letters, message()) for _ in range(5)]
     with database.engine.connect() as connection:
         pages = [
@@ -260,7 +266,7 @@ def test_letters_are_read_page_by_page(database: Database, dead_letters: DeadLet
     assert pages == [ids[:2], ids[2:4], ids[4:], []]
 
 
-def test_a_letter_can_hold_another_body(database: Database, dead_letters: DeadLetters) -> None:
+def test_a_letter_can_hold_another_body(database: Database, dead_letters: DeadLetterStore) -> None:
     id = add(database, dead_letters, message())
     before = found(database, dead_letters, id)
     changed = replace(before.message, body=b"[]", headers={"new": 1})
@@ -273,7 +279,9 @@ def test_a_letter_can_hold_another_body(database: Database, dead_letters: DeadLe
 # ── secrets ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_no_secret_reaches_the_error_fields(database: Database, dead_letters: DeadLetters) -> None:
+def test_no_secret_reaches_the_error_fields(
+    database: Database, dead_letters: DeadLetterStore
+) -> None:
     letter = message(
         body=b'[[7], {"password": "hunter2-arg", "card": {"cvc": "hunter2-deep"}}, {}]'
     )
@@ -286,7 +294,7 @@ def test_no_secret_reaches_the_error_fields(database: Database, dead_letters: De
     assert len(row.error) == LONGEST_ERROR
 
 
-def test_a_secret_is_not_cut_in_half(database: Database, dead_letters: DeadLetters) -> None:
+def test_a_secret_is_not_cut_in_half(database: Database, dead_letters: DeadLetterStore) -> None:
     letter = message(body=b'[[], {"password": "hunter2-hunter2"}, {}]')
 
     row = kept(database, dead_letters, letter, "x" * (LONGEST_ERROR - 7) + "hunter2-hunter2")
@@ -294,7 +302,9 @@ def test_a_secret_is_not_cut_in_half(database: Database, dead_letters: DeadLette
     assert "hunter2" not in row.error
 
 
-def test_a_traceback_shows_no_local_values(database: Database, dead_letters: DeadLetters) -> None:
+def test_a_traceback_shows_no_local_values(
+    database: Database, dead_letters: DeadLetterStore
+) -> None:
     def fail(number: str) -> None:
         raise ValueError("no")
 

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, create_engine, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
 
 from celery_eda.message_rows import to_row
-from celery_eda.outbox import Outbox
+from celery_eda.outbox import OutboxStore
 from tests.databases import LOCKING, Database
 from tests.dialects.messages import message
 
@@ -23,7 +23,7 @@ def kinds(database: Database, error: BaseException) -> tuple[bool, bool]:
 
 
 @only_locking
-def test_a_deadlock_will_pass(database: Database, outbox: Outbox) -> None:
+def test_a_deadlock_will_pass(database: Database, outbox: OutboxStore) -> None:
     with database.engine.begin() as connection:
         one, other = outbox.add(connection, [message(), message()])
     table, both_hold_one = outbox.table, Barrier(2)
@@ -120,7 +120,7 @@ def test_a_mistake_in_a_statement_will_not_pass(database: Database) -> None:
     assert kinds(database, refusal.value) == (False, False)
 
 
-def test_a_violated_constraint_will_not_pass(database: Database, outbox: Outbox) -> None:
+def test_a_violated_constraint_will_not_pass(database: Database, outbox: OutboxStore) -> None:
     row = {**to_row(message()), "id": 1, "created_at": database.dialect.now()}
     del row["delay"]
     with database.engine.connect() as connection:
@@ -148,7 +148,9 @@ def test_a_transaction_that_the_database_gave_up_is_noticed(database: Database) 
 
 
 @only_sqlite
-def test_a_transaction_that_read_first_may_still_write(database: Database, outbox: Outbox) -> None:
+def test_a_transaction_that_read_first_may_still_write(
+    database: Database, outbox: OutboxStore
+) -> None:
     with database.engine.connect() as reader, database.engine.begin() as writer:
         reader.execute(select(outbox.table)).all()
         outbox.add(writer, [message()])
@@ -161,7 +163,7 @@ def test_a_transaction_that_read_first_may_still_write(database: Database, outbo
 
 
 @only_sqlite
-def test_a_released_savepoint_commits_nothing(database: Database, outbox: Outbox) -> None:
+def test_a_released_savepoint_commits_nothing(database: Database, outbox: OutboxStore) -> None:
     with database.engine.connect() as connection:
         with connection.begin_nested():
             outbox.add(connection, [message()])

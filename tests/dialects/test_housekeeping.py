@@ -13,13 +13,13 @@ from sqlalchemy import Table, delete, func, insert, select, update
 from celery_eda.attempts import Attempts
 from celery_eda.cursor import Cursor
 from celery_eda.cursors import Cursors
-from celery_eda.dead_letters import DeadLetters
+from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.housekeeping import BATCH, Housekeeping
 from celery_eda.identity import Identity, Lane, Position
-from celery_eda.inbox import Inbox, Outcome, RecordedOutcome
+from celery_eda.inbox import InboxStore, Outcome, RecordedOutcome
 from celery_eda.letter import Reason
 from celery_eda.message import Message
-from celery_eda.outbox import Outbox
+from celery_eda.outbox import OutboxStore
 from celery_eda.remote_errors import RemoteErrors
 from celery_eda.saga_log import SagaInstance, SagaStore, State
 from celery_eda.saga_record import Kind, Record
@@ -40,7 +40,7 @@ def cursors(database: Database) -> Cursors:
 
 
 @pytest.fixture
-def housekeeping(database: Database, outbox: Outbox, cursors: Cursors) -> Housekeeping:
+def housekeeping(database: Database, outbox: OutboxStore, cursors: Cursors) -> Housekeeping:
     return make(database, outbox, cursors)
 
 
@@ -50,7 +50,7 @@ def sagas_of(database: Database) -> SagaStore:
 
 
 def make(
-    database: Database, outbox: Outbox, cursors: Cursors, **settings: float | None
+    database: Database, outbox: OutboxStore, cursors: Cursors, **settings: float | None
 ) -> Housekeeping:
     return Housekeeping(
         *(database.engine, database.dialect, database.tables),
@@ -84,7 +84,7 @@ def handle(database: Database, *ages: float) -> list[Identity]:
 
 
 def bury(
-    database: Database, letters: DeadLetters, sent: Message, seconds: float, state: str
+    database: Database, letters: DeadLetterStore, sent: Message, seconds: float, state: str
 ) -> int:
     """A dead letter of that age."""
     table = letters.table
@@ -153,7 +153,7 @@ def test_counts_of_redeliveries_that_had_no_outcome_go_with_the_inbox(
 
 
 def test_dead_letters_go_when_they_were_dealt_with_long_ago_and_open_ones_never(
-    database: Database, housekeeping: Housekeeping, dead_letters: DeadLetters
+    database: Database, housekeeping: Housekeeping, dead_letters: DeadLetterStore
 ) -> None:
     bury(database, dead_letters, message(), LETTERS + 5, "skipped")
     keep = [
@@ -172,7 +172,7 @@ def test_dead_letters_go_when_they_were_dealt_with_long_ago_and_open_ones_never(
 
 
 def test_the_audit_goes_by_age_but_not_before_the_letter_that_it_is_about(
-    database: Database, housekeeping: Housekeeping, dead_letters: DeadLetters
+    database: Database, housekeeping: Housekeeping, dead_letters: DeadLetterStore
 ) -> None:
     letter = bury(database, dead_letters, message(), AUDIT + 60, "open")
     note(database, letter, AUDIT + 5)
@@ -187,7 +187,7 @@ def test_the_audit_goes_by_age_but_not_before_the_letter_that_it_is_about(
 
 
 def test_nothing_goes_where_the_settings_say_for_ever(
-    database: Database, outbox: Outbox, cursors: Cursors, dead_letters: DeadLetters
+    database: Database, outbox: OutboxStore, cursors: Cursors, dead_letters: DeadLetterStore
 ) -> None:
     kinds = ("inbox", "dead_letter", "request", "audit", "saga")
     for_ever = {f"{name}_retention": None for name in kinds}
@@ -200,7 +200,7 @@ def test_nothing_goes_where_the_settings_say_for_ever(
 
 
 def test_the_longest_retention_is_longer_than_any_calendar(
-    database: Database, outbox: Outbox, cursors: Cursors
+    database: Database, outbox: OutboxStore, cursors: Cursors
 ) -> None:
     handle(database, INBOX)
 
@@ -213,9 +213,9 @@ def test_the_longest_retention_is_longer_than_any_calendar(
 def test_the_inbox_remembers_messages_that_are_still_somewhere_here(
     database: Database,
     housekeeping: Housekeeping,
-    outbox: Outbox,
+    outbox: OutboxStore,
     cursors: Cursors,
-    dead_letters: DeadLetters,
+    dead_letters: DeadLetterStore,
 ) -> None:
     dead, closed, parked, waiting, _ = handle(database, *[INBOX + 5] * 5)
     bury(database, dead_letters, message(identity=dead.next), 0, "open")
@@ -232,7 +232,7 @@ def test_the_inbox_remembers_messages_that_are_still_somewhere_here(
 
 
 def test_a_copy_that_comes_within_the_retention_is_absorbed_and_a_later_one_is_not(
-    database: Database, housekeeping: Housekeeping, inbox: Inbox
+    database: Database, housekeeping: Housekeeping, inbox: InboxStore
 ) -> None:
     (identity,) = handle(database, INBOX - 60)
     housekeeping.finish()
@@ -267,7 +267,7 @@ def test_each_transaction_deletes_a_batch_of_the_oldest(
 
 
 def test_what_is_kept_does_not_stop_what_is_behind_it(
-    database: Database, housekeeping: Housekeeping, dead_letters: DeadLetters
+    database: Database, housekeeping: Housekeeping, dead_letters: DeadLetterStore
 ) -> None:
     table = database.tables.inbox
     kept = handle(database, *[0.0] * (BATCH + 1))
@@ -284,7 +284,7 @@ def test_what_is_kept_does_not_stop_what_is_behind_it(
 
 
 def test_several_at_once_share_the_work(
-    database: Database, outbox: Outbox, cursors: Cursors
+    database: Database, outbox: OutboxStore, cursors: Cursors
 ) -> None:
     total = 6 * BATCH + 1
     handle(database, *[0.0] * total)
@@ -302,7 +302,7 @@ def test_several_at_once_share_the_work(
 
 @only_locking
 def test_a_message_in_progress_and_a_purge_do_not_wait_for_each_other(
-    database: Database, housekeeping: Housekeeping, inbox: Inbox
+    database: Database, housekeeping: Housekeeping, inbox: InboxStore
 ) -> None:
     handle(database, *[INBOX + 5] * 3)
     table = database.tables.inbox
@@ -362,7 +362,7 @@ def release_and_lose(database: Database, cursors: Cursors) -> Message:
 
 
 def test_a_parked_message_whose_release_was_lost_is_sent_again_in_time_and_once(
-    database: Database, housekeeping: Housekeeping, outbox: Outbox, cursors: Cursors
+    database: Database, housekeeping: Housekeeping, outbox: OutboxStore, cursors: Cursors
 ) -> None:
     parked = release_and_lose(database, cursors)
 
@@ -390,7 +390,7 @@ def test_a_release_that_cannot_be_written_is_as_if_it_had_not_been_tried(
         raise ConnectionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Outbox, "add", fail)
+        patch.setattr(OutboxStore, "add", fail)
         with pytest.raises(ConnectionError):
             housekeeping.finish()
 

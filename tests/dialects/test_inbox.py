@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from celery_eda.attempts import Attempts
 from celery_eda.dialects.base import LostRace
 from celery_eda.identity import Identity
-from celery_eda.inbox import Inbox, Outcome, RecordedOutcome
+from celery_eda.inbox import InboxStore, Outcome, RecordedOutcome
 from tests.databases import LOCKING, Database
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ def until_it_passes(database: Database, step: Callable[[Connection], T]) -> T:
 
 
 def take_effect(
-    database: Database, inbox: Inbox, consumer: str, identity: Identity, result: bytes = b"42"
+    database: Database, inbox: InboxStore, consumer: str, identity: Identity, result: bytes = b"42"
 ) -> RecordedOutcome | None:
     """What the road does with a message: None if it took effect, else what the earlier copy did."""
 
@@ -55,7 +55,7 @@ def take_effect(
 
 
 def recorded(
-    database: Database, inbox: Inbox, consumer: str, identity: Identity
+    database: Database, inbox: InboxStore, consumer: str, identity: Identity
 ) -> RecordedOutcome | None:
     with database.engine.connect() as connection:
         return inbox.find(connection, consumer, identity)
@@ -65,7 +65,7 @@ def recorded(
 
 
 def test_a_message_takes_effect_once_and_its_copies_see_the_result(
-    database: Database, inbox: Inbox
+    database: Database, inbox: InboxStore
 ) -> None:
     identity = Identity.fresh()
 
@@ -75,7 +75,7 @@ def test_a_message_takes_effect_once_and_its_copies_see_the_result(
 
 
 def test_five_copies_at_once_take_effect_once_and_the_others_see_the_result(
-    database: Database, inbox: Inbox
+    database: Database, inbox: InboxStore
 ) -> None:
     for _ in range(5):
         identity, start = Identity.fresh(), Barrier(5)
@@ -91,7 +91,9 @@ def test_five_copies_at_once_take_effect_once_and_the_others_see_the_result(
         assert endings.count(DONE) == 4
 
 
-def test_a_rolled_back_admission_leaves_the_message_fresh(database: Database, inbox: Inbox) -> None:
+def test_a_rolled_back_admission_leaves_the_message_fresh(
+    database: Database, inbox: InboxStore
+) -> None:
     identity = Identity.fresh()
     with database.engine.connect() as connection:
         inbox.admit(connection, "shop.pay", identity)
@@ -104,7 +106,7 @@ def test_a_rolled_back_admission_leaves_the_message_fresh(database: Database, in
 @only_locking
 @pytest.mark.parametrize("end", ["commit", "rollback", "invalidate"])
 def test_a_copy_waits_for_the_end_of_the_one_in_progress(
-    database: Database, inbox: Inbox, end: str
+    database: Database, inbox: InboxStore, end: str
 ) -> None:
     identity = Identity.fresh()
     with database.engine.connect() as first, ThreadPoolExecutor(1) as worker:
@@ -123,7 +125,7 @@ def test_a_copy_waits_for_the_end_of_the_one_in_progress(
 
 @only_leasing
 def test_a_copy_that_ends_later_finds_that_the_other_one_got_ahead(
-    database: Database, inbox: Inbox
+    database: Database, inbox: InboxStore
 ) -> None:
     identity = Identity.fresh()
     with database.engine.connect() as slow:
@@ -137,7 +139,7 @@ def test_a_copy_that_ends_later_finds_that_the_other_one_got_ahead(
 
 
 def test_consumers_whose_names_only_look_alike_are_different_consumers(
-    database: Database, inbox: Inbox
+    database: Database, inbox: InboxStore
 ) -> None:
     identity = Identity.fresh()
 
@@ -150,7 +152,7 @@ def test_consumers_whose_names_only_look_alike_are_different_consumers(
         )
 
 
-def test_each_revision_of_a_message_is_handled_once(database: Database, inbox: Inbox) -> None:
+def test_each_revision_of_a_message_is_handled_once(database: Database, inbox: InboxStore) -> None:
     identity = Identity.fresh()
 
     assert take_effect(database, inbox, "shop.pay", identity) is None
@@ -160,7 +162,7 @@ def test_each_revision_of_a_message_is_handled_once(database: Database, inbox: I
 
 @pytest.mark.parametrize("outcome", Outcome)
 def test_an_admission_can_be_completed_with_any_outcome(
-    database: Database, inbox: Inbox, outcome: Outcome
+    database: Database, inbox: InboxStore, outcome: Outcome
 ) -> None:
     identity = Identity.fresh()
     with database.engine.begin() as connection:
@@ -172,7 +174,7 @@ def test_an_admission_can_be_completed_with_any_outcome(
 
 @pytest.mark.parametrize("result", [b"", b"\0", bytes(range(256)) * 1024])
 def test_a_result_is_read_as_it_was_recorded(
-    database: Database, inbox: Inbox, result: bytes
+    database: Database, inbox: InboxStore, result: bytes
 ) -> None:
     identity = Identity.fresh()
 
@@ -182,7 +184,7 @@ def test_a_result_is_read_as_it_was_recorded(
 
 
 def test_an_attempt_that_took_effect_cannot_be_closed_as_a_failure(
-    database: Database, inbox: Inbox
+    database: Database, inbox: InboxStore
 ) -> None:
     identity = Identity.fresh()
     take_effect(database, inbox, "shop.pay", identity)
@@ -194,7 +196,7 @@ def test_an_attempt_that_took_effect_cannot_be_closed_as_a_failure(
     assert recorded(database, inbox, "shop.pay", identity) == DONE
 
 
-def test_a_conflict_leaves_the_transaction_usable(database: Database, inbox: Inbox) -> None:
+def test_a_conflict_leaves_the_transaction_usable(database: Database, inbox: InboxStore) -> None:
     taken, fresh = Identity.fresh(), Identity.fresh()
     take_effect(database, inbox, "shop.pay", taken)
 
@@ -206,7 +208,7 @@ def test_a_conflict_leaves_the_transaction_usable(database: Database, inbox: Inb
 
 
 def test_a_row_that_the_table_refuses_is_an_error_and_not_a_copy(
-    database: Database, inbox: Inbox
+    database: Database, inbox: InboxStore
 ) -> None:
     values = {"consumer": None, "message_id": Identity.fresh().id, "revision": 0, "outcome": "done"}
 

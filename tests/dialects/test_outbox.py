@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from celery_eda import message_rows
 from celery_eda.identity import Identity
 from celery_eda.message import Message
-from celery_eda.outbox import Outbox
+from celery_eda.outbox import OutboxStore
 from tests.databases import LOCKING, Database
 from tests.dialects.messages import message
 
@@ -23,13 +23,13 @@ only_locking = pytest.mark.parametrize("database", LOCKING, indirect=True)
 only_leasing = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
 
-def written(database: Database, outbox: Outbox, *messages: Message) -> list[int]:
+def written(database: Database, outbox: OutboxStore, *messages: Message) -> list[int]:
     """The ids of the rows of *messages*, committed."""
     with database.engine.begin() as connection:
         return outbox.add(connection, messages)
 
 
-def claimable(database: Database, outbox: Outbox, ids: Sequence[int] = ()) -> list[int]:
+def claimable(database: Database, outbox: OutboxStore, ids: Sequence[int] = ()) -> list[int]:
     """The ids that somebody else could claim right now."""
     with database.engine.connect() as connection:
         claimed = [each.id for each in outbox.claim(connection, "somebody else", 1000, ids)]
@@ -38,7 +38,7 @@ def claimable(database: Database, outbox: Outbox, ids: Sequence[int] = ()) -> li
         return claimed
 
 
-def rows(database: Database, outbox: Outbox) -> Any:
+def rows(database: Database, outbox: OutboxStore) -> Any:
     with database.engine.connect() as connection:
         return connection.execute(select(outbox.table).order_by(outbox.table.c.id)).all()
 
@@ -55,7 +55,7 @@ def in_seconds(seconds: float) -> datetime:
 
 
 def test_a_message_with_an_envelope_comes_back_with_it_and_is_otherwise_the_same(
-    database: Database, outbox: Outbox
+    database: Database, outbox: OutboxStore
 ) -> None:
     sealing = replace(outbox, seal=lambda each: each.task.encode() if "7" in each.task else None)
     messages = [message(task=f"task {n}") for n in (6, 7)]
@@ -72,7 +72,7 @@ def test_a_message_with_an_envelope_comes_back_with_it_and_is_otherwise_the_same
 
 
 def test_of_a_message_with_an_envelope_the_rest_is_read_when_it_is_asked_for_and_once(
-    database: Database, outbox: Outbox
+    database: Database, outbox: OutboxStore
 ) -> None:
     sealing = replace(outbox, seal=lambda _: b"envelope")
     written(database, sealing, message())
@@ -91,7 +91,9 @@ def test_of_a_message_with_an_envelope_the_rest_is_read_when_it_is_asked_for_and
     assert len(statements) == 1
 
 
-def test_what_has_no_envelope_is_read_at_once_for_all(database: Database, outbox: Outbox) -> None:
+def test_what_has_no_envelope_is_read_at_once_for_all(
+    database: Database, outbox: OutboxStore
+) -> None:
     sealing = replace(outbox, seal=lambda _: None)
     messages = [message(task=f"task {n}") for n in range(9)]
     written(database, sealing, *messages)
@@ -108,7 +110,7 @@ def test_what_has_no_envelope_is_read_at_once_for_all(database: Database, outbox
 
 
 def test_what_is_asked_for_when_the_row_is_gone_is_an_error(
-    database: Database, outbox: Outbox
+    database: Database, outbox: OutboxStore
 ) -> None:
     sealing = replace(outbox, seal=lambda _: b"envelope")
     written(database, sealing, message())
@@ -128,7 +130,7 @@ def test_what_is_asked_for_when_the_row_is_gone_is_an_error(
 
 @pytest.mark.parametrize("delayed", ["none", "some", "all"])
 def test_rows_are_written_in_the_order_of_the_messages(
-    database: Database, outbox: Outbox, delayed: str
+    database: Database, outbox: OutboxStore, delayed: str
 ) -> None:
     late = {"none": (), "some": (3, 700), "all": range(1000)}[delayed]
     messages = [
@@ -169,7 +171,7 @@ HARD_TO_KEEP: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", HARD_TO_KEEP.values(), ids=HARD_TO_KEEP)
 def test_a_message_is_read_as_it_was_written(
-    database: Database, outbox: Outbox, changes: dict[str, Any]
+    database: Database, outbox: OutboxStore, changes: dict[str, Any]
 ) -> None:
     original = message(**changes)
     written(database, outbox, original)
@@ -181,7 +183,7 @@ def test_a_message_is_read_as_it_was_written(
 
 
 def test_rows_of_a_rolled_back_transaction_are_never_claimed(
-    database: Database, outbox: Outbox
+    database: Database, outbox: OutboxStore
 ) -> None:
     with database.engine.connect() as connection:
         outbox.add(connection, [message()])
@@ -196,7 +198,7 @@ def test_rows_of_a_rolled_back_transaction_are_never_claimed(
 @pytest.mark.parametrize("due", [None, -1], ids=["ready", "came due"])
 @pytest.mark.parametrize("number", [10, 1000])
 def test_a_claim_takes_what_another_one_left_and_nothing_else(
-    database: Database, outbox: Outbox, number: int, due: float | None
+    database: Database, outbox: OutboxStore, number: int, due: float | None
 ) -> None:
     waiting = message(due=in_seconds(due)) if due else message()
     ids = written(database, outbox, *[waiting] * number)
@@ -209,7 +211,7 @@ def test_a_claim_takes_what_another_one_left_and_nothing_else(
     assert first + second == ids
 
 
-def test_rows_are_claimed_when_they_are_due(database: Database, outbox: Outbox) -> None:
+def test_rows_are_claimed_when_they_are_due(database: Database, outbox: OutboxStore) -> None:
     now, past, later = written(
         database, outbox, message(), message(due=in_seconds(-60)), message(due=in_seconds(60))
     )
@@ -220,7 +222,7 @@ def test_rows_are_claimed_when_they_are_due(database: Database, outbox: Outbox) 
 
 @pytest.mark.parametrize("error", [timedelta(hours=1), timedelta(hours=-1)], ids=["fast", "slow"])
 def test_a_producer_whose_clock_is_wrong_sets_the_right_delay(
-    database: Database, outbox: Outbox, monkeypatch: pytest.MonkeyPatch, error: timedelta
+    database: Database, outbox: OutboxStore, monkeypatch: pytest.MonkeyPatch, error: timedelta
 ) -> None:
     class WrongClock(datetime):
         @classmethod
@@ -236,13 +238,15 @@ def test_a_producer_whose_clock_is_wrong_sets_the_right_delay(
     assert (len(early), len(claimable(database, outbox))) == (0, 1)
 
 
-def test_a_claim_of_ids_looks_at_no_other_rows(database: Database, outbox: Outbox) -> None:
+def test_a_claim_of_ids_looks_at_no_other_rows(database: Database, outbox: OutboxStore) -> None:
     ids = written(database, outbox, *(message() for _ in range(5)))
 
     assert claimable(database, outbox, [ids[3], ids[1]]) == [ids[1], ids[3]]
 
 
-def test_ids_that_are_gone_or_claimed_are_passed_over(database: Database, outbox: Outbox) -> None:
+def test_ids_that_are_gone_or_claimed_are_passed_over(
+    database: Database, outbox: OutboxStore
+) -> None:
     mine, free = written(database, outbox, message(), message())
 
     with database.engine.connect() as connection:
@@ -251,7 +255,7 @@ def test_ids_that_are_gone_or_claimed_are_passed_over(database: Database, outbox
         assert claimable(database, outbox, [mine, free, 10**9]) == [free]
 
 
-def test_rows_are_claimed_in_the_order_of_writing(database: Database, outbox: Outbox) -> None:
+def test_rows_are_claimed_in_the_order_of_writing(database: Database, outbox: OutboxStore) -> None:
     ids = written(database, outbox, *(message() for _ in range(20)))
 
     assert claimable(database, outbox) == ids
@@ -259,7 +263,7 @@ def test_rows_are_claimed_in_the_order_of_writing(database: Database, outbox: Ou
 
 @only_locking
 def test_rows_that_waited_take_no_more_than_half_of_the_room(
-    database: Database, outbox: Outbox
+    database: Database, outbox: OutboxStore
 ) -> None:
     written(database, outbox, *(message(due=in_seconds(-1)) for _ in range(20)))
     written(database, outbox, *(message() for _ in range(20)))
@@ -273,7 +277,7 @@ def test_rows_that_waited_take_no_more_than_half_of_the_room(
 
 @only_locking
 def test_a_low_id_that_commits_after_higher_ones_were_sent_is_not_skipped(
-    database: Database, outbox: Outbox
+    database: Database, outbox: OutboxStore
 ) -> None:
     with database.engine.connect() as slow, database.engine.connect() as relay:
         (low,) = outbox.add(slow, [message()])
@@ -289,7 +293,7 @@ def test_a_low_id_that_commits_after_higher_ones_were_sent_is_not_skipped(
 
 
 @only_locking
-def test_a_claim_does_not_stop_producers(database: Database, outbox: Outbox) -> None:
+def test_a_claim_does_not_stop_producers(database: Database, outbox: OutboxStore) -> None:
     written(database, outbox, message(due=in_seconds(-1)), message(), message())
 
     with database.engine.connect() as relay:
@@ -303,7 +307,7 @@ def test_a_claim_does_not_stop_producers(database: Database, outbox: Outbox) -> 
 # ── settle ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_cleared_rows_are_gone_and_counted(database: Database, outbox: Outbox) -> None:
+def test_cleared_rows_are_gone_and_counted(database: Database, outbox: OutboxStore) -> None:
     ids = written(database, outbox, message(), message(), message())
 
     with database.engine.connect() as connection:
@@ -315,12 +319,14 @@ def test_cleared_rows_are_gone_and_counted(database: Database, outbox: Outbox) -
     assert claimable(database, outbox) == ids[2:]
 
 
-def test_clearing_nothing_is_harmless(database: Database, outbox: Outbox) -> None:
+def test_clearing_nothing_is_harmless(database: Database, outbox: OutboxStore) -> None:
     with database.engine.connect() as connection:
         assert outbox.clear(connection, "me", []) == 0
 
 
-def test_a_refused_row_counts_its_attempts_and_rests(database: Database, outbox: Outbox) -> None:
+def test_a_refused_row_counts_its_attempts_and_rests(
+    database: Database, outbox: OutboxStore
+) -> None:
     (id,) = written(database, outbox, message())
     attempts = []
     for _ in range(2):
@@ -337,7 +343,9 @@ def test_a_refused_row_counts_its_attempts_and_rests(database: Database, outbox:
     assert claimable(database, outbox) == [id]
 
 
-def test_a_released_row_is_as_it_was_and_free_at_once(database: Database, outbox: Outbox) -> None:
+def test_a_released_row_is_as_it_was_and_free_at_once(
+    database: Database, outbox: OutboxStore
+) -> None:
     (id,) = written(database, outbox, message())
 
     with database.engine.connect() as connection:
@@ -355,7 +363,7 @@ def test_a_released_row_is_as_it_was_and_free_at_once(database: Database, outbox
 
 @only_locking
 def test_the_rows_of_a_dead_claimer_are_free_without_a_time_out(
-    database: Database, outbox: Outbox
+    database: Database, outbox: OutboxStore
 ) -> None:
     ids = written(database, outbox, message(), message())
 
@@ -370,7 +378,7 @@ def test_the_rows_of_a_dead_claimer_are_free_without_a_time_out(
 
 @only_locking
 def test_the_server_ends_the_claim_of_a_frozen_relay_and_its_late_clear_changes_nothing(
-    database: Database, outbox: Outbox
+    database: Database, outbox: OutboxStore
 ) -> None:
     ids = written(database, outbox, message(), message())
     short = database.again(claim_timeout=3)
@@ -391,11 +399,11 @@ def test_the_server_ends_the_claim_of_a_frozen_relay_and_its_late_clear_changes_
 
 @only_leasing
 def test_a_lease_that_ended_by_the_clock_is_taken_over_and_its_owner_s_late_words_change_nothing(
-    database: Database, outbox: Outbox
+    database: Database, outbox: OutboxStore
 ) -> None:
     ids = written(database, outbox, message(), message())
     short = database.again(claim_timeout=3)
-    leasing = Outbox(short.tables.outbox, short.dialect)
+    leasing = OutboxStore(short.tables.outbox, short.dialect)
 
     with short.engine.connect() as frozen, database.engine.connect() as other:
         leasing.claim(frozen, "frozen", 10)
@@ -415,7 +423,9 @@ def test_a_lease_that_ended_by_the_clock_is_taken_over_and_its_owner_s_late_word
 
 
 @only_leasing
-def test_a_claim_holds_no_lock_while_messages_are_sent(database: Database, outbox: Outbox) -> None:
+def test_a_claim_holds_no_lock_while_messages_are_sent(
+    database: Database, outbox: OutboxStore
+) -> None:
     written(database, outbox, message())
 
     with database.engine.connect() as relay:
@@ -432,7 +442,7 @@ def test_a_claim_holds_no_lock_while_messages_are_sent(database: Database, outbo
 @only_locking
 @pytest.mark.parametrize("scheduled", [0, 10_000, 20_000])
 def test_a_claim_reads_the_index_and_only_what_it_takes(
-    database: Database, outbox: Outbox, scheduled: int
+    database: Database, outbox: OutboxStore, scheduled: int
 ) -> None:
     later, now = message(due=in_seconds(3600)), message()
     written(database, outbox, *[later] * scheduled, *[now] * (20_000 - scheduled))
@@ -462,7 +472,7 @@ def test_a_claim_reads_the_index_and_only_what_it_takes(
 
 @pytest.mark.parametrize("database", ["postgresql"], indirect=True)
 def test_the_plans_of_a_relay_are_made_for_the_rows_that_are_meant(
-    database: Database, outbox: Outbox
+    database: Database, outbox: OutboxStore
 ) -> None:
     """One that is kept may be of a time when the table was empty, and any index as good."""
     engine = create_engine(database.engine.url)
@@ -503,7 +513,7 @@ def test_engines_of_the_road_read_what_was_committed(database: Database) -> None
         assert connection.get_isolation_level() == "READ COMMITTED"
 
 
-def test_no_secret_reaches_the_last_error(database: Database, outbox: Outbox) -> None:
+def test_no_secret_reaches_the_last_error(database: Database, outbox: OutboxStore) -> None:
     with database.engine.begin() as connection:
         (id,) = outbox.add(connection, [message()])
     with database.engine.connect() as connection:

@@ -12,10 +12,10 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 
-from celery_eda.dead_letters import DeadLetters
+from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.letter import LetterFilter
 from celery_eda.message import Message
-from celery_eda.outbox import Outbox
+from celery_eda.outbox import OutboxStore
 from celery_eda.relay import Relay, Round
 from celery_eda.settings import Settings
 from celery_eda.transports.base import CONFIRMED, PublishResult, Verdict
@@ -59,7 +59,7 @@ class PatientBroker(ScriptedBroker):
 
 
 @pytest.fixture
-def make_relay(database: Database, outbox: Outbox, dead_letters: DeadLetters) -> MakeRelay:
+def make_relay(database: Database, outbox: OutboxStore, dead_letters: DeadLetterStore) -> MakeRelay:
     def make(
         answers: dict[str, PublishResult],
         kind: type[ScriptedBroker] = ScriptedBroker,
@@ -80,7 +80,7 @@ def make_relay(database: Database, outbox: Outbox, dead_letters: DeadLetters) ->
     return make
 
 
-def store(database: Database, outbox: Outbox, *queues: str) -> None:
+def store(database: Database, outbox: OutboxStore, *queues: str) -> None:
     with database.engine.begin() as connection:
         outbox.add(connection, [message(routing_key=queue) for queue in queues])
 
@@ -100,7 +100,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_only_what_was_confirmed_leaves_the_outbox(
-    database: Database, outbox: Outbox, make_relay: MakeRelay
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay
 ) -> None:
     relay, _ = make_relay({"bad": REFUSED, "mute": UNKNOWN})
     store(database, outbox, "good", "bad", "mute", "good")
@@ -110,7 +110,7 @@ def test_only_what_was_confirmed_leaves_the_outbox(
 
 
 def test_what_is_given_up_is_kept_whole_though_only_as_much_was_read_as_is_needed_to_send_it(
-    database: Database, outbox: Outbox, dead_letters: DeadLetters, make_relay: MakeRelay
+    database: Database, outbox: OutboxStore, dead_letters: DeadLetterStore, make_relay: MakeRelay
 ) -> None:
     relay, _ = make_relay({"bad": REFUSED}, max_attempts=1)
     relay.outbox = replace(outbox, seal=lambda _: b"envelope")
@@ -127,7 +127,7 @@ def test_what_is_given_up_is_kept_whole_though_only_as_much_was_read_as_is_neede
 
 
 def test_what_is_given_up_and_cannot_be_read_whole_rests_and_does_not_hold_up_the_others(
-    database: Database, outbox: Outbox, make_relay: MakeRelay
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay
 ) -> None:
     relay, sent = make_relay({"bad": REFUSED}, max_attempts=1)
     relay.outbox = replace(outbox, seal=lambda _: b"envelope")
@@ -148,7 +148,7 @@ def test_what_is_given_up_and_cannot_be_read_whole_rests_and_does_not_hold_up_th
 
 
 def test_a_queue_that_never_confirms_does_not_hold_up_the_others(
-    database: Database, outbox: Outbox, make_relay: MakeRelay
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay
 ) -> None:
     relay, sent = make_relay({"mute": UNKNOWN})
     store(database, outbox, "mute", "good")
@@ -162,7 +162,7 @@ def test_a_queue_that_never_confirms_does_not_hold_up_the_others(
 
 
 def test_a_row_that_cannot_be_read_says_why_and_does_not_hold_up_the_others(
-    database: Database, outbox: Outbox, make_relay: MakeRelay
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay
 ) -> None:
     relay, sent = make_relay({}, relay_batch=1)
     store(database, outbox, "broken", "good")
@@ -181,7 +181,7 @@ def test_a_row_that_cannot_be_read_says_why_and_does_not_hold_up_the_others(
 
 
 def test_in_an_outage_messages_are_given_back_at_once_and_nothing_is_charged(
-    database: Database, outbox: Outbox, make_relay: MakeRelay
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay
 ) -> None:
     relay, sent = make_relay({"mute": UNKNOWN})
     store(database, outbox, "mute", "mute")
@@ -194,7 +194,7 @@ def test_in_an_outage_messages_are_given_back_at_once_and_nothing_is_charged(
 
 
 def test_a_message_refused_too_often_becomes_a_dead_letter_with_the_brokers_words(
-    database: Database, outbox: Outbox, make_relay: MakeRelay
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay
 ) -> None:
     relay, _ = make_relay({"bad": REFUSED}, max_attempts=1)
     store(database, outbox, "bad")
@@ -217,7 +217,7 @@ def test_a_message_refused_too_often_becomes_a_dead_letter_with_the_brokers_word
 )
 def test_the_next_batch_is_sent_before_the_answers_if_the_broker_can_do_that(
     database: Database,
-    outbox: Outbox,
+    outbox: OutboxStore,
     make_relay: MakeRelay,
     kind: type[ScriptedBroker],
     expected: str,
@@ -231,18 +231,18 @@ def test_the_next_batch_is_sent_before_the_answers_if_the_broker_can_do_that(
 
 
 def test_a_batch_that_is_not_full_is_settled_as_soon_as_it_is_answered(
-    database: Database, outbox: Outbox, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     relay, sent = make_relay({}, PatientBroker, relay_batch=2)
     store(database, outbox, "a")
     claims: list[int] = []
-    claim = Outbox.claim
+    claim = OutboxStore.claim
 
-    def noted(self: Outbox, *arguments: Any) -> Sequence[Any]:
+    def noted(self: OutboxStore, *arguments: Any) -> Sequence[Any]:
         claims.append(len(sent))
         return claim(self, *arguments)
 
-    monkeypatch.setattr(Outbox, "claim", noted)
+    monkeypatch.setattr(OutboxStore, "claim", noted)
     relay.send()
 
     assert (sent, claims) == (["a", "answer"], [0])
@@ -250,7 +250,7 @@ def test_a_batch_that_is_not_full_is_settled_as_soon_as_it_is_answered(
 
 @pytest.mark.parametrize("kind", [ScriptedBroker, PatientBroker])
 def test_in_an_outage_nothing_more_is_sent_and_all_is_given_back(
-    database: Database, outbox: Outbox, make_relay: MakeRelay, kind: type[ScriptedBroker]
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay, kind: type[ScriptedBroker]
 ) -> None:
     relay, sent = make_relay({"mute": UNKNOWN}, kind, relay_batch=2)
     store(database, outbox, "a", "b", *["mute"] * 6, "c")
@@ -266,7 +266,7 @@ def test_in_an_outage_nothing_more_is_sent_and_all_is_given_back(
 
 
 def test_what_is_committed_late_behind_what_is_being_sent_is_sent_soon(
-    database: Database, outbox: Outbox, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("celery_eda.relay.CHAIN", 3)
     relay, sent = make_relay({}, relay_batch=1)
@@ -283,7 +283,7 @@ def test_what_is_committed_late_behind_what_is_being_sent_is_sent_soon(
 
 
 def test_what_was_claimed_too_long_ago_to_be_sent_in_time_is_given_back(
-    database: Database, outbox: Outbox, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class SlowBroker(PatientBroker):
         def finish(self) -> list[PublishResult]:
@@ -293,13 +293,13 @@ def test_what_was_claimed_too_long_ago_to_be_sent_in_time_is_given_back(
     relay, sent = make_relay({}, SlowBroker, relay_batch=1, claim_timeout=1.0, publish_timeout=0.5)
     store(database, outbox, "a", "b", "c")
     given_back: list[list[str]] = []
-    release = Outbox.release
+    release = OutboxStore.release
 
-    def noted(self: Outbox, *arguments: Any) -> None:
+    def noted(self: OutboxStore, *arguments: Any) -> None:
         given_back.append(list(sent))
         release(self, *arguments)
 
-    monkeypatch.setattr(Outbox, "release", noted)
+    monkeypatch.setattr(OutboxStore, "release", noted)
     done = relay.send() + relay.send()
 
     assert given_back == [["a", "b", "answer"]]
@@ -308,7 +308,7 @@ def test_what_was_claimed_too_long_ago_to_be_sent_in_time_is_given_back(
 
 
 def test_what_is_given_back_and_could_not_be_sent_anyway_rests(
-    database: Database, outbox: Outbox, make_relay: MakeRelay
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay
 ) -> None:
     def fail(_: Message) -> None:
         raise ConnectionError("it is away")
@@ -329,7 +329,7 @@ def test_what_is_given_back_and_could_not_be_sent_anyway_rests(
 
 
 def test_what_has_to_precede_a_message_may_take_longer_than_there_is_to_spare(
-    database: Database, outbox: Outbox, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     relay, sent = make_relay(
         {}, PatientBroker, relay_batch=2, claim_timeout=1.0, publish_timeout=0.9
@@ -351,7 +351,7 @@ def test_what_has_to_precede_a_message_may_take_longer_than_there_is_to_spare(
 @pytest.mark.parametrize("failing", [1, 2, 3])
 def test_a_database_that_fails_meanwhile_loses_nothing_and_is_told(
     database: Database,
-    outbox: Outbox,
+    outbox: OutboxStore,
     make_relay: MakeRelay,
     monkeypatch: pytest.MonkeyPatch,
     failing: int,
@@ -359,16 +359,16 @@ def test_a_database_that_fails_meanwhile_loses_nothing_and_is_told(
     store(database, outbox, *"abcde")
     relay, sent = make_relay({}, PatientBroker, relay_batch=2)
     brief = database.again(claim_timeout=1.0)
-    relay.engine, relay.outbox = brief.engine, Outbox(brief.tables.outbox, brief.dialect)
-    clear, cleared = Outbox.clear, []
+    relay.engine, relay.outbox = brief.engine, OutboxStore(brief.tables.outbox, brief.dialect)
+    clear, cleared = OutboxStore.clear, []
 
-    def clear_badly(self: Outbox, *arguments: Any) -> int:
+    def clear_badly(self: OutboxStore, *arguments: Any) -> int:
         cleared.append(clear(self, *arguments))
         if len(cleared) == failing:
             raise OperationalError("DELETE", {}, ConnectionResetError())
         return cleared[-1]
 
-    monkeypatch.setattr(Outbox, "clear", clear_badly)
+    monkeypatch.setattr(OutboxStore, "clear", clear_badly)
     with pytest.raises(OperationalError):
         relay.send()
     # What is unanswered then must not be taken for the answer to something else.
@@ -382,7 +382,7 @@ def test_a_database_that_fails_meanwhile_loses_nothing_and_is_told(
 
 
 def test_a_relay_that_is_stopped_claims_no_more(
-    database: Database, outbox: Outbox, make_relay: MakeRelay
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay
 ) -> None:
     relay, sent = make_relay({}, relay_batch=1)
     store(database, outbox, "a", "b")

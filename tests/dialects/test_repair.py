@@ -18,12 +18,12 @@ from celery_eda import joining, message_rows
 from celery_eda.arguments import Arguments
 from celery_eda.audit import Audit, Author
 from celery_eda.cursors import Cursors
-from celery_eda.dead_letters import DeadLetters
+from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.errors import NotItsTurn, UnreadableBody
 from celery_eda.identity import Lane, Position
 from celery_eda.letter import Letter, Reason
 from celery_eda.message import Message
-from celery_eda.outbox import Outbox
+from celery_eda.outbox import OutboxStore
 from celery_eda.repair import Repair, RepairResult, in_order
 from celery_eda.transaction import Store
 from tests.databases import LOCKING, Database
@@ -46,10 +46,10 @@ class Desk:
     """
 
     database: Database
-    dead_letters: DeadLetters
+    dead_letters: DeadLetterStore
     audit: Audit
     cursors: Cursors
-    outbox: Outbox
+    outbox: OutboxStore
     handed_off: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -125,10 +125,10 @@ class Desk:
 @pytest.fixture
 def desk(
     database: Database,
-    dead_letters: DeadLetters,
+    dead_letters: DeadLetterStore,
     audit: Audit,
     cursors: Cursors,
-    outbox: Outbox,
+    outbox: OutboxStore,
 ) -> Desk:
     return Desk(database, dead_letters, audit, cursors, outbox)
 

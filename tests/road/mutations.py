@@ -16,9 +16,9 @@ from celery_eda import handling, publishing, relay, results
 from celery_eda.addresses import REPLY_TASK
 from celery_eda.attempts import Attempts
 from celery_eda.identity import Identity, Position
-from celery_eda.inbox import Inbox
+from celery_eda.inbox import InboxStore
 from celery_eda.intake import Intake
-from celery_eda.outbox import Outbox
+from celery_eda.outbox import OutboxStore
 from celery_eda.replying import Responder
 from celery_eda.request import ReliableRequest
 from celery_eda.task import ReliableTask
@@ -27,18 +27,18 @@ from celery_eda.transports.base import CONFIRMED
 
 
 def no_inbox() -> None:
-    Inbox.admit = lambda *_: None  # type: ignore[method-assign,assign,return-value]
-    Inbox.record = lambda *_: True  # type: ignore[method-assign,assign,return-value]
+    InboxStore.admit = lambda *_: None  # type: ignore[method-assign,assign,return-value]
+    InboxStore.record = lambda *_: True  # type: ignore[method-assign,assign,return-value]
 
 
 def inbox_in_another_transaction() -> None:
-    admit = Inbox.admit
+    admit = InboxStore.admit
 
-    def admit_apart(self: Inbox, connection: DatabaseConnection, *arguments: Any) -> Any:
+    def admit_apart(self: InboxStore, connection: DatabaseConnection, *arguments: Any) -> Any:
         with connection.engine.begin() as another:
             return admit(self, another, *arguments)
 
-    Inbox.admit = admit_apart  # type: ignore[method-assign]
+    InboxStore.admit = admit_apart  # type: ignore[method-assign]
 
 
 def no_confirm() -> None:
@@ -53,17 +53,17 @@ def no_confirm() -> None:
 
 
 def deleted_before_it_is_sent() -> None:
-    claim = Outbox.claim
+    claim = OutboxStore.claim
 
     def claim_and_clear(
-        self: Outbox, connection: DatabaseConnection, owner: str, *rest: Any
+        self: OutboxStore, connection: DatabaseConnection, owner: str, *rest: Any
     ) -> Any:
         pending = claim(self, connection, owner, *rest)
         self.clear(connection, owner, [each.id for each in pending])
         connection.commit()
         return pending
 
-    Outbox.claim = claim_and_clear  # type: ignore[method-assign]
+    OutboxStore.claim = claim_and_clear  # type: ignore[method-assign]
 
 
 def not_mandatory() -> None:

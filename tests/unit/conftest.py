@@ -18,7 +18,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from celery_eda import context
 from celery_eda.identity import Identity
 from celery_eda.message import Message
-from celery_eda.outbox import Outbox
+from celery_eda.outbox import OutboxStore
 from celery_eda.transaction import Store
 from tests.databases import VENDORS, Database, connect
 
@@ -62,7 +62,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.engine = self.database.engine
-        self.outbox = Outbox(self.database.tables.outbox, self.database.dialect)
+        self.outbox = OutboxStore(self.database.tables.outbox, self.database.dialect)
         self.store = Store(self._add, self._hand_off, self.store_apart)
         self._names: dict[int, str] = {}
 

@@ -14,7 +14,7 @@ from sqlalchemy import update
 from celery_eda import EDA, upgrading
 from celery_eda.cli import eda as commands
 from celery_eda.identity import Identity
-from celery_eda.inbox import Inbox, Outcome
+from celery_eda.inbox import InboxStore, Outcome
 from celery_eda.settings import DAY
 
 
@@ -25,7 +25,7 @@ def eda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EDA:
     app.conf.eda_database_url = f"sqlite:///{tmp_path / 'service.db'}"
     eda = EDA(app)
     upgrading.upgrade(eda.engine, eda.tables)
-    inbox = Inbox(eda.tables.inbox, eda.dialect)
+    inbox = InboxStore(eda.tables.inbox, eda.dialect)
     with eda.engine.begin() as connection:
         inbox.record_failure(connection, "shop.charge", Identity.fresh(), Outcome.done)
         connection.execute(update(inbox.table).values(at=eda.dialect.later(-30 * DAY)))

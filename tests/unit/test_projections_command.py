@@ -16,7 +16,7 @@ from sqlalchemy import Column, MetaData, String, Table, insert, select
 from celery_eda import EDA, upgrading
 from celery_eda.cli import eda as commands
 from celery_eda.identity import Identity
-from celery_eda.inbox import Inbox
+from celery_eda.inbox import InboxStore
 
 COPIES = Table(
     "copies", MetaData(), Column("id", String(20), primary_key=True), Column("s", String(50))
@@ -197,7 +197,7 @@ def test_the_list_tells_how_far_each_is_behind(eda: EDA) -> None:
     (fresh,) = json.loads(projections(eda, "list", "--json").stdout)
     assert (fresh["newest"], fresh["lag_seconds"]) == (None, 0.0)
     with eda.engine.begin() as connection:
-        inbox = Inbox(eda.tables.inbox, eda.dialect)
+        inbox = InboxStore(eda.tables.inbox, eda.dialect)
         inbox.admit(connection, "copy", identity := Identity.fresh())
         inbox.record(connection, "copy", identity)
     projections(eda, "rebuild", "copy")

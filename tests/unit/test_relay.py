@@ -12,7 +12,7 @@ from sqlalchemy import select, update
 
 from celery_eda import EDA, upgrading
 from celery_eda.identity import Identity
-from celery_eda.inbox import Inbox, Outcome
+from celery_eda.inbox import InboxStore, Outcome
 from celery_eda.message import Message
 from celery_eda.relay import Relay, Round
 from celery_eda.results import Prerequisites
@@ -177,7 +177,7 @@ def test_a_relay_of_an_app_keeps_its_tables_small(tmp_path: Path) -> None:
     )
     eda = EDA(app)
     upgrading.upgrade(eda.engine, eda.tables)
-    inbox = Inbox(eda.tables.inbox, eda.dialect)
+    inbox = InboxStore(eda.tables.inbox, eda.dialect)
     with eda.engine.begin() as connection:
         inbox.record_failure(connection, "shop.charge", Identity.fresh(), Outcome.done)
         connection.execute(update(inbox.table).values(at=eda.dialect.later(-30 * DAY)))
