@@ -172,10 +172,7 @@ class Cursors:
             select(self.parked)
             .where(
                 self._is_of(self.parked, consumer, lane),
-                or_(
-                    and_(parked.epoch == cursor.epoch, parked.number == cursor.last + 1),
-                    and_(parked.epoch > cursor.epoch, parked.number == 1),
-                ),
+                self._may_be_next(cursor.epoch, cursor.last),
             )
             .order_by(parked.epoch, parked.number)
             .limit(1)
@@ -234,10 +231,7 @@ class Cursors:
             .where(
                 cursor.held.is_(None),
                 stale,
-                or_(
-                    and_(parked.epoch == cursor.epoch, parked.number == cursor.last + 1),
-                    and_(parked.epoch > cursor.epoch, parked.number == 1),
-                ),
+                self._may_be_next(cursor.epoch, cursor.last),
             )
             .limit(limit)
             .with_for_update(skip_locked=True)
@@ -257,7 +251,15 @@ class Cursors:
     ) -> Cursor:
         query = self._locking if lock else self._reading
         row = self.dialect.execute(connection, query, _its(consumer, lane)).one_or_none()
-        return Cursor() if row is None else Cursor(*row, written=True)
+        if row is None:
+            return Cursor()
+        return Cursor(
+            epoch=row.epoch,
+            last=row.last,
+            held=row.held,
+            parked=row.parked,
+            written=True,
+        )
 
     def _move(
         self, connection: Connection, consumer: str, position: Position, cursor: Cursor
@@ -337,6 +339,17 @@ class Cursors:
         there = connection.scalar(select(self.parked.c.message_id).where(at))
         if there != message.identity.id:
             raise PositionTaken
+
+    def _may_be_next(self, epoch: Any, last: Any) -> ColumnElement[bool]:
+        """True for the parked message after *last* of *epoch*, and for the first of a later epoch.
+
+        Both are values or columns of a cursor; its ``turn_of`` decides about a later epoch.
+        """
+        parked = self.parked.c
+        return or_(
+            and_(parked.epoch == epoch, parked.number == last + 1),
+            and_(parked.epoch > epoch, parked.number == 1),
+        )
 
     def _is_of(self, table: Table, consumer: str, lane: Lane) -> ColumnElement[bool]:
         names = _names(consumer, lane)

@@ -18,13 +18,11 @@ from weakref import WeakValueDictionary
 
 from celery_eda import addresses, redaction
 from celery_eda.reading import ReplyReader
-from celery_eda.retry import backoff
+from celery_eda.retry import OUTAGE_DELAY, backoff
 from celery_eda.transports.base import ReplyConsumer
 
 log = redaction.logger(__name__)
 
-#: Seconds between two attempts to connect while the broker is away: the first, and the longest.
-OUTAGE_DELAY = (0.1, 5.0)
 #: Seconds for which one read waits for replies.
 WAIT = 1.0
 #: Finished requests that are remembered, to tell late replies and copies from forged ones.

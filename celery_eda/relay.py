@@ -27,14 +27,12 @@ from celery_eda.letter import Reason
 from celery_eda.outbox import OutboxStore, Pending
 from celery_eda.relay_batch import Batch, Hands
 from celery_eda.results import Prerequisites
-from celery_eda.retry import backoff
+from celery_eda.retry import OUTAGE_DELAY, backoff
 from celery_eda.settings import Settings
 from celery_eda.transports.base import Pipelined, PublishResult, Transport, Verdict
 
 log = redaction.logger(__name__)
 
-#: Seconds between two tries while the broker or the database is away.
-OUTAGE_DELAY = (0.1, 5.0)
 #: Batches of which each is claimed behind the one before. What became free or was committed behind
 #: them is found when that is begun anew.
 CHAIN = 20

@@ -21,14 +21,12 @@ from sqlalchemy import Engine
 from celery_eda import redaction
 from celery_eda.reading import ReplyReader
 from celery_eda.requests import RequestStore, StoredOutcome, unknown_request
-from celery_eda.retry import backoff
+from celery_eda.retry import OUTAGE_DELAY, backoff
 
 log = redaction.logger(__name__)
 
 #: Seconds between two polls for the same reply: the first interval, doubling up to the longest.
 POLL = (0.02, 0.5)
-#: Seconds between two polls while the database is away: the first interval, and the longest.
-OUTAGE_DELAY = (0.1, 5.0)
 #: Replies in one query; older versions of SQLite accept at most 999 parameters.
 BATCH = 500
 

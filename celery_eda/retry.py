@@ -16,6 +16,9 @@ from celery_eda.errors import ConfigurationError
 #: to wait before the next one, None to give up.
 Policy = Callable[[int, Exception], float | None]
 
+#: Seconds between two attempts to reach a broker or database that is away: the first, the longest.
+OUTAGE_DELAY = (0.1, 5.0)
+
 
 @dataclass(frozen=True)
 class RetryPolicy:

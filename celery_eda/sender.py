@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_eda import redaction
-from celery_eda.relay import OUTAGE_DELAY, Relay
-from celery_eda.retry import backoff
+from celery_eda.relay import Relay
+from celery_eda.retry import OUTAGE_DELAY, backoff
 
 log = redaction.logger(__name__)
 
