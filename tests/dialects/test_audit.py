@@ -12,7 +12,7 @@ from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.letter import Letter, Reason
 from celery_eda.message import Message
 from tests.databases import Database
-from tests.dialects.messages import message
+from tests.support.messages import message
 
 ADA = Author("ada", "typo")
 

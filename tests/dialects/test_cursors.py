@@ -16,7 +16,7 @@ from celery_eda.dialects.base import LostRace
 from celery_eda.identity import Lane, Position
 from celery_eda.message import Message
 from tests.databases import Database
-from tests.dialects.messages import message
+from tests.support.messages import message
 
 LANE = Lane("shop", "charge", "account 7")
 OLD, NEW = 1000, 2000

@@ -15,7 +15,7 @@ from celery_eda.identity import Lane, Position
 from celery_eda.letter import Letter, LetterFilter, LetterState, Reason
 from celery_eda.message import Message
 from tests.databases import Database
-from tests.dialects.messages import message
+from tests.support.messages import message
 
 
 class Unreadable(Exception):
@@ -179,7 +179,9 @@ def test_a_first_attempt_is_the_last_one_too(
 def test_no_header_is_too_odd_to_be_kept(
     database: Database, dead_letters: DeadLetterStore, headers: dict[str, Any]
 ) -> None:
-    letter = found(database, dead_letters, add(database, dead_letters, message(headers=headers)))
+    odd = replace(message(), headers=headers)
+
+    letter = found(database, dead_letters, add(database, dead_letters, odd))
 
     assert letter.message.headers == headers
     assert letter.key is None

@@ -21,7 +21,7 @@ from celery_eda.event_store import EventFilter, EventStore
 from celery_eda.identity import Lane
 from celery_eda.sequences import Sequences
 from tests.databases import Database
-from tests.dialects.messages import message
+from tests.support.messages import message
 
 NOW = datetime(2026, 5, 17, 12, 30, 15, 250000, tzinfo=timezone.utc)
 

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, Program
 from celery_eda.message_rows import to_row
 from celery_eda.outbox import OutboxStore
 from tests.databases import LOCKING, Database
-from tests.dialects.messages import message
+from tests.support.messages import message
 
 only_locking = pytest.mark.parametrize("database", LOCKING, indirect=True)
 only_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)

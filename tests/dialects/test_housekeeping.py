@@ -25,7 +25,7 @@ from celery_eda.saga_log import SagaInstance, SagaStore, State
 from celery_eda.saga_record import Kind, Record
 from celery_eda.settings import DAY, Settings
 from tests.databases import LOCKING, Database
-from tests.dialects.messages import message
+from tests.support.messages import message
 
 CONSUMER = "shop.charge"
 LANE = Lane("shop", CONSUMER, "account 7")

@@ -16,7 +16,7 @@ from celery_eda.identity import Identity
 from celery_eda.message import Message
 from celery_eda.outbox import OutboxStore
 from tests.databases import LOCKING, Database
-from tests.dialects.messages import message
+from tests.support.messages import message
 
 ANALYZE = {"postgresql": "ANALYZE eda_outbox", "mariadb": "ANALYZE TABLE eda_outbox"}
 only_locking = pytest.mark.parametrize("database", LOCKING, indirect=True)

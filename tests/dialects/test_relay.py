@@ -20,7 +20,7 @@ from celery_eda.relay import Relay, Round
 from celery_eda.settings import Settings
 from celery_eda.transports.base import CONFIRMED, PublishResult, Verdict
 from tests.databases import LOCKING, Database
-from tests.dialects.messages import message
+from tests.support.messages import message
 
 REFUSED = PublishResult(Verdict.refused, "312 NO_ROUTE")
 UNKNOWN = PublishResult(Verdict.unknown, "no answer in time")

@@ -17,7 +17,7 @@ from celery_eda.identity import Lane, Position
 from celery_eda.message import Message
 from celery_eda.sequences import Sequences
 from tests.databases import Database
-from tests.dialects.messages import message
+from tests.support.messages import message
 
 
 @pytest.fixture

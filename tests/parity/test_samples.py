@@ -114,6 +114,8 @@ def test_an_outbox_with_envelopes_is_sent_byte_for_byte_as_before(
 
 def test_names_that_are_stored_or_travel_are_the_same(open_shop: Open) -> None:
     names, before = reading.names(open_shop("sqlite").eda), state.load("names")
+    for table, columns in state.GONE.items():
+        before["tables"][table] = [x for x in before["tables"][table] if x not in columns]
 
     for kind, known in before.items():
         assert state.plain(names[kind]) == known, kind

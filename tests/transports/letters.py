@@ -1,11 +1,11 @@
-"""Messages as Celery makes them, and a reader that shares nothing with the sender."""
+"""Messages to a broker, and a reader that shares nothing with the sender."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import amqp
 from kombu import Connection, Queue
@@ -13,8 +13,7 @@ from kombu import Connection, Queue
 from celery_eda.identity import Identity
 from celery_eda.message import Message
 from celery_eda.transports.base import Pipelined, PublishResult, Transport, Verdict
-
-BODY = b'[[1, 2], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
+from tests.support.messages import BODY, message
 
 
 def letter(
@@ -27,47 +26,16 @@ def letter(
     identity: Identity | None = None,
     **properties: Any,
 ) -> Message:
-    """A task message; by default to *queue* through the default exchange."""
-    identity = identity or Identity(uuid4())
-    return Message(
+    """A task message with these *properties*; by default to *queue*, which is declared."""
+    return message(
+        "letters.add",
         identity=identity,
-        task="letters.add",
         body=body,
-        content_type="application/json",
-        content_encoding="utf-8",
-        headers={
-            "lang": "py",
-            "task": "letters.add",
-            "id": str(identity.id),
-            "shadow": None,
-            "eta": None,
-            "expires": None,
-            "group": None,
-            "group_index": None,
-            "retries": 0,
-            "timelimit": [None, None],
-            "root_id": str(identity.id),
-            "parent_id": None,
-            "argsrepr": "(1, 2)",
-            "kwargsrepr": "{}",
-            "origin": "gen1@here",
-            "ignore_result": False,
-            "replaced_task_nesting": 0,
-            "stamped_headers": None,
-            "stamps": {},
-            **(headers or {}),
-            **identity.headers,
-        },
-        properties={
-            "delivery_mode": 2,
-            "priority": None,
-            "correlation_id": str(identity.id),
-            "reply_to": str(uuid4()),
-            **properties,
-        },
+        headers=headers,
+        properties=properties,
         exchange=exchange,
-        routing_key=(queue or "") if routing_key is None else routing_key,
         queue=queue,
+        routing_key=(queue or "") if routing_key is None else routing_key,
     )
 
 

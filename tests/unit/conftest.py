@@ -8,7 +8,6 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from sqlalchemy import Connection, String, delete, select
@@ -16,11 +15,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from celery_eda import context
-from celery_eda.identity import Identity
 from celery_eda.message import Message
 from celery_eda.outbox import OutboxStore
 from celery_eda.transaction import Store
 from tests.databases import VENDORS, Database, connect
+from tests.support.messages import message
 
 
 class Base(DeclarativeBase):
@@ -38,11 +37,6 @@ class Order(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True, default=lambda: next(_numbers))
     name: Mapped[str] = mapped_column(String(50), unique=True)
-
-
-def message(name: str) -> Message:
-    """A message of the task *name*."""
-    return Message(Identity(uuid4()), name, b"[]", "application/json", "utf-8", {}, {}, "", "q")
 
 
 @dataclass

@@ -24,7 +24,8 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from celery_eda import attachment, context, joining
 from celery_eda.delivery import Delivery
 from celery_eda.errors import TwoSessions
-from tests.unit.conftest import AsyncService, Order, Service, message
+from tests.support.messages import message
+from tests.unit.conftest import AsyncService, Order, Service
 
 
 @pytest.fixture

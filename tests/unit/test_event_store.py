@@ -12,7 +12,7 @@ from celery_eda import context
 from celery_eda.errors import VersionConflict
 from celery_eda.event import Draft, Event
 from celery_eda.identity import Lane
-from tests.unit.conftest import message
+from tests.support.messages import message
 from tests.unit.test_delivery import Slot, slot
 
 __all__ = ["slot"]

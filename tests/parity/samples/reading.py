@@ -16,19 +16,19 @@ from celery_eda import (
     addresses,
     checkpoints,
     event,
-    message,
-    outbox,
+    identity,
+    message_rows,
     refusals,
     saga_engine,
     upgrading,
 )
 from celery_eda.attempts import Attempts
-from celery_eda.dead_letters import Filter
 from celery_eda.dialects import postgresql_presence
 from celery_eda.event_queues import EXCHANGE
-from celery_eda.message import Identity, Lane, Message, Position
+from celery_eda.identity import Identity, Lane, Position
+from celery_eda.letter import LetterFilter
+from celery_eda.message import Message
 from celery_eda.remote_errors import RemoteErrors
-from celery_eda.replying import REPLY_TASK
 from celery_eda.snapshots import Snapshot, Snapshots
 from celery_eda.tables import Tables
 from celery_eda.transports import redis_taking, undelivered
@@ -133,13 +133,13 @@ def of_position(position: Position) -> list[Any]:
 
 
 def _outbox(eda: EDA, connection: Connection) -> Iterable[Any]:
-    return [of_message(outbox.from_row(row)) for row in _rows(connection, eda.tables.outbox)]
+    return [of_message(message_rows.from_row(row)) for row in _rows(connection, eda.tables.outbox)]
 
 
 def _inbox(eda: EDA, connection: Connection) -> Iterable[Any]:
     for row in _rows(connection, eda.tables.inbox):
-        identity = Identity(row.message_id, row.revision)
-        handled = eda.inbox.find(connection, row.consumer, identity)
+        attempted = Identity(row.message_id, row.revision)
+        handled = eda.inbox.find(connection, row.consumer, attempted)
         assert handled, row
         yield row.consumer, row.message_id, row.revision, handled.outcome, handled.result
 
@@ -147,14 +147,14 @@ def _inbox(eda: EDA, connection: Connection) -> Iterable[Any]:
 def _attempts(eda: EDA, connection: Connection) -> Iterable[Any]:
     attempts = Attempts(eda.tables.attempts, eda.dialect)
     for row in _rows(connection, eda.tables.attempts):
-        identity = Identity(row.message_id, row.revision)
+        attempted = Identity(row.message_id, row.revision)
         # It is rolled back.
-        deliveries = attempts.count(connection, row.consumer, identity)
+        deliveries = attempts.count(connection, row.consumer, attempted)
         yield row.consumer, row.message_id, row.revision, deliveries
 
 
 def _dead_letters(eda: EDA, connection: Connection) -> Iterable[Any]:
-    for each in eda.dead_letters.select(connection, Filter()):
+    for each in eda.dead_letters.select(connection, LetterFilter()):
         yield {**vars(each), "message": of_message(each.message)}
 
 
@@ -181,7 +181,7 @@ def _cursors(eda: EDA, connection: Connection) -> Iterable[Any]:
 
 def _parked(eda: EDA, connection: Connection) -> Iterable[Any]:
     for row in _rows(connection, eda.tables.parked):
-        yield row.consumer, of_message(outbox.from_row(row))
+        yield row.consumer, of_message(message_rows.from_row(row))
 
 
 def _requests(eda: EDA, connection: Connection) -> Iterable[Any]:
@@ -270,7 +270,7 @@ def names(eda: EDA) -> dict[str, Any]:
     return {
         "tasks": {
             "event": event.EVENT_TASK,
-            "reply": REPLY_TASK,
+            "reply": addresses.REPLY_TASK,
             "saga news": saga_engine.WAKEUP_TASK,
             "all": sorted(name for name in eda.app.tasks if name.startswith("celery_eda.")),
         },
@@ -279,7 +279,10 @@ def names(eda: EDA) -> dict[str, Any]:
             "undelivered": undelivered.EXCHANGE,
         },
         "queues": {
-            "undelivered": [undelivered.queue_of("shop").name, undelivered.limits(3, "shop")],
+            "undelivered": [
+                undelivered.queue_of("shop").name,
+                undelivered.queue_arguments(3, "shop"),
+            ],
             "replies": eda.requests.address,
             "process": addresses.of_process()[:-32],
             "repair": eda.settings.repair_queue,
@@ -287,10 +290,10 @@ def names(eda: EDA) -> dict[str, Any]:
             "of one worker": event.OF_ONE_WORKER,
         },
         "headers": [
-            message.ID_HEADER,
-            message.REVISION_HEADER,
-            message.ORDER_HEADER,
-            message.REPLAY_HEADER,
+            identity.ID_HEADER,
+            identity.REVISION_HEADER,
+            identity.ORDER_HEADER,
+            identity.REPLAY_HEADER,
             addresses.REPLY_HEADER,
             addresses.SAGA_HEADER,
         ],

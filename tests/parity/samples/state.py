@@ -19,6 +19,8 @@ from tests.parity.samples import reading
 from tests.parity.samples.program import QUEUES, Shop, totals
 
 FOLDER = Path(__file__).parent
+#: Columns that the samples have and no table has any more: in the first one there was only 0.
+GONE = {"eda_cursors": ("base",)}
 #: Queues without a worker, which have messages all the same.
 OTHERS = ("away",)
 
@@ -116,7 +118,7 @@ def put(shop: Shop, waiting: dict[str, list[Any]]) -> None:
 def of(shop: Shop) -> dict[str, Any]:
     """All of it, and what the rows say."""
     found = {"rows": rows(shop), "messages": messages(), "values": reading.values(shop.eda)}
-    return plain(found)
+    return dict(plain(found))
 
 
 def plain(value: Any) -> Any:
@@ -132,7 +134,11 @@ def restore(shop: Shop, sample: dict[str, Any]) -> None:
 
 def load(name: str) -> Any:
     """The sample of that name."""
-    return json.loads((FOLDER / f"{name}.json").read_text())
+    sample = json.loads((FOLDER / f"{name}.json").read_text())
+    for table, columns in GONE.items():
+        for row in sample.get("rows", {}).get(table, ()):
+            assert [row.pop(column) for column in columns] == [0] * len(columns)
+    return sample
 
 
 def save(name: str, sample: Any) -> None:
