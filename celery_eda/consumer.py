@@ -120,8 +120,8 @@ class Consumer:
             turn, cursor = self.turns.turn_of(unit)
             if turn is Turn.later:
                 return HandlerResult(ignored=self.turns.park(unit))
-            message = (unit.connection, delivery.consumer, delivery.identity)
-            if recorded := self.inbox.admit(*message):
+            connection, identity = unit.connection, delivery.identity
+            if recorded := self.inbox.admit(connection, delivery.consumer, identity):
                 self._reply_again(unit, recorded)
                 return recorded
             if turn is Turn.past:
@@ -134,7 +134,7 @@ class Consumer:
             self._reply(unit, ending)
             checkpoints.reach("delivery.handled")
             outcome = Outcome.skipped if ending.ignored else Outcome.done
-            self.inbox.record(*message, outcome, ending.recorded)
+            self.inbox.record(connection, delivery.consumer, identity, outcome, ending.recorded)
             self.turns.advance(unit, cursor)
             unit.commit()
         checkpoints.reach("delivery.committed")

@@ -147,7 +147,7 @@ def _due(delivery: Delivery, error: Exception, policy: Policy) -> datetime | Non
             return None
         return datetime.now(timezone.utc) + timedelta(seconds=max(0.0, float(delay)))
     except Exception:
-        log.exception("no further attempt at %s[%s]: its retry policy failed", *delivery.names)
+        log.exception("no further attempt at %s: its retry policy failed", delivery.log_name)
         return None
 
 

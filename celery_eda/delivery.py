@@ -76,9 +76,9 @@ class Delivery:
         return bool((self.request.delivery_info or {}).get("redelivered"))
 
     @property
-    def names(self) -> tuple[str, str]:
-        """Name of the task and Celery's id of the call, for logs."""
-        return self.consumer, self.task_id
+    def log_name(self) -> str:
+        """``task[id]``, with Celery's id of the call, as in Celery's own log lines."""
+        return f"{self.consumer}[{self.task_id}]"
 
     def as_message(self) -> Message:
         """The message as it arrived, ready to be sent again; without its expiration."""

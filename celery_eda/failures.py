@@ -73,12 +73,12 @@ class Failures:
             if self.transient_errors.includes(failure):
                 raise
             log.exception(
-                "%s[%s] failed, but its dead letter cannot be written; the broker redelivers it",
-                *delivery.names,
+                "%s failed, but its dead letter cannot be written; the broker redelivers it",
+                delivery.log_name,
             )
             time.sleep(TRANSIENT_DELAY[1])  # the redelivery comes at once
             raise Reject(failure, requeue=True) from failure
-        log.error("dead letter: %s[%s] %s", *delivery.names, reason.value)
+        log.error("dead letter: %s %s", delivery.log_name, reason.value)
         outgoing.hand_off()
 
     def _record_death(self, delivery: Delivery, reason: Reason, error: Exception) -> Transaction:
@@ -106,8 +106,8 @@ class Failures:
             self.repair_tasks.seek(unit.delivery.task, error, letter)
         except Exception:
             log.exception(
-                "the repair of %s[%s] cannot be published; its dead letter stays open",
-                *unit.delivery.names,
+                "the repair of %s cannot be published; its dead letter stays open",
+                unit.delivery.log_name,
             )
 
     def _publish_errbacks(self, unit: UnitOfWork, error: Exception) -> None:
@@ -122,7 +122,7 @@ class Failures:
         except Exception as failure:
             if self.transient_errors.includes(failure):
                 raise
-            log.exception("an errback of %s[%s] failed, none is called", *unit.delivery.names)
+            log.exception("an errback of %s failed, none is called", unit.delivery.log_name)
             request.errbacks = None
 
     def _record(self, unit: UnitOfWork, outcome: Outcome, recorded: bytes | None = None) -> None:

@@ -54,7 +54,7 @@ class TurnKeeper:
         if not parked:
             raise LostRace
         unit.commit()
-        log.info("%s[%s] is parked until its predecessor has been handled", *delivery.names)
+        log.info("%s is parked until its predecessor has been handled", delivery.log_name)
         return Ignore("parked until its predecessor has taken effect")
 
     def advance(self, unit: UnitOfWork, cursor: Cursor) -> None:
