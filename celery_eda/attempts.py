@@ -22,6 +22,7 @@ from sqlalchemy import (
 
 from celery_eda.dialects.base import Dialect
 from celery_eda.identity import Identity
+from celery_eda.retention import Retention
 
 #: The cause of a delivery without an outcome: the handler exceeded its hard time limit.
 TIME_LIMIT = "time limit"
@@ -52,6 +53,10 @@ class Attempts:
 
     table: Table
     dialect: Dialect
+
+    def retention(self, seconds: float | None) -> Retention:
+        """Counts that no outcome has followed may be deleted after *seconds*."""
+        return Retention("attempts", self.table, self.dialect, seconds)
 
     def count(self, connection: Connection, consumer: str, identity: Identity) -> int:
         """Count one more redelivery.

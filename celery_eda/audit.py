@@ -14,13 +14,14 @@ from typing import Any
 from uuid import UUID
 
 from kombu.utils import json
-from sqlalchemy import Connection, Row, Table, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Row, Table, exists, func, insert, select
 
 from celery_eda import redaction
 from celery_eda.clock import utc
 from celery_eda.dialects.base import Dialect
 from celery_eda.letter import Letter
 from celery_eda.limits import NAME_LENGTH
+from celery_eda.retention import Retention
 
 
 class Action(str, Enum):
@@ -73,6 +74,14 @@ class Audit:
 
     table: Table
     dialect: Dialect
+
+    def retention(self, letters: Table, seconds: float | None) -> Retention:
+        """Entries of dead letters that are gone may be deleted after *seconds*."""
+
+        def orphaned(before: datetime) -> ColumnElement[bool]:
+            return ~exists().where(letters.c.id == self.table.c.dead_letter)
+
+        return Retention("audit", self.table, self.dialect, seconds, orphaned)
 
     def add(
         self, connection: Connection, author: Author, action: Action, letter: Letter, **detail: Any

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, Table, func, insert, update
+from sqlalchemy import ColumnElement, Connection, Row, Table, and_, exists, func, insert, update
 from sqlalchemy import select as select_rows
 
 from celery_eda import message_rows, redaction
@@ -24,6 +24,7 @@ from celery_eda.errors import UnreadableBody
 from celery_eda.letter import Letter, LetterFilter, LetterState, Reason
 from celery_eda.limits import NAME_LENGTH
 from celery_eda.message import Message
+from celery_eda.retention import Retention
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,16 @@ class DeadLetterStore:
 
     table: Table
     dialect: Dialect
+
+    def retention(self, audit: Table, seconds: float | None) -> Retention:
+        """Letters that are not open may be deleted *seconds* after the last action on them."""
+
+        def closed(before: datetime) -> ColumnElement[bool]:
+            letter = self.table.c
+            touched = exists().where(audit.c.dead_letter == letter.id, audit.c.at >= before)
+            return and_(letter.state != LetterState.open.value, ~touched)
+
+        return Retention("dead_letters", self.table, self.dialect, seconds, closed)
 
     def add(
         self,

@@ -12,11 +12,24 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import Connection, Select, Table, Update, bindparam, func, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    Table,
+    Update,
+    and_,
+    bindparam,
+    exists,
+    func,
+    select,
+    update,
+)
 
 from celery_eda.attempts import attempt, is_attempt
 from celery_eda.dialects.base import Dialect, LostRace
 from celery_eda.identity import Identity
+from celery_eda.retention import Retention
 
 
 class Outcome(str, Enum):
@@ -50,6 +63,23 @@ class InboxStore:
 
     table: Table
     dialect: Dialect
+
+    def retention(
+        self, dead_letters: Table, parked: Table, outbox: Table, seconds: float | None
+    ) -> Retention:
+        """Rows of messages that are in none of these tables may be deleted after *seconds*."""
+
+        def gone(before: datetime) -> ColumnElement[bool]:
+            message_id = self.table.c.message_id
+            # The outbox has no index on the id. A younger row cannot be of this message.
+            waiting = select(outbox.c.message_id).where(outbox.c.created_at < before)
+            return and_(
+                ~exists().where(dead_letters.c.message_id == message_id),
+                ~exists().where(parked.c.message_id == message_id),
+                message_id.not_in(waiting),
+            )
+
+        return Retention("inbox", self.table, self.dialect, seconds, gone)
 
     def admit(
         self, connection: Connection, consumer: str, identity: Identity

@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from celery.exceptions import Ignore
+from sqlalchemy import Connection
 
 from celery_eda import redaction
 from celery_eda.cursor import Cursor, Turn
 from celery_eda.cursors import Cursors, PositionTaken
 from celery_eda.dialects.base import LostRace
 from celery_eda.errors import OutOfSequence
+from celery_eda.outbox import OutboxStore
 from celery_eda.unit_of_work import UnitOfWork
 
 log = redaction.logger(__name__)
@@ -82,3 +84,26 @@ class TurnKeeper:
         turn, cursor = self.turn_of(unit)
         if turn is Turn.now:
             self.advance(unit, cursor)
+
+
+@dataclass(frozen=True)
+class ReleasedMessages:
+    """Sends parked messages again whose turn has come and that were lost on the way.
+
+    A chore of housekeeping; see ``retention.Chore``.
+
+    Attributes:
+        seconds: how long a released message may take to arrive.
+    """
+
+    cursors: Cursors
+    outbox: OutboxStore
+    seconds: float
+    what: str = "released"
+    is_due: bool = True
+
+    def step(self, connection: Connection, limit: int) -> int:
+        messages = self.cursors.sweep(connection, self.seconds, limit)
+        if messages:
+            self.outbox.add(connection, messages)
+        return len(messages)

@@ -13,7 +13,7 @@ from celery import Celery
 from kombu.utils.imports import symbol_by_name
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 
-from celery_eda import addresses, compression, results
+from celery_eda import addresses, compression
 from celery_eda.attempts import Attempts
 from celery_eda.audit import Audit
 from celery_eda.consumer import Consumer
@@ -33,7 +33,7 @@ from celery_eda.inbox import InboxStore
 from celery_eda.limits import Limits
 from celery_eda.mailbox import Mailbox
 from celery_eda.message import Message
-from celery_eda.order import TurnKeeper
+from celery_eda.order import ReleasedMessages, TurnKeeper
 from celery_eda.outbox import OutboxStore
 from celery_eda.patience import TransientErrors
 from celery_eda.projecting import Rebuild
@@ -50,6 +50,7 @@ from celery_eda.reply_watcher import ReplyWatcher
 from celery_eda.replying import Responder
 from celery_eda.requesting import RequestClient
 from celery_eda.requests import RequestStore
+from celery_eda.results import ResultBackend
 from celery_eda.retry import Policy, checked
 from celery_eda.saga_definition import Definitions
 from celery_eda.saga_engine import SagaEngine
@@ -66,10 +67,10 @@ from celery_eda.tables import Tables
 from celery_eda.task import ReliableTask
 from celery_eda.transaction import Store, Written
 from celery_eda.transports import (
+    Connector,
     direct_enqueue_of,
     envelope_encoder_of,
     reply_consumer_of,
-    transport_of,
     undelivered,
 )
 from celery_eda.unit_of_work import UnitsOfWork
@@ -315,11 +316,21 @@ class Parts:
 
     @made_once
     def housekeeping(self) -> Housekeeping:
-        """What deletes what is old; relays do it beside their sending."""
+        """Deletes rows that are past their retention; relays run it beside their sending."""
+        tables, settings = self.tables, self.settings
         return Housekeeping(
-            *(self.relay_engine, self.dialect, self.tables),
-            *(self.outbox, self.cursors, self.saga_store),
-            self.settings,
+            self.relay_engine,
+            (
+                ReleasedMessages(self.cursors, self.outbox, settings.transaction_timeout),
+                self.dead_letters.retention(tables.audit, settings.dead_letter_retention),
+                self.inbox.retention(
+                    tables.dead_letters, tables.parked, tables.outbox, settings.inbox_retention
+                ),
+                Attempts(tables.attempts, self.dialect).retention(settings.inbox_retention),
+                self.requests.retention(settings.request_retention),
+                self.audit.retention(tables.dead_letters, settings.audit_retention),
+                self.saga_store.retention(settings.saga_retention),
+            ),
         )
 
     @made_once
@@ -469,10 +480,10 @@ class Parts:
             self.relay_engine,
             self.outbox,
             self.dead_letters,
-            partial(transport_of, self.app, timeout=self.settings.publish_timeout),
-            partial(results.run_prerequisites, self.app),
+            Connector(self.app, self.settings.publish_timeout),
+            ResultBackend(self.app),
             self.settings,
-            self.housekeeping.batches,
+            self.housekeeping,
         )
 
     def store_apart(self, messages: Sequence[Message]) -> None:

@@ -1,4 +1,4 @@
-"""What a relay has in its hands: batches of rows, each in a transaction of its own."""
+"""The batches of rows that a relay has claimed, each in a transaction of its own."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Batch:
-    """Claimed rows, and the transaction that holds them.
+    """Claimed rows, and the transaction that locks them.
 
     Attributes:
-        unprepared: why what has to precede some of them cannot be done, by their ids.
-        answers: the broker's, to those that can be sent.
-        since: when it was begun to claim them, by :func:`time.monotonic`.
+        unprepared: the rows whose prerequisites failed, with the reasons, by row id.
+        answers: the broker's answers to the sendable rows, in their order.
+        since: time at which the claim began, by :func:`time.monotonic`.
     """
 
     connection: Connection
@@ -46,41 +46,41 @@ class Batch:
         return list(zip(self.sendable, self.answers, strict=True))
 
 
-class Hands:
-    """The batches that a relay holds; whatever happens, it lets go of them at the end.
+class ClaimedBatches:
+    """The batches that a relay has claimed; a context manager that ends all claims at its end.
 
     Attributes:
-        taken: how many there were so far.
-        is_in_doubt: whether the broker has left some of one unanswered.
+        count: the number of batches so far.
+        is_in_doubt: True if the broker has left a message of some batch unanswered.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.taken = 0
+        self.count = 0
         self.is_in_doubt = False
         self._engine = engine
-        self._held: list[Batch] = []
+        self._open: list[Batch] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for batch in self._held:
+        for batch in self._open:
             batch.connection.close()
 
-    def take(self) -> Batch:
-        """A batch to be filled."""
+    def begin(self) -> Batch:
+        """An empty batch with a connection of its own."""
         batch = Batch(self._engine.connect())
-        self._held.append(batch)
-        self.taken += 1
+        self._open.append(batch)
+        self.count += 1
         return batch
 
-    def hear(self, batch: Batch, answers: Sequence[PublishResult]) -> None:
-        """Have the broker's *answers* to *batch*; where one is missing it may be away."""
+    def receive(self, batch: Batch, answers: Sequence[PublishResult]) -> None:
+        """Store the broker's *answers* to *batch*."""
         batch.answers = answers
         self.is_in_doubt |= any(each.verdict is Verdict.unknown for each in answers)
 
-    def let_go(self, batch: Batch) -> None:
-        """Commit what was done about *batch*."""
+    def commit(self, batch: Batch) -> None:
+        """Commit the transaction of *batch*, which ends its claim."""
         batch.connection.commit()
         batch.connection.close()
-        self._held.remove(batch)
+        self._open.remove(batch)

@@ -18,6 +18,7 @@ from celery_eda.addresses import REPLY_HEADER, SAGA_HEADER
 from celery_eda.dialects.base import Dialect
 from celery_eda.errors import UnknownRequest
 from celery_eda.message import Message
+from celery_eda.retention import Retention
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class RequestStore:
     dialect: Dialect
     address: str | None
     serializer: str
+
+    def retention(self, seconds: float | None) -> Retention:
+        """Requests may be deleted after *seconds*, replied to or not."""
+        return Retention("requests", self.table, self.dialect, seconds)
 
     def note(self, connection: Connection, messages: Sequence[Message]) -> None:
         """Record the durable requests among *messages*, which this transaction publishes.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import wraps
 from itertools import count
 from typing import Any
@@ -54,6 +55,17 @@ def take_prerequisites() -> Prerequisites:
 def declaration_of(queue: Queue) -> tuple[str, Any]:
     """The prerequisite that declares *queue*."""
     return "declare", queue.as_dict(recurse=True)
+
+
+@dataclass(frozen=True)
+class ResultBackend:
+    """The result backend and the reply queues of one app, as a relay calls them."""
+
+    app: Celery
+
+    def run(self, prerequisites: Prerequisites) -> None:
+        """Make the calls that have to precede a message; see :func:`run_prerequisites`."""
+        run_prerequisites(self.app, prerequisites)
 
 
 def run_prerequisites(app: Celery, prerequisites: Prerequisites) -> None:

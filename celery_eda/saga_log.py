@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Row, Select, Table, delete, insert, select, u
 from celery_eda.dialects.base import Dialect
 from celery_eda.errors import SagaError
 from celery_eda.remote_errors import RemoteErrors
+from celery_eda.retention import ago
 from celery_eda.saga_record import Kind, Record, Status
 
 
@@ -177,6 +178,10 @@ class SagaStore:
         connection.execute(delete(self.steps).where(self.steps.c.saga.in_(gone)))
         connection.execute(delete(self.sagas).where(columns.id.in_(gone)))
         return len(roots)
+
+    def retention(self, seconds: float | None) -> SagaRetention:
+        """Sagas may be deleted *seconds* after their end."""
+        return SagaRetention(self, seconds)
 
     def _of(self, id: str) -> Select[Any]:
         return select(self.sagas).where(self.sagas.c.id == id)
@@ -338,3 +343,23 @@ def _saga(row: Row[Any]) -> SagaInstance:
         begun_at=row.begun_at,
         changed_at=row.changed_at,
     )
+
+
+@dataclass(frozen=True)
+class SagaRetention:
+    """The rule of retention for sagas, which span two tables; see ``retention.Chore``."""
+
+    store: SagaStore
+    seconds: float | None
+    what: str = "sagas"
+
+    @property
+    def is_due(self) -> bool:
+        return self.seconds is not None
+
+    def step(self, connection: Connection, limit: int) -> int:
+        if self.seconds is None:
+            return 0
+        return self.store.purge(
+            connection, ago(connection, self.store.dialect, self.seconds), limit
+        )

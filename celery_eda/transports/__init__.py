@@ -5,6 +5,7 @@ from __future__ import annotations
 from celery_eda.transports.connection import SafeConnection
 from celery_eda.transports.registry import (
     BROKERS,
+    Connector,
     declare_reply_queue,
     direct_enqueue_of,
     envelope_encoder_of,
@@ -16,6 +17,7 @@ from celery_eda.transports.registry import (
 
 __all__ = [
     "BROKERS",
+    "Connector",
     "SafeConnection",
     "declare_reply_queue",
     "direct_enqueue_of",

@@ -6,6 +6,7 @@ No module of a broker is imported before an app that uses the broker needs it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -99,6 +100,22 @@ def broker_of_type(driver_type: str) -> Broker:
 def _driver_type_of(app: Celery) -> str:
     driver_type: str = app.connection_for_write().transport.driver_type
     return driver_type
+
+
+@dataclass(frozen=True)
+class Connector:
+    """Connects to the broker that one app writes to.
+
+    Attributes:
+        timeout: seconds that one batch may take.
+    """
+
+    app: Celery
+    timeout: float
+
+    def connect(self) -> Transport:
+        """A transport for one thread; it connects when it first sends."""
+        return transport_of(self.app, timeout=self.timeout)
 
 
 def transport_of(app: Celery, *, timeout: float) -> Transport:

@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import Table, delete, func, insert, select, update
 
 from celery_eda.attempts import Attempts
+from celery_eda.audit import Audit
 from celery_eda.cursor import Cursor
 from celery_eda.cursors import Cursors
 from celery_eda.dead_letters import DeadLetterStore
@@ -19,8 +20,10 @@ from celery_eda.identity import Identity, Lane, Position
 from celery_eda.inbox import InboxStore, Outcome, RecordedOutcome
 from celery_eda.letter import Reason
 from celery_eda.message import Message
+from celery_eda.order import ReleasedMessages
 from celery_eda.outbox import OutboxStore
 from celery_eda.remote_errors import RemoteErrors
+from celery_eda.requests import RequestStore
 from celery_eda.saga_log import SagaInstance, SagaStore, State
 from celery_eda.saga_record import Kind, Record
 from celery_eda.settings import DAY, Settings
@@ -52,10 +55,25 @@ def sagas_of(database: Database) -> SagaStore:
 def make(
     database: Database, outbox: OutboxStore, cursors: Cursors, **settings: float | None
 ) -> Housekeeping:
+    tables, dialect = database.tables, database.dialect
+    chosen = Settings(**settings)  # type: ignore[arg-type]
     return Housekeeping(
-        *(database.engine, database.dialect, database.tables),
-        *(outbox, cursors, sagas_of(database)),
-        Settings(**settings),  # type: ignore[arg-type]
+        database.engine,
+        (
+            ReleasedMessages(cursors, outbox, chosen.transaction_timeout),
+            DeadLetterStore(tables.dead_letters, dialect).retention(
+                tables.audit, chosen.dead_letter_retention
+            ),
+            InboxStore(tables.inbox, dialect).retention(
+                tables.dead_letters, tables.parked, tables.outbox, chosen.inbox_retention
+            ),
+            Attempts(tables.attempts, dialect).retention(chosen.inbox_retention),
+            RequestStore(tables.requests, dialect, None, "json").retention(
+                chosen.request_retention
+            ),
+            Audit(tables.audit, dialect).retention(tables.dead_letters, chosen.audit_retention),
+            sagas_of(database).retention(chosen.saga_retention),
+        ),
     )
 
 

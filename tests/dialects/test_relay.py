@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.letter import LetterFilter
 from celery_eda.message import Message
 from celery_eda.outbox import OutboxStore
-from celery_eda.relay import Relay, Round
+from celery_eda.relay import Relay, RelayResult
+from celery_eda.results import Prerequisites
 from celery_eda.settings import Settings
 from celery_eda.transports.base import CONFIRMED, PublishResult, Verdict
 from tests.databases import LOCKING, Database
@@ -71,8 +73,8 @@ def make_relay(database: Database, outbox: OutboxStore, dead_letters: DeadLetter
             database.engine,
             outbox,
             dead_letters,
-            lambda: broker,
-            lambda message: None,
+            SimpleNamespace(connect=lambda: broker),
+            SimpleNamespace(run=lambda prerequisites: None),
             Settings(**settings),  # type: ignore[arg-type]
         )
         return relay, sent
@@ -105,7 +107,7 @@ def test_only_what_was_confirmed_leaves_the_outbox(
     relay, _ = make_relay({"bad": REFUSED, "mute": UNKNOWN})
     store(database, outbox, "good", "bad", "mute", "good")
 
-    assert relay.send() == Round(confirmed=2, refused=1, unknown=1)
+    assert relay.send() == RelayResult(confirmed=2, refused=1, unknown=1)
     assert sorted(waiting(database)) == [("bad", 1), ("mute", 0)]
 
 
@@ -225,7 +227,7 @@ def test_the_next_batch_is_sent_before_the_answers_if_the_broker_can_do_that(
     relay, sent = make_relay({"bad": REFUSED}, kind, relay_batch=2)
     store(database, outbox, "a", "b", "c", "bad", "d", "e", "f")
 
-    assert relay.send() == Round(confirmed=6, refused=1)
+    assert relay.send() == RelayResult(confirmed=6, refused=1)
     assert sent == expected.split()
     assert waiting(database) == [("bad", 1)]
 
@@ -256,11 +258,11 @@ def test_in_an_outage_nothing_more_is_sent_and_all_is_given_back(
     store(database, outbox, "a", "b", *["mute"] * 6, "c")
     mute = 2 if kind is ScriptedBroker else 4
 
-    assert relay.send() == Round(confirmed=2, unknown=mute)
+    assert relay.send() == RelayResult(confirmed=2, unknown=mute)
     assert sent.count("mute") == mute
 
     other, sent = make_relay({}, relay_batch=9)
-    assert other.send() == Round(confirmed=7)
+    assert other.send() == RelayResult(confirmed=7)
     assert sent == [*["mute"] * 6, "c"]
     assert waiting(database) == []
 
@@ -303,18 +305,18 @@ def test_what_was_claimed_too_long_ago_to_be_sent_in_time_is_given_back(
     done = relay.send() + relay.send()
 
     assert given_back == [["a", "b", "answer"]]
-    assert done == Round(confirmed=3)
+    assert done == RelayResult(confirmed=3)
     assert [each for each in sent if each != "answer"] == ["a", "b", "c"]
 
 
 def test_what_is_given_back_and_could_not_be_sent_anyway_rests(
     database: Database, outbox: OutboxStore, make_relay: MakeRelay
 ) -> None:
-    def fail(_: Message) -> None:
+    def fail(_: Prerequisites) -> None:
         raise ConnectionError("it is away")
 
     relay, _ = make_relay({"mute": UNKNOWN}, PatientBroker, relay_batch=1)
-    relay.prepare = fail
+    relay.backend = SimpleNamespace(run=fail)
     store(database, outbox, "mute", "good")
     with database.engine.begin() as connection:
         outbox.add(connection, [message(prerequisites=(("declare", {}),))])
@@ -338,11 +340,11 @@ def test_what_has_to_precede_a_message_may_take_longer_than_there_is_to_spare(
     with database.engine.begin() as connection:
         outbox.add(connection, [prepared, message(routing_key="good")] * 3)
 
-    def fail(_: Message) -> None:
+    def fail(_: Prerequisites) -> None:
         time.sleep(0.2)
         raise ConnectionError
 
-    relay.prepare = fail
+    relay.backend = SimpleNamespace(run=fail)
     until(lambda: relay.send().claimed == 0)
     assert sent.count("good") == 3
     assert waiting(database) == [("prepared", 0)] * 3
@@ -376,7 +378,7 @@ def test_a_database_that_fails_meanwhile_loses_nothing_and_is_told(
     assert len(waiting(database)) == 7 - 2 * failing
 
     monkeypatch.undo()
-    relay.make_transport = lambda: PatientBroker({}, sent)
+    relay.broker = SimpleNamespace(connect=lambda: PatientBroker({}, sent))
     until(lambda: relay.send().claimed == 0 and not waiting(database))
     assert set("abcde") <= set(sent)
 
@@ -389,5 +391,5 @@ def test_a_relay_that_is_stopped_claims_no_more(
 
     relay.stop()
 
-    assert relay.send() == Round(confirmed=1)
+    assert relay.send() == RelayResult(confirmed=1)
     assert sent == ["a"]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from celery import Celery
 from sqlalchemy import select, update
 
 from celery_eda import EDA, upgrading
+from celery_eda.housekeeping import Round
 from celery_eda.identity import Identity
 from celery_eda.inbox import InboxStore, Outcome
 from celery_eda.message import Message
-from celery_eda.relay import Relay, Round
+from celery_eda.relay import Relay, RelayResult
 from celery_eda.results import Prerequisites
 from celery_eda.settings import DAY
 
@@ -30,25 +32,25 @@ class Counting(Relay):
     rounds = 0
     confirmed = 0
 
-    def send(self, ids: Sequence[int] = ()) -> Round:
+    def send(self, ids: Sequence[int] = ()) -> RelayResult:
         self.rounds += 1
         if self.rounds == self.last:
             self.stop()
         if not self.confirmed:
             return super().send(ids)
         time.sleep(PAUSE)
-        return Round(self.confirmed)
+        return RelayResult(self.confirmed)
 
 
 class Stumbling(Counting):
     """A relay with a mistake that shows once."""
 
-    def send(self, ids: Sequence[int] = ()) -> Round:
+    def send(self, ids: Sequence[int] = ()) -> RelayResult:
         self.rounds += 1
         if self.rounds == 1:
             raise AttributeError("a mistake of ours")
         self.stop()
-        return Round()
+        return RelayResult()
 
 
 @pytest.fixture
@@ -92,7 +94,10 @@ class Chores:
         self.relay: Counting
         self.fails = False
 
-    def __call__(self) -> Iterator[int]:
+    def start(self) -> Round:
+        return Round(self.all())
+
+    def all(self) -> Iterator[int]:
         for step in range(self.steps):
             self.taken.append((step, self.relay.rounds))
             if self.fails:
@@ -110,8 +115,13 @@ def counting(tmp_path: Path, chores: Chores, **settings: float) -> Counting:
     upgrading.upgrade(eda.engine, eda.tables)
     made = eda.relay()
     relay = Enough(
-        *(made.engine, made.outbox, made.dead_letters, made.make_transport, made.prepare),
-        *(made.settings, chores),
+        made.engine,
+        made.outbox,
+        made.dead_letters,
+        made.broker,
+        made.backend,
+        made.settings,
+        chores,
     )
     chores.relay = relay
     return relay
@@ -214,9 +224,9 @@ def test_what_cannot_be_prepared_holds_up_no_other(relay: Relay) -> None:
         if ("declare", "refused") in prerequisites:
             raise LookupError("the queue is there already, but another one")
 
-    relay.prepare = prepare
+    relay.backend = SimpleNamespace(run=prepare)
 
-    assert relay.send() == Round(confirmed=1, refused=1)
+    assert relay.send() == RelayResult(confirmed=1, refused=1)
     with relay.engine.connect() as connection:
         (why,) = connection.scalars(select(relay.outbox.table.c.last_error))
     assert "another one" in why

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from celery_eda import sender
-from celery_eda.relay import Round
+from celery_eda.relay import RelayResult
 from celery_eda.sender import Sender
 from celery_eda.settings import Settings
 
@@ -23,11 +23,11 @@ class Stumbling:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def send(self, ids: Sequence[int]) -> Round:
+    def send(self, ids: Sequence[int]) -> RelayResult:
         self.asked += ids
         if len(self.asked) == 1:
             raise AttributeError("a mistake of ours")
-        return Round(confirmed=len(ids))
+        return RelayResult(confirmed=len(ids))
 
     def close(self) -> None:
         """Nothing is connected."""
@@ -57,11 +57,11 @@ class Slow:
         self.asked: list[list[int]] = []
         self.done = threading.Event()
 
-    def send(self, ids: Sequence[int]) -> Round:
+    def send(self, ids: Sequence[int]) -> RelayResult:
         self.asked.append(list(ids))
         time.sleep(0.5)
         self.done.set()
-        return Round(confirmed=len(ids))
+        return RelayResult(confirmed=len(ids))
 
     def close(self) -> None:
         """Nothing is connected."""
