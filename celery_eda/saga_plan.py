@@ -1,4 +1,4 @@
-"""The plan of a saga: how far it has come, and the decisions to carry out next."""
+"""The plan of a saga: its progress, and the decisions to carry out next."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from celery_eda.saga_record import Kind, Record
 
 
 class Progress(Enum):
-    """How far a part has come."""
+    """The progress of a part."""
 
     busy = "busy"
     done = "done"
@@ -91,7 +91,7 @@ Decision = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How far a part has come, and what to do next.
+    """The progress of a part, and what to do next.
 
     Attributes:
         decisions: to be carried out in this order.
@@ -113,7 +113,7 @@ class Plan:
         return any(each.kind is Kind.pivot for each in choices)
 
     def followed_by(self, plan: Plan) -> Plan:
-        """Both plans; progress and failure are those of the second one."""
+        """Combine both plans; the second *plan* determines progress and failure."""
         return Plan(
             progress=plan.progress,
             decisions=self.decisions + plan.decisions,
@@ -123,6 +123,6 @@ class Plan:
         )
 
 
-DONE, BUSY, FAILED = (
-    Plan(progress) for progress in (Progress.done, Progress.busy, Progress.failed)
-)
+DONE = Plan(Progress.done)
+BUSY = Plan(Progress.busy)
+FAILED = Plan(Progress.failed)

@@ -1,4 +1,4 @@
-"""One attempt at one part of a saga, as its history records it.
+"""Records of a saga: its attempts at each of its parts.
 
 A record is written when the attempt begins and changed once, when the attempt ends.
 """

@@ -48,7 +48,7 @@ from celery_eda.saga_record import Kind, Record, Status, part_name
 
 @dataclass(frozen=True)
 class Interpreter:
-    """One look at one saga.
+    """Interprets the definition of one saga, given its data and its records.
 
     Attributes:
         records: the history, in the order in which its records began.

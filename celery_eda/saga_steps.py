@@ -1,13 +1,15 @@
 """``Steps``: the language in which a function describes a saga.
 
-@eda.saga("order")
-def order(steps: Steps) -> None:
-steps.step("pay", "payment.charge", undo="payment.refund")
-with steps.parallel():
-with steps.branch():
-steps.step("make", "kitchen.make", undo="kitchen.throw_away")
-with steps.branch():
-steps.step("tell", "notification.tell")
+    @eda.saga("order")
+    def order(steps: Steps) -> None:
+        steps.step("pay", "payment.charge", undo="payment.refund")
+        with steps.parallel():
+            with steps.branch():
+                steps.step("make", "kitchen.make", undo="kitchen.throw_away")
+            with steps.branch():
+                steps.step("tell", "notification.tell")
+
+The function runs once, when the saga is registered, and yields a definition.
 """
 
 from __future__ import annotations

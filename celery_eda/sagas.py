@@ -213,7 +213,7 @@ class Coordinator:
         transition = self.engine.lock(connection, id)
         saga = transition.saga
         if saga.state is not State.parked:
-            raise SagaError(f"The saga {id} is {saga.state.value}, not parked: it needs nobody.")
+            raise SagaError(f"The saga {id} is {saga.state.value}, not parked.")
         failed = [each for each in _failures(transition) if path in (None, each.path)]
         if path is not None and not failed:
             raise SagaError(f"Nothing has failed at {path!r} of the saga {id}.")
