@@ -1,1 +1,1 @@
-"""Those who are compared; each module is one process, and knows only its own library."""
+"""The contestants: each module is one process, and imports only its own library."""

@@ -130,7 +130,7 @@ def test_the_parts_of_several_services_make_one_picture(tmp_path: Path) -> None:
     file.write_text("{}")
     refused = run("flow", "--with", str(file))
     assert refused.exit_code == 1
-    assert "it is no flow" in refused.stderr
+    assert "not a flow" in refused.stderr
 
 
 def test_the_picture_shows_every_box_and_arrow() -> None:
