@@ -1,6 +1,6 @@
-"""Messages that are committed and not sent yet.
+"""The outbox: messages that are committed and not sent yet.
 
-A row is written in the transaction that published the message and leaves only when the broker
+A row is written in the transaction that published the message. It is deleted only when the broker
 has confirmed that very message.
 """
 
@@ -23,14 +23,23 @@ from celery_eda.message_rows import from_row, json_of, read_prerequisites, to_ro
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a row rests which cannot be read.
-UNREADABLE_REST = 3600.0
-#: What is read of a row where messages are sealed: less than half of its bytes.
+#: Seconds until a row that cannot be read is tried again.
+UNREADABLE_DELAY = 3600.0
+#: The columns that are read of a row with an envelope: less than half of its bytes.
 _ENOUGH_TO_SEND = (
-    *("id", "attempts", "message_id", "revision", "task", "queue", "exchange", "routing_key"),
-    *("preparation", "body", "envelope"),
+    "id",
+    "attempts",
+    "message_id",
+    "revision",
+    "task",
+    "queue",
+    "exchange",
+    "routing_key",
+    "preparation",
+    "body",
+    "envelope",
 )
-#: What is read of one elsewhere.
+#: The columns that are read where the broker has no envelopes.
 _WHOLE = (*_ENOUGH_TO_SEND, "content_type", "content_encoding", "headers", "properties")
 
 _first_two, _last = itemgetter(0, 1), itemgetter(-1)
@@ -40,8 +49,8 @@ class Pending(NamedTuple):
     """A claimed row.
 
     Attributes:
-        id: of the row, in the order of writing (not of committing).
-        attempts: how often the broker refused it before.
+        id: the row's id. Ids ascend in the order of writing, which is not that of committing.
+        attempts: how often the broker has refused the message before.
     """
 
     id: int
@@ -54,8 +63,8 @@ class OutboxStore:
     """The outbox of one database.
 
     Attributes:
-        seal: encodes headers and properties for the broker, which spares whoever sends a message
-            to read and encode them; None leaves it to them.
+        seal: encodes headers and properties in the format of the broker when a message is
+            captured, so that a relay need not read and encode them; None leaves that to the relay.
     """
 
     table: Table
@@ -63,12 +72,12 @@ class OutboxStore:
     seal: Callable[[Message], bytes | None] | None = None
 
     def add(self, connection: Connection, messages: Sequence[Message]) -> list[int]:
-        """Write *messages* in one go; returns the ids of the rows, in the same order."""
+        """Write *messages* in one statement; returns the ids of the rows, in the same order."""
         rows = [{**to_row(each), "envelope": self._envelope(each)} for each in messages]
         return self.dialect.add(connection, self.table, rows)
 
     def encode(self, message: Message) -> Encoded:
-        """Headers and properties of *message*, as its row is to have them."""
+        """Headers and properties of *message*, as its row stores them."""
         return Encoded(*json_of(message), self._envelope(message))
 
     def _envelope(self, message: Message) -> bytes | None:
@@ -82,10 +91,18 @@ class OutboxStore:
         ids: Sequence[int] = (),
         after: int = 0,
     ) -> list[Pending]:
-        """Take rows that are due; nobody else gets them until they are settled or we die.
+        """Claim rows that are due. No other relay gets them before they are settled.
 
-        Rows up to the id *after*, where others are at work, may be left out.
-        A row that cannot be read is put aside with the reason, so that it holds up no others.
+        If this process dies first, the claim ends with its connection or its lease.
+
+        A row that cannot be read is postponed with the reason, so that it does not block others.
+
+        Args:
+            connection: its transaction is the claim, where the database locks rows.
+            owner: names the relay; the other methods settle only rows of the same owner.
+            limit: the number of rows at most.
+            ids: the rows to claim; by default all that are due.
+            after: rows up to this id may be left out, since other relays work there.
         """
         columns = _ENOUGH_TO_SEND if self.seal else _WHOLE
         rows = self.dialect.claim(connection, self.table, owner, limit, ids, after, columns)
@@ -96,7 +113,7 @@ class OutboxStore:
             try:
                 pending.append(Pending(row_id, message_in(row), attempts))
             except Exception as error:
-                self._put_aside(connection, owner, row_id, error)
+                self._postpone_unreadable(connection, owner, row_id, error)
         return pending
 
     def _reader(
@@ -117,27 +134,30 @@ class OutboxStore:
             else from_row(unsealed[row[0]])
         )
 
-    def _put_aside(self, connection: Connection, owner: str, row_id: int, error: Exception) -> None:
+    def _postpone_unreadable(
+        self, connection: Connection, owner: str, row_id: int, error: Exception
+    ) -> None:
         why = f"This row cannot be read: {error!r}"
-        log.error("outbox row %s rests: %s", row_id, why)
-        self.postpone(connection, owner, row_id, UNREADABLE_REST, why)
+        log.error("outbox row %s is postponed for an hour: %s", row_id, why)
+        self.postpone(connection, owner, row_id, UNREADABLE_DELAY, why)
 
     def withdraw(self, connection: Connection, owner: str, row_id: int) -> Message | None:
-        """Clear a claimed row and return all of its message, which becomes something else.
+        """Delete a claimed row and return all of its message, which becomes a dead letter.
 
-        None if the row stays: somebody else has taken it over, or it cannot be read.
+        None if the row stays: another relay has claimed it meanwhile, or it cannot be read.
         """
         try:
             message = ClaimedRows(connection, self.table).message(row_id)
         except (ValueError, TypeError) as error:
-            self._put_aside(connection, owner, row_id, error)
+            self._postpone_unreadable(connection, owner, row_id, error)
             return None
         return message if self.clear(connection, owner, [row_id]) else None
 
     def clear(self, connection: Connection, owner: str, ids: Sequence[int]) -> int:
-        """Delete what the broker confirmed; returns how many rows were still the owner's.
+        """Delete rows that the broker has confirmed.
 
-        The others have been taken over by somebody else, and stay.
+        Returns:
+            The number of rows deleted. Rows that another relay has claimed meanwhile stay.
         """
         return self.dialect.clear(connection, self.table, owner, ids) if ids else 0
 
@@ -151,12 +171,15 @@ class OutboxStore:
         *,
         charged: bool = True,
     ) -> None:
-        """Try again in *delay* seconds; *charged* if the broker refused this very message."""
+        """Make a row due again in *delay* seconds, and store the reason without secrets.
+
+        With *charged* the attempt counts: the broker has refused this very message.
+        """
         kept = redaction.storable(redaction.redact(why))
         self.dialect.postpone(connection, self.table, owner, row_id, delay, kept, charged=charged)
 
     def release(self, connection: Connection, owner: str, ids: Sequence[int]) -> None:
-        """Give rows back as they were: the broker was away, which is not their fault."""
+        """End the claim on rows without counting an attempt: the broker was away."""
         if ids:
             self.dialect.release(connection, self.table, owner, ids)
 

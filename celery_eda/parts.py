@@ -57,7 +57,7 @@ from celery_eda.saga_engine import SagaEngine
 from celery_eda.saga_locks import SagaLocks
 from celery_eda.saga_log import SagaStore
 from celery_eda.sagas import Coordinator
-from celery_eda.sender import Sender
+from celery_eda.sender import CommitSender
 from celery_eda.sequences import Sequences
 from celery_eda.settings import Settings
 from celery_eda.shadows import Shadows
@@ -212,9 +212,9 @@ class Parts:
         return RepairTasks(lambda: self.app, lambda: self.settings.repair_queue)
 
     @made_once
-    def sender(self) -> Sender:
+    def sender(self) -> CommitSender:
         """Sends what this process commits, right after the commit."""
-        return Sender(self.relay)
+        return CommitSender(self.relay)
 
     @made_once
     def service(self) -> str:

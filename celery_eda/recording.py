@@ -1,6 +1,6 @@
-"""What Celery would send, kept instead of sent: a producer without a connection.
+"""A producer without a connection, which records the message that Celery publishes.
 
-It does what ``kombu.Producer.publish`` does up to the channel, with kombu's own code.
+It runs kombu's own code of ``kombu.Producer.publish``, up to the channel.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from kombu import Producer, Queue
 
 
 class _Unconnected:
-    """Stands where Celery expects a broker connection, and connects to nothing.
+    """A broker connection, as Celery sees it, that connects to nothing.
 
-    Its driver is none of those for which Celery routes a delay through the broker: the outbox
-    keeps delays itself.
+    Its driver type is none for which Celery delays messages by the broker: the outbox does that.
     """
 
     transport = type("transport", (), {"driver_type": "outbox"})
@@ -28,7 +27,7 @@ class _Unconnected:
 
 
 class RecordingProducer:
-    """Stands where Celery expects a producer, and keeps the message instead of sending it."""
+    """A producer, as Celery sees it, that records the message instead of sending it."""
 
     connection = _Unconnected()
     channel = None
@@ -55,7 +54,7 @@ class RecordingProducer:
         confirm_timeout: Any = None,
         **properties: Any,
     ) -> None:
-        """Serialize and keep what :meth:`kombu.Producer.publish` would send."""
+        """Serialize and record the message that :meth:`kombu.Producer.publish` would send."""
         kombu = Producer(None)
         headers = {} if headers is None else headers
         name, properties["delivery_mode"] = kombu._delivery_details(
@@ -74,25 +73,25 @@ class RecordingProducer:
             "headers": headers,
             "exchange": name,
             "routing_key": routing_key or "",
-            # Those that are None, too: without a priority kombu would write 0.
+            # Including those that are None: without a priority kombu would write 0.
             "properties": properties,
         }
 
     def revive(self, channel: Any) -> None:
-        """Nothing is connected, so there is nothing to revive."""
+        """Do nothing: there is no connection to revive."""
 
     def release(self) -> None:
-        """Nothing was acquired."""
+        """Do nothing: no connection was acquired."""
 
     def __enter__(self) -> RecordingProducer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Nothing was acquired."""
+        """Do nothing: no connection was acquired."""
 
 
 class RecordingPool:
-    """Stands where Celery expects a producer pool; it never runs empty."""
+    """A producer pool, as Celery sees it, that never runs empty."""
 
     connections = type("connections", (), {"connection": _Unconnected()})
 

@@ -11,7 +11,7 @@ import pytest
 
 from celery_eda import sender
 from celery_eda.relay import RelayResult
-from celery_eda.sender import Sender
+from celery_eda.sender import CommitSender
 from celery_eda.settings import Settings
 
 
@@ -35,7 +35,7 @@ class Stumbling:
 
 def test_what_is_committed_after_a_mistake_is_sent_all_the_same() -> None:
     relay: Any = Stumbling()
-    sender = Sender(lambda: relay)
+    sender = CommitSender(lambda: relay)
 
     sender.hand_off([1])
     deadline = time.monotonic() + 30
@@ -71,9 +71,9 @@ def test_what_is_committed_while_the_sender_rests_leaves_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It rests for half a second, in which a thread that did not would take them one by one."""
-    monkeypatch.setattr("celery_eda.sender.LONGEST_REST", 10.0)
+    monkeypatch.setattr("celery_eda.sender.LONGEST_PAUSE", 10.0)
     relay: Any = Slow()
-    sender = Sender(lambda: relay)
+    sender = CommitSender(lambda: relay)
 
     sender.hand_off([1])
     assert relay.done.wait(30)
@@ -91,4 +91,4 @@ def test_what_is_committed_while_the_sender_rests_leaves_together(
 def test_the_rest_is_as_long_as_the_sending_and_longer_where_others_want_the_cores(
     took: float, rest: float
 ) -> None:
-    assert sender.rest_after(took) == pytest.approx(rest)
+    assert sender.pause_after(took) == pytest.approx(rest)
