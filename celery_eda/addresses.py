@@ -25,7 +25,7 @@ _VOLATILE = re.compile(r"eda\.reply\.[0-9a-f]{32}(\.[0-9a-f]{32})?")
 _DURABLE = re.compile(r"eda\.replies\.[^\x00-\x1f\x7f]{1,200}")
 
 
-class Kind(str, Enum):
+class ReplyAddressKind(str, Enum):
     """How a request is answered.
 
     ``correlation``: over the one queue of the requesting process, told apart by correlation id.

@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from uuid import UUID
 
 from celery_eda.event import EVENT_EXCHANGE, SPEC_VERSION
-from celery_eda.event_types import EventTypes
+from celery_eda.event_types import EventRegistry
 from celery_eda.flow import Flow
 from celery_eda.subscriptions import Subscription
 
@@ -35,7 +35,7 @@ _PLAIN: Mapping[Any, dict[str, Any]] = {
 
 
 def document(
-    flow: Flow, types: EventTypes, subscriptions: Mapping[str, Subscription], version: str
+    flow: Flow, types: EventRegistry, subscriptions: Mapping[str, Subscription], version: str
 ) -> dict[str, Any]:
     """The document, as JSON values.
 
@@ -96,7 +96,7 @@ def _queue(queue: str, subscription: Subscription, received: list[str]) -> dict[
     }
 
 
-def _message(name: str | None, types: EventTypes) -> dict[str, Any]:
+def _message(name: str | None, types: EventRegistry) -> dict[str, Any]:
     """A Celery message, protocol 2, whose only argument is the event."""
     data = schema(types.kinds[name][0]) if name in types.kinds else {}
     event = {

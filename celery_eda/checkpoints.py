@@ -1,7 +1,7 @@
-"""The named steps of the road, so that a test can stop a process at exactly one of them.
+"""The named steps of a message's way, at each of which a test can stop the process.
 
-The names are those of the guarantees table in the README. Reaching a step costs one look-up
-in an empty dict unless somebody armed it.
+The README's table of guarantees uses the same names. Reaching a step costs one look-up in an empty
+dict unless an action is armed.
 """
 
 from __future__ import annotations
@@ -31,19 +31,14 @@ def arm(step: str, action: Callable[[], None]) -> None:
     """Run *action* in this process each time it reaches *step*.
 
     Raises:
-        ValueError: *step* is no step of the road.
+        ValueError: there is no such step.
     """
     if step not in STEPS:
-        raise ValueError(f"{step!r} is no step of the road; the steps are {', '.join(STEPS)}")
+        raise ValueError(f"{step!r} is no step; the steps are {', '.join(STEPS)}.")
     _armed[step] = action
 
 
-def disarm() -> None:
-    """Forget every armed step."""
-    _armed.clear()
-
-
 def reach(step: str) -> None:
-    """Say that this process has come to *step*."""
+    """Run the action armed for *step*, if any."""
     if action := _armed.get(step):
         action()

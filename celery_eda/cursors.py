@@ -377,7 +377,7 @@ def _its(consumer: str, lane: Lane) -> dict[str, Any]:
 
 
 def _names(consumer: str, lane: Lane) -> dict[str, str]:
-    return dict(zip(_NAMES, (consumer, lane.source, lane.stream, lane.key), strict=True))
+    return dict(zip(_NAMES, (consumer, lane.source, lane.scope, lane.key), strict=True))
 
 
 def _position(row: Row[Any]) -> tuple[Lane, Position]:

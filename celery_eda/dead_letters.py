@@ -64,7 +64,7 @@ class DeadLetterStore:
             The id of the letter.
         """
         secrets = _secrets(message)
-        position = message.place
+        position = message.position
         result = connection.execute(
             insert(self.table).values(
                 **_columns(message),

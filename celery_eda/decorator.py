@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from celery_eda.errors import ConfigurationError, UnsafeSetting
 from celery_eda.ordering import Key, key_function
 from celery_eda.reply import Reply
-from celery_eda.retry import Policy, checked
+from celery_eda.retry import Policy, checked_policy
 from celery_eda.task import ReliableTask, reliable_class, run_async
 
 P = ParamSpec("P")
@@ -110,7 +110,7 @@ class TaskDecorator:
     ) -> Any:
         _refuse_unsafe(options)
         if policy is not None:
-            options["retry_policy"] = staticmethod(checked(policy))
+            options["retry_policy"] = staticmethod(checked_policy(policy))
         options["base"] = reliable_class(options.get("base", Task))
         # A shared task would be added to every app of the process, and to their databases.
         options.setdefault("shared", False)

@@ -15,8 +15,8 @@ from celery import Celery
 
 from celery_eda import context, ordering
 from celery_eda.errors import InvalidEvent
-from celery_eda.event import EVENT_EXCHANGE, EVENT_TASK, Draft, Event, count_of
-from celery_eda.event_types import EventTypes
+from celery_eda.event import EVENT_EXCHANGE, EVENT_TASK, Event, EventAppend, ordering_scope
+from celery_eda.event_types import EventRegistry
 from celery_eda.identity import Identity
 from celery_eda.message import Message
 from celery_eda.publisher import Publisher
@@ -35,7 +35,7 @@ class Emitter:
     app: Celery
     publisher: Publisher
     service: Callable[[], str]
-    types: EventTypes
+    types: EventRegistry
 
     def emit(
         self,
@@ -54,7 +54,7 @@ class Emitter:
                 "with. Give the key too, or leave expected_version out."
             )
         service = self.service()
-        lane = None if key is None else ordering.ordering_key(service, count_of(name), key)
+        lane = None if key is None else ordering.ordering_key(service, ordering_scope(name), key)
         identity = Identity.fresh()
         correlation, causation = self._origin()
         event = Event(
@@ -70,7 +70,7 @@ class Emitter:
         )
         with self.publisher.stored(f"The event {name}", self.publisher.store):
             message = self.message_of(event, identity)
-            draft = Draft(event, expected_version)
+            draft = EventAppend(event, expected_version)
             transaction = context.current_transaction()
             assert transaction is not None, "the publisher has opened one"
             transaction.capture(replace(message, lane=lane, draft=draft))

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from celery_eda.clock import utc
+from celery_eda.topics import category_of
 
 #: The task that an event's message calls, until it has come to a subscription.
 EVENT_TASK = "celery_eda.event"
@@ -22,9 +23,9 @@ SPEC_VERSION = "1.0"
 OF_ONE_WORKER = "eda.each."
 
 
-def count_of(name: str) -> str:
-    """What events like *name* are counted as, key by key: those of a category together."""
-    return f"{name.partition('.')[0]}.#"
+def ordering_scope(name: str) -> str:
+    """The scope in which events named *name* are counted per key: all of their category."""
+    return f"{category_of(name)}.#"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Event:
     @property
     def category(self) -> str:
         """What is before the first dot of its type."""
-        return self.type.partition(".")[0]
+        return category_of(self.type)
 
     @property
     def stream(self) -> str | None:
@@ -124,7 +125,7 @@ class Event:
                     causation_id=_optional(attributes, "causationid", str),
                     version=_optional(attributes, "streamversion", int),
                     position=_optional(attributes, "position", int),
-                    order=_order(attributes, (source, count_of(type_), key)),
+                    order=_order(attributes, (source, ordering_scope(type_), key)),
                     recorded=datetime.fromisoformat(recorded) if recorded else None,
                 )
         raise ValueError("this is no event: it lacks attributes of CloudEvents 1.0")
@@ -159,7 +160,7 @@ def _order(
 
 
 @dataclass(frozen=True)
-class Draft:
+class EventAppend:
     """An event that is to be appended to the store.
 
     Attributes:

@@ -36,7 +36,7 @@ from sqlalchemy import (
 from celery_eda.clock import utc
 from celery_eda.dialects.base import Dialect
 from celery_eda.errors import InvalidEvent, VersionConflict
-from celery_eda.event import Draft, Event
+from celery_eda.event import Event, EventAppend
 
 #: Events to read, or to assign positions to, in one statement.
 BATCH = 1000
@@ -68,7 +68,7 @@ class EventStore:
     table: Table
     dialect: Dialect
 
-    def append(self, connection: Connection, drafts: Sequence[Draft]) -> None:
+    def append(self, connection: Connection, drafts: Sequence[EventAppend]) -> None:
         """Append events that have their versions already.
 
         Raises:

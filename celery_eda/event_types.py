@@ -20,7 +20,7 @@ Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class EventTypes:
+class EventRegistry:
     """The registered events of one service.
 
     Attributes:

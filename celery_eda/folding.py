@@ -16,9 +16,9 @@ from sqlalchemy.orm import Session
 
 from celery_eda import context
 from celery_eda.errors import ArchivedEvents
-from celery_eda.event import Event, count_of
+from celery_eda.event import Event, ordering_scope
 from celery_eda.event_store import EventStore, parts_of
-from celery_eda.event_types import EventTypes
+from celery_eda.event_types import EventRegistry
 from celery_eda.sequences import Sequences
 from celery_eda.snapshots import Snapshot, Snapshots
 
@@ -36,7 +36,7 @@ class StreamFold:
     store: EventStore
     snapshots: Snapshots
     sequences: Sequences
-    types: EventTypes
+    types: EventRegistry
 
     def fold(
         self,
@@ -91,7 +91,7 @@ class StreamFold:
             ArchivedEvents: the next event of the stream has left the store.
         """
         category, key = parts_of(stream)
-        if self.sequences.version(connection, count_of(category), key) <= after:
+        if self.sequences.version(connection, ordering_scope(category), key) <= after:
             return
         first = next(self.store.stream(connection, stream, after=after), None)
         self._require_next(stream, after, None if first is None else first.version)

@@ -102,12 +102,12 @@ class Lane:
 
     Attributes:
         source: the publishing service; two databases cannot share a count.
-        stream: the task's name, or ``<category>.#`` of events.
+        scope: what is counted together: a task's name, or ``<category>.#`` for events.
         key: the ordering key.
     """
 
     source: str
-    stream: str
+    scope: str
     key: str
 
 
@@ -136,10 +136,10 @@ class Position:
         if (written := headers.get(ORDER_HEADER)) is None:
             return None
         match written:
-            case [str(source), str(stream), str(key), int(epoch), int(number), *previous] if (
-                0 < epoch < 2**63 and 0 < number < 2**63 and all(map(_fits, (source, stream, key)))
+            case [str(source), str(scope), str(key), int(epoch), int(number), *previous] if (
+                0 < epoch < 2**63 and 0 < number < 2**63 and all(map(_fits, (source, scope, key)))
             ):
-                lane = Lane(source, stream, key)
+                lane = Lane(source, scope, key)
             case _:
                 raise ValueError(f"malformed {ORDER_HEADER} header")
         match previous:
@@ -160,7 +160,7 @@ class Position:
 
     @property
     def headers(self) -> dict[str, Any]:
-        lane = (self.lane.source, self.lane.stream, self.lane.key)
+        lane = (self.lane.source, self.lane.scope, self.lane.key)
         return {ORDER_HEADER: [*lane, self.epoch, self.number, *(self.previous or ())]}
 
 

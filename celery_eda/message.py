@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from celery_eda.event import Draft
+from celery_eda.event import EventAppend
 from celery_eda.identity import Identity, Lane, Position
 
 if TYPE_CHECKING:
@@ -99,16 +99,16 @@ class Message:
     due: datetime | None = None
     prerequisites: tuple[tuple[str, Any], ...] = field(default=())
     lane: Lane | None = None
-    draft: Draft | None = None
+    draft: EventAppend | None = None
     # Not among the arguments, so that `replace` never hands it on to other headers.
     encoded: Encoded | None = field(default=None, init=False, compare=False, repr=False)
 
-    def knowing(self, encoded: Encoded | None, **changes: Any) -> Message:
+    def with_encoded(self, encoded: Encoded | None, **changes: Any) -> Message:
         """This message with these *changes*; *encoded* are its headers and properties then."""
-        return Message.made({**vars(self), **changes, "encoded": encoded})
+        return Message.from_fields({**vars(self), **changes, "encoded": encoded})
 
     @classmethod
-    def made(cls, fields: dict[str, Any]) -> Self:
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
         """A message with these *fields*, set all at once; it keeps the dictionary.
 
         That is a tenth of what it takes a frozen dataclass, which makes a call for each of them.
@@ -136,7 +136,7 @@ class Message:
         return replace(self, body=body, content_encoding="utf-8", headers=headers)
 
     @property
-    def place(self) -> Position | None:
+    def position(self) -> Position | None:
         """Its place in its lane; None if it has none, or one that nobody can have written."""
         try:
             return Position.of_headers(self.headers)

@@ -42,7 +42,7 @@ def to_row(message: Message) -> dict[str, Any]:
 
 def from_row(row: Row[Any]) -> Message:
     """The message in *row*, as it was captured."""
-    return Message.made(
+    return Message.from_fields(
         {
             "identity": Identity(row.message_id, row.revision),
             "task": row.task,

@@ -25,7 +25,7 @@ from celery_eda.emitting import Emitter
 from celery_eda.errors import ConfigurationError, UnsafeSetting
 from celery_eda.event_queues import EventQueues
 from celery_eda.event_store import EventStore
-from celery_eda.event_types import EventTypes
+from celery_eda.event_types import EventRegistry
 from celery_eda.failures import Failures
 from celery_eda.folding import StreamFold
 from celery_eda.housekeeping import Housekeeping
@@ -51,7 +51,7 @@ from celery_eda.replying import Responder
 from celery_eda.requesting import RequestClient
 from celery_eda.requests import RequestStore
 from celery_eda.results import ResultBackend
-from celery_eda.retry import Policy, checked
+from celery_eda.retry import Policy, checked_policy
 from celery_eda.saga_definition import Definitions
 from celery_eda.saga_engine import SagaEngine
 from celery_eda.saga_locks import SagaLocks
@@ -252,9 +252,9 @@ class Parts:
         )
 
     @made_once
-    def event_types(self) -> EventTypes:
+    def event_types(self) -> EventRegistry:
         """What the data of events look like."""
-        return EventTypes()
+        return EventRegistry()
 
     @made_once
     def subscriptions(self) -> Subscriptions:
@@ -353,7 +353,7 @@ class Parts:
         if (given := self.settings.retry_policy) is None:
             return None
         try:
-            return checked(symbol_by_name(given))
+            return checked_policy(symbol_by_name(given))
         except (ImportError, AttributeError, ValueError) as error:
             raise ConfigurationError(
                 f"eda_retry_policy names {given!r}, which cannot be imported: {error}. "

@@ -108,14 +108,14 @@ class CallTemplate:
             raise ValueError("this message has something that a template cannot have")
         headers = [name for name in HEADERS if first.headers[name] is not None]
         marks = {name: f"<{name} {uuid()}>" for name in (*headers, *PROPERTIES)}
-        marked = first.knowing(
+        marked = first.with_encoded(
             None,
             headers={**first.headers, **{name: marks[name] for name in headers}},
             properties={**first.properties, **{name: marks[name] for name in PROPERTIES}},
         )
         texts = app.eda.outbox.encode(marked)
         return cls(
-            first.knowing(None, body=b""),
+            first.with_encoded(None, body=b""),
             serializer,
             app.amqp.router,
             app.amqp.queues.get(first.queue),
@@ -142,7 +142,7 @@ class CallTemplate:
         )
         headers = {name: values[name] for name in self.headers.names}
         properties = {name: values[name] for name in self.properties.names}
-        return self.first.knowing(
+        return self.first.with_encoded(
             encoded,
             identity=identity,
             lane=lane,

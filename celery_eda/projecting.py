@@ -39,7 +39,7 @@ from celery_eda.cursor import Cursor, Turn
 from celery_eda.cursors import Cursors
 from celery_eda.errors import InvalidEvent, RebuildError
 from celery_eda.event import Event
-from celery_eda.event_types import EventTypes
+from celery_eda.event_types import EventRegistry
 from celery_eda.identity import ORDER_HEADER, Lane, Position
 from celery_eda.message import Message
 from celery_eda.projections import Projection, Values
@@ -84,7 +84,7 @@ class Rebuild:
     engine: Engine
     shadows: Shadows
     subscriptions: Subscriptions
-    types: EventTypes
+    types: EventRegistry
     cursors: Cursors
     replay: Replay
 
@@ -248,7 +248,7 @@ class Rebuild:
             if event.category in subscription.categories and event.key is not None:
                 lanes[_position(event).lane].append(event)
         # Sorted: transactions that lock several keys lock them in one order, against deadlocks.
-        for lane in sorted(lanes, key=lambda each: (each.source, each.stream, each.key)):
+        for lane in sorted(lanes, key=lambda each: (each.source, each.scope, each.key)):
             cursor = locked = self.cursors.lock(connection, projection.follower, lane)
             fresh, last = [], None
             for event in lanes[lane]:

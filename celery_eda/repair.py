@@ -129,7 +129,7 @@ class Repair:
         letter = self.dead_letters.find(connection, id, lock=True)
         if letter is None or not letter.is_open:
             return _already_closed(id, letter)
-        position, consumer = letter.message.place, _consumer(letter)
+        position, consumer = letter.message.position, _consumer(letter)
         if position is None:
             raise NotItsTurn(f"Letter {id} has no ordering key, so it blocks nothing. Discard it.")
         if consumer is None:
@@ -172,7 +172,7 @@ class Repair:
         letter = self.dead_letters.find(connection, id, lock=True)
         if letter is None or not letter.is_open:
             return _already_closed(id, letter)
-        if letter.message.place is not None:
+        if letter.message.position is not None:
             match self._turn(connection, letter):
                 case Turn.now:
                     raise NotItsTurn(
@@ -215,9 +215,9 @@ class Repair:
     ) -> Message:
         """The letter's message; without a position if that has passed or is malformed."""
         message = letter.message
-        if message.place is not None and self._turn(connection, letter) is not Turn.past:
+        if message.position is not None and self._turn(connection, letter) is not Turn.past:
             return message
-        if message.place is not None and not out_of_order:
+        if message.position is not None and not out_of_order:
             raise NotItsTurn(
                 f"Later messages of the key {letter.key!r} have taken effect before letter "
                 f"{letter.id}. Redrive it out of order (`--out-of-order`), to take effect after "
@@ -228,7 +228,7 @@ class Repair:
 
     def _turn(self, connection: Connection, letter: Letter) -> Turn:
         """The turn of the letter at its consumer; ``later`` if it reached none."""
-        position, consumer = letter.message.place, _consumer(letter)
+        position, consumer = letter.message.position, _consumer(letter)
         if position is None or consumer is None:
             return Turn.later
         return self.cursors.find(connection, consumer, position.lane).turn_of(position)
@@ -259,7 +259,7 @@ def edited(letter: Letter, args: Sequence[Any] | None, kwargs: Mapping[str, Any]
 def in_order(letters: Iterable[Letter]) -> list[Letter]:
     """*letters* by id, except that those of one key follow each other in the order of the key."""
     letters = sorted(letters, key=lambda each: each.id)
-    positions = {each.id: each.message.place for each in letters}
+    positions = {each.id: each.message.position for each in letters}
     first: dict[Any, int] = {}
     for each in letters:
         if position := positions[each.id]:

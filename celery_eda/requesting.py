@@ -16,7 +16,7 @@ from uuid import UUID, uuid4
 from celery import Celery, Signature, Task
 
 from celery_eda import addresses, context, results
-from celery_eda.addresses import REPLY_HEADER, Kind
+from celery_eda.addresses import REPLY_HEADER, ReplyAddressKind
 from celery_eda.errors import RequestError, UnknownRequest
 from celery_eda.identity import Identity
 from celery_eda.mailbox import Mailbox
@@ -104,7 +104,7 @@ class RequestClient:
         call: str | Task | Signature,
         args: Sequence[Any],
         kwargs: dict[str, Any] | None,
-        kind: Kind,
+        kind: ReplyAddressKind,
         options: dict[str, Any],
     ) -> Reply[Any]:
         self._check(call, options)
@@ -140,26 +140,26 @@ class RequestClient:
         outcome = ended.result if ended.successful() else ErrorOutcome(ended.result)
         return self._reply(ended.id, EagerReply(outcome), None)
 
-    def _kind(self, address: str | None) -> Kind:
+    def _kind(self, address: str | None) -> ReplyAddressKind:
         try:
-            return Kind(address or self.settings.reply_address)
+            return ReplyAddressKind(address or self.settings.reply_address)
         except ValueError as error:
-            kinds = ", ".join(repr(each.value) for each in Kind)
+            kinds = ", ".join(repr(each.value) for each in ReplyAddressKind)
             raise RequestError(f"address must be one of {kinds}, not {address!r}.") from error
 
-    def _expect(self, correlation_id: UUID, kind: Kind) -> tuple[str, PendingReply]:
+    def _expect(self, correlation_id: UUID, kind: ReplyAddressKind) -> tuple[str, PendingReply]:
         """The address of the reply, and the reply.
 
         No broker is contacted here: the sender of the request declares the queue of the address
         just before it sends the request.
         """
-        if kind is Kind.durable:
+        if kind is ReplyAddressKind.durable:
             where = addresses.of_service(self.service())
             results.require_first(*results.declaration_of(self.app.amqp.queues[where]))
             return where, StoredReply(correlation_id, self.watcher)
         mailbox = self.mailbox()
         future = mailbox.expect(str(correlation_id))
-        if kind is Kind.correlation:
+        if kind is ReplyAddressKind.correlation:
             where = mailbox.address
         else:
             where = addresses.of_request(mailbox.address)
@@ -202,9 +202,11 @@ class RequestClient:
             guard = CommitGuard(correlation_id, identity, context.current_transaction())
         return Reply(correlation_id, pending, guard, self.settings.request_timeout)
 
-    def _store_of(self, kind: Kind) -> Callable[[Sequence[Message]], None]:
+    def _store_of(self, kind: ReplyAddressKind) -> Callable[[Sequence[Message]], None]:
         """The function that stores requests made outside any transaction."""
-        return self.publisher.store if kind is Kind.durable else self._store_in_background
+        return (
+            self.publisher.store if kind is ReplyAddressKind.durable else self._store_in_background
+        )
 
     def _store_in_background(self, messages: Sequence[Message]) -> None:
         """Store *messages* without blocking an event loop that runs in this thread.

@@ -63,7 +63,7 @@ class RetryPolicy:
         return backoff(attempts - 1, self.first, self.longest)
 
 
-def checked(policy: Policy) -> Policy:
+def checked_policy(policy: Policy) -> Policy:
     """*policy*, which can be called.
 
     Raises:

@@ -21,7 +21,7 @@ from itertools import chain, count
 from typing import Any
 
 from celery_eda.errors import ConfigurationError
-from celery_eda.retry import Policy, checked
+from celery_eda.retry import Policy, checked_policy
 from celery_eda.saga_definition import (
     MISSING,
     Arguments,
@@ -103,7 +103,7 @@ class Steps:
             options: options of ``apply_async``, such as ``queue``.
         """
         if retry is not None:
-            checked(retry)
+            checked_policy(retry)
         keep = name if keep is MISSING else keep
         self._add(
             Step(

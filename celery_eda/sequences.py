@@ -35,7 +35,7 @@ class Sequences:
         counts = Counter(message.lane for message in messages if message.lane)
         if not counts:
             return list(messages)
-        wanted = {(lane.stream, lane.key): count for lane, count in counts.items()}
+        wanted = {(lane.scope, lane.key): count for lane, count in counts.items()}
         numbers = {
             (row.stream, row.key): _numbers(row, wanted[row.stream, row.key])
             for row in self.dialect.take_numbers(
@@ -43,7 +43,7 @@ class Sequences:
             )
         }
         return [
-            _at(message, lane, *next(numbers[lane.stream, lane.key]))
+            _at(message, lane, *next(numbers[lane.scope, lane.key]))
             if (lane := message.lane)
             else message
             for message in messages

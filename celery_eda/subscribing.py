@@ -17,7 +17,7 @@ from celery_eda import context
 from celery_eda.decorator import TaskDecorator
 from celery_eda.errors import ConfigurationError
 from celery_eda.event import Event
-from celery_eda.event_types import EventTypes
+from celery_eda.event_types import EventRegistry
 from celery_eda.identity import ORDER_HEADER, REPLAY_HEADER
 from celery_eda.projecting import Rebuild
 from celery_eda.projections import Apply, Projection, ProjectionRegistry
@@ -38,7 +38,7 @@ class Subscribes(Protocol):
     def subscriptions(self) -> Subscriptions: ...
 
     @property
-    def event_types(self) -> EventTypes: ...
+    def event_types(self) -> EventRegistry: ...
 
     @property
     def projections(self) -> ProjectionRegistry: ...
@@ -54,7 +54,7 @@ class Subscribes(Protocol):
 class EventHandler:
     """Calls a user's function with an event of the latest version, of its registered class."""
 
-    types: EventTypes
+    types: EventRegistry
     function: Callable[..., Any]
 
     def __call__(self, event: Event) -> Any:

@@ -59,7 +59,7 @@ def _facts(letter: Letter) -> dict[str, Any]:
         "message id": str(message.identity.id),
         "revision": message.identity.revision,
         "key": letter.key,
-        "place": message.place and f"{message.place.epoch}.{message.place.number}",
+        "place": message.position and f"{message.position.epoch}.{message.position.number}",
         "queue": message.queue or message.routing_key,
         "attempts": letter.attempts,
         "first at": letter.first_at and _time(letter.first_at),

@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import Connection, select
 
 from celery_eda.errors import InvalidEvent, VersionConflict
-from celery_eda.event import Draft, Event
+from celery_eda.event import Event, EventAppend
 from celery_eda.event_store import EventFilter, EventStore
 from celery_eda.identity import Lane
 from celery_eda.sequences import Sequences
@@ -43,7 +43,7 @@ def append(
     messages = [
         replace(
             message(lane=Lane("shop", f"{each.category}.#", each.key) if each.key else None),
-            draft=Draft(each, expected),
+            draft=EventAppend(each, expected),
         )
         for each in events
     ]

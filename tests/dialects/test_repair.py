@@ -63,15 +63,15 @@ class Desk:
         details = {"reason": Reason.failed, "error": ValueError("no"), "attempts": 1, **details}
         with self.engine.begin() as connection:
             id = self.dead_letters.add(connection, letter, consumer=consumer, **details)
-            if consumer and letter.place:
+            if consumer and letter.position:
                 revision = letter.identity.revision
-                self.cursors.block(connection, consumer, letter.place, revision)
+                self.cursors.block(connection, consumer, letter.position, revision)
             return id
 
     def park(self, parked: Message) -> None:
-        assert parked.place is not None
+        assert parked.position is not None
         with self.engine.begin() as connection:
-            assert self.cursors.park(connection, CONSUMER, parked.place, parked)
+            assert self.cursors.park(connection, CONSUMER, parked.position, parked)
 
     def advance(self, place: Position) -> None:
         """Have the message at *place* take effect."""
@@ -155,7 +155,7 @@ def test_a_redrive_is_the_next_revision_of_the_same_message_in_its_place(desk: D
 
     assert end == RepairResult(id, "redriven", fresh=True)
     assert sent.identity == original.identity.next
-    assert (sent.place, sent.body) == (original.place, original.body)
+    assert (sent.position, sent.body) == (original.position, original.body)
     assert sent == original.revised()
     assert desk.letter(id).state == "redriven"
     assert desk.deeds(id) == [("ada", "redrive")]
@@ -229,7 +229,7 @@ def test_an_unsendable_message_is_sent_again_in_its_place(desk: Desk) -> None:
     desk.do("redrive", desk.bury(original, consumer=None, reason=Reason.unsendable))
     (sent,) = desk.sent()
 
-    assert (sent.identity, sent.place) == (original.identity.next, original.place)
+    assert (sent.identity, sent.position) == (original.identity.next, original.position)
     assert (sent.prerequisites, sent.queue) == (original.prerequisites, "q")
 
 
@@ -242,7 +242,7 @@ def test_a_correction_goes_with_what_was_to_follow(desk: Desk) -> None:
 
     assert body_of(sent) == [[8], {"a": 2}, {"chain": [{"task": "next"}], "chord": None}]
     assert (sent.headers["argsrepr"], sent.headers["kwargsrepr"]) == ("(8,)", "{'a': 2}")
-    assert (sent.identity, sent.place) == (original.identity.next, original.place)
+    assert (sent.identity, sent.position) == (original.identity.next, original.position)
     assert desk.letter(id).message == original
 
 
@@ -262,7 +262,7 @@ def test_a_place_that_has_passed_is_given_up_only_when_asked(desk: Desk) -> None
 def test_a_place_that_has_not_passed_stays_even_when_it_may_go(desk: Desk) -> None:
     desk.do("redrive", desk.bury(placed(1)), out_of_order=True)
 
-    assert [each.place for each in desk.sent()] == [Position(LANE, EPOCH, 1)]
+    assert [each.position for each in desk.sent()] == [Position(LANE, EPOCH, 1)]
 
 
 def test_a_place_that_nobody_can_have_written_is_left_out(desk: Desk) -> None:
@@ -295,7 +295,7 @@ def test_an_edit_changes_what_it_names_and_the_audit_keeps_the_old(
     (sent,) = desk.sent()
 
     assert body_of(after) == body_of(sent) == body
-    assert (after.identity, after.place) == (before.identity, before.place)
+    assert (after.identity, after.position) == (before.identity, before.position)
     with desk.engine.connect() as connection:
         edit, _ = desk.audit.of_message(connection, before.identity.id)
     assert edit.detail == {"body": before.body.decode()}
@@ -442,7 +442,7 @@ def test_what_was_refused_unread_still_has_its_place(desk: Desk) -> None:
     with pytest.raises(NotItsTurn, match="Skip"):
         desk.do("discard", id)
     assert desk.do("skip", id).fresh
-    assert [each.place for each in desk.sent()] == [Position(LANE, EPOCH, 2)]
+    assert [each.position for each in desk.sent()] == [Position(LANE, EPOCH, 2)]
 
 
 # ── races ───────────────────────────────────────────────────────────────────────────────────

@@ -44,7 +44,7 @@ class Silent(Channel):
 
 
 def sealed(message: Message, envelope: bytes | None = None) -> Message:
-    return message.knowing(Encoded("", "", envelope or encode_envelope(message)))
+    return message.with_encoded(Encoded("", "", envelope or encode_envelope(message)))
 
 
 def by_kombu(message: Message) -> tuple[str, bytes]:

@@ -107,13 +107,15 @@ def by_us(*messages: Message) -> bytes:
 
 def in_envelope(message: Message) -> bytes:
     """What is written of a message whose headers were encoded when it was captured."""
-    sealed = message.knowing(Encoded("", "", encode_envelope(message)))
+    sealed = message.with_encoded(Encoded("", "", encode_envelope(message)))
     return by_us(sealed if sealed.envelope is None else blank(sealed))
 
 
 def blank(message: Message) -> Message:
     """*message* with nothing to encode but its envelope."""
-    return replace(message, headers={}, properties={}).knowing(Encoded("", "", message.envelope))
+    return replace(message, headers={}, properties={}).with_encoded(
+        Encoded("", "", message.envelope)
+    )
 
 
 @pytest.mark.parametrize("message", LETTERS.values(), ids=LETTERS.keys())

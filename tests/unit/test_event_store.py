@@ -10,7 +10,7 @@ import pytest
 
 from celery_eda import context
 from celery_eda.errors import VersionConflict
-from celery_eda.event import Draft, Event
+from celery_eda.event import Event, EventAppend
 from celery_eda.identity import Lane
 from tests.support.messages import message
 from tests.unit.test_delivery import Slot, slot
@@ -21,7 +21,7 @@ __all__ = ["slot"]
 def publish(number: int, expected: int | None = None) -> None:
     """Capture a message with its event, as what emits will."""
     now = datetime(2026, 5, 17, tzinfo=timezone.utc)
-    draft = Draft(Event(uuid4(), "order.placed", "shop", now, number, "7"), expected)
+    draft = EventAppend(Event(uuid4(), "order.placed", "shop", now, number, "7"), expected)
     transaction = context.current_transaction()
     assert transaction is not None
     transaction.capture(replace(message("event"), lane=Lane("shop", "order.#", "7"), draft=draft))
@@ -39,7 +39,7 @@ def test_an_event_and_its_message_are_committed_together(slot: Slot) -> None:
         publish(2)
 
     assert stored(slot) == [(1, 1), (2, 2)]
-    places = [each.place for each in slot.sent()]
+    places = [each.position for each in slot.sent()]
     assert [place.number for place in places if place] == [1, 2]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from celery_eda.errors import ConfigurationError, InvalidEvent
 from celery_eda.event import Event
-from celery_eda.event_types import EventTypes
+from celery_eda.event_types import EventRegistry
 from celery_eda.topics import checked_name, checked_pattern, matches
 
 EVENT = Event(
@@ -88,7 +88,7 @@ def test_what_is_no_event_is_refused(change: dict[str, Any]) -> None:
 
 
 def test_old_data_are_brought_to_the_latest_version_step_by_step() -> None:
-    types = EventTypes()
+    types = EventRegistry()
     types.register("order.placed", Placed, version=3)
     types.upcast("order.placed", 1, lambda data: {"amount": data["total"]})
     types.upcast("order.placed", 2, lambda data: {"total": data["amount"], "currency": "EUR"})
@@ -100,7 +100,7 @@ def test_old_data_are_brought_to_the_latest_version_step_by_step() -> None:
 
 
 def test_data_of_a_later_version_than_this_service_knows_are_refused() -> None:
-    types = EventTypes()
+    types = EventRegistry()
     types.register("order.placed", Placed)
 
     with pytest.raises(InvalidEvent, match="data of version 2, and this service knows 1"):
@@ -109,7 +109,7 @@ def test_data_of_a_later_version_than_this_service_knows_are_refused() -> None:
 
 @pytest.mark.parametrize("data", [{"total": 5}, [5], "5"])
 def test_data_that_make_no_registered_class_are_refused(data: Any) -> None:
-    types = EventTypes()
+    types = EventRegistry()
     types.register("order.placed", Placed)
 
     with pytest.raises(InvalidEvent, match="Placed"):
@@ -117,14 +117,14 @@ def test_data_that_make_no_registered_class_are_refused(data: Any) -> None:
 
 
 def test_data_of_an_event_that_is_not_registered_are_left_alone() -> None:
-    types = EventTypes()
+    types = EventRegistry()
 
     assert types.to_plain("order.placed", {"total": 5}) == {"total": 5}
     assert types.restored(replace(EVENT, data_version=4)) == replace(EVENT, data_version=4)
 
 
 def test_an_event_has_one_class_only() -> None:
-    types = EventTypes()
+    types = EventRegistry()
     types.register("order.placed", Placed)
 
     with pytest.raises(ConfigurationError, match="registered already, as Placed"):

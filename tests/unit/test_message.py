@@ -84,7 +84,7 @@ def test_an_identity_cannot_be_changed() -> None:
 
 
 def test_a_message_that_is_made_of_another_has_not_its_encoding() -> None:
-    sealed = letter().knowing(Encoded("headers", "properties", b"both"))
+    sealed = letter().with_encoded(Encoded("headers", "properties", b"both"))
     body, headers = b"[]", {"id": "other"}
 
     made = [

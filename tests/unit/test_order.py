@@ -252,7 +252,7 @@ def test_a_key_is_a_parameter_a_function_or_said_by_the_caller(slot: Slot, lanes
         *("keyword", "7", "5", "said", str(account), "canvas"),
     ]
     assert {lane.source for lane in lanes_of} == {slot.app.main}
-    assert lanes_of[4].stream == "elsewhere.task"
+    assert lanes_of[4].scope == "elsewhere.task"
 
 
 @pytest.mark.parametrize("key", ["", 1.5, [1], "k" * 256, "é" * 128, "line\nbreak"])

@@ -111,7 +111,7 @@ def _rows(connection: Connection, table: Table) -> Iterable[Any]:
 
 def of_message(read: Message) -> dict[str, Any]:
     """What a message says."""
-    position = read.place
+    position = read.position
     return {
         "identity": [read.identity.id, read.identity.revision],
         "task": read.task,
@@ -129,7 +129,7 @@ def of_message(read: Message) -> dict[str, Any]:
 def of_position(position: Position) -> list[Any]:
     """Where a message is in the order of its key."""
     lane = position.lane
-    return [lane.source, lane.stream, lane.key, position.epoch, position.number, position.previous]
+    return [lane.source, lane.scope, lane.key, position.epoch, position.number, position.previous]
 
 
 def _outbox(eda: EDA, connection: Connection) -> Iterable[Any]:
