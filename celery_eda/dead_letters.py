@@ -71,9 +71,7 @@ class DeadLetterStore:
                 created_at=self.dialect.now(),
                 consumer=consumer,
                 reason=reason.value,
-                error_type=type(error).__qualname__[:NAME_LENGTH]
-                if isinstance(error, BaseException)
-                else None,
+                error_type=_type_of(error),
                 error=text_of(error, secrets),
                 traceback=traceback_of(error, secrets),
                 attempts=attempts,
@@ -142,6 +140,12 @@ def _secrets(message: Message) -> list[str]:
     return [*named, *redaction.secrets_in_hand()]
 
 
+def _type_of(error: BaseException | str) -> str | None:
+    if isinstance(error, str):
+        return None
+    return type(error).__qualname__[:NAME_LENGTH]
+
+
 def _columns(message: Message) -> dict[str, Any]:
     values = message_rows.to_row(message)
     del values["delay"]
@@ -169,4 +173,6 @@ def _from_row(row: Row[Any]) -> Letter:
 
 def _name(headers: Mapping[str, Any], name: str) -> str | None:
     value = headers.get(name)
-    return redaction.storable(value[:NAME_LENGTH])[:NAME_LENGTH] if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    return redaction.storable(value[:NAME_LENGTH])[:NAME_LENGTH]

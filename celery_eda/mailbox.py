@@ -61,7 +61,7 @@ class Mailbox:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
 
-    # ── for requesters ────────────────────────────────────────────────────────────────────
+    # ── for requesters ──────────────────────────────────────────────────────────────────────
 
     def expect(self, correlation_id: str) -> Future[Any]:
         """A future of the result or :class:`ErrorOutcome`; it is referred to weakly.

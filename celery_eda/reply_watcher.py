@@ -27,7 +27,7 @@ log = redaction.logger(__name__)
 
 #: Seconds between two polls for the same reply: the first interval, doubling up to the longest.
 POLL = (0.02, 0.5)
-#: Replies in one query; older versions of SQLite accept at most 999 parameters.
+#: Replies in one query; SQLite before 3.32 accepts at most 999 parameters.
 BATCH = 500
 
 
