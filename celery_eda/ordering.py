@@ -43,7 +43,8 @@ def ordering_key(source: str, stream: str, key: Any) -> Lane:
     Raises:
         InvalidKey: *key* has no unambiguous text (None, a float, a collection), or is too long.
     """
-    text = str(key)
+    # A str stays as it is: str() of a member of a `str, Enum` would be the name of the member.
+    text = key if isinstance(key, str) else str(key)
     if not text or key is None or isinstance(key, float | list | dict | set):
         raise InvalidKey(
             f"{key!r} is no ordering key of {stream}: give a text, an integer or a UUID."
