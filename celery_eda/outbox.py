@@ -206,10 +206,10 @@ class ClaimedRows:
 
 
 class ClaimedMessage(NamedTuple):
-    """What the broker needs of a claimed message: its route, its body and its envelope.
+    """The parts of a claimed message that the broker needs: its route, body and envelope.
 
-    That is less than half of the row. :meth:`whole` reads the rest. A named tuple, because a relay
-    makes one for every message it sends: a frozen dataclass takes five times as long.
+    They are less than half of the row; :meth:`whole` reads all of it. A named tuple, because a
+    relay makes one for every message that it sends: a frozen dataclass takes five times as long.
 
     Attributes:
         rows: the rows that were claimed together with this one.

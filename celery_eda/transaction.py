@@ -28,7 +28,7 @@ Written = RowId | QueueName
 
 @dataclass(frozen=True)
 class Store:
-    """Where captured messages go.
+    """The destination of captured messages.
 
     Attributes:
         add: writes messages through a connection; returns where each was written.
