@@ -1,7 +1,6 @@
-"""The tables, on one SQLAlchemy ``MetaData``: each service has its own set in its own database.
+"""The tables of one service, on one SQLAlchemy ``MetaData``.
 
-Two consumers whose names differ in case, trailing blanks or Unicode form are two consumers on
-every database.
+Names that differ in case, trailing blanks or Unicode form are different on every database.
 """
 
 from __future__ import annotations
@@ -40,27 +39,27 @@ class Tables:
     """The tables of one service.
 
     Attributes:
-        prefix: what their names begin with.
-        schema: the database schema they are in, None for the default one.
+        prefix: the beginning of their names.
+        schema: the database schema of the tables, None for the default one.
         outbox: committed messages that are not sent yet.
         inbox: the outcome of each attempt at a message.
-        attempts: deliveries of messages that have not had an outcome.
-        dead_letters: messages that could not be sent or handled, whole.
-        sequences: the number last given to a message of each ordering key, by this service.
-        cursors: the number last handled of each ordering key, by each consumer.
-        parked: messages that came before their predecessor, whole.
-        audit: what was done to dead letters, by whom and why.
-        requests: durable requests of this service, and what came of them.
+        attempts: deliveries of messages that have no outcome yet.
+        dead_letters: messages that could not be sent or handled, complete.
+        sequences: the last number assigned to a message of each ordering key, by this service.
+        cursors: the last number handled of each ordering key, by each consumer.
+        parked: messages that arrived before their predecessor, complete.
+        audit: actions on dead letters, with author and reason.
+        requests: durable requests of this service, and their replies.
         events: every event that this service has emitted.
-        snapshots: what the fold of a stream came to at some of its versions.
-        declarations: the queues that were made for subscriptions of this service.
-        projections: the tables made of events, and how their shadows are made.
+        snapshots: folded states of event streams, each at a version.
+        declarations: broker queues declared for subscriptions of this service.
+        projections: the tables that projections write, and the state of their rebuilds.
         sagas: the state of each saga of this service.
-        saga_steps: each attempt at a part of one, and what came of it.
-        saga_locks: what sagas have locked for others, and who waits for it.
-        queue: messages that wait for a worker, where the database itself is the broker.
-        bindings: the queues there are, and what exchanges put into them.
-        takers: who takes from those queues right now.
+        saga_steps: each attempt at a step of a saga, and its outcome.
+        saga_locks: keys locked by sagas, and the sagas that wait for them.
+        queue: messages waiting for a worker, where the database itself is the broker.
+        bindings: queues, and the exchanges that route to them.
+        takers: processes that currently consume from those queues.
         version: the revision of the tables, as Alembic records it.
     """
 
@@ -90,175 +89,238 @@ class Tables:
 
     @property
     def all(self) -> tuple[Table, ...]:
-        """Every table but that of the version."""
+        """Every table except that of the version."""
         return (
-            *(self.outbox, self.inbox, self.attempts, self.dead_letters),
-            *(self.sequences, self.cursors, self.parked, self.audit, self.requests),
-            *(self.events, self.snapshots, self.declarations, self.projections),
-            *(self.sagas, self.saga_steps, self.saga_locks),
-            *(self.queue, self.bindings, self.takers),
+            self.outbox,
+            self.inbox,
+            self.attempts,
+            self.dead_letters,
+            self.sequences,
+            self.cursors,
+            self.parked,
+            self.audit,
+            self.requests,
+            self.events,
+            self.snapshots,
+            self.declarations,
+            self.projections,
+            self.sagas,
+            self.saga_steps,
+            self.saga_locks,
+            self.queue,
+            self.bindings,
+            self.takers,
         )
 
     @classmethod
     def on(
         cls, metadata: MetaData | None = None, *, prefix: str = "eda_", schema: str | None = None
     ) -> Tables:
-        """The tables, made on *metadata*: pass a project's own to have its migrations see them."""
+        """The tables, added to *metadata*: a project's own, so that its migrations see them."""
         metadata = MetaData() if metadata is None else metadata
-        outbox = Table(
-            f"{prefix}outbox",
-            metadata,
-            Column("id", Identifier, primary_key=True, autoincrement=True),
-            *_message_columns(),
-            Column("available_at", Moment, nullable=True),
-            Column("attempts", Integer, nullable=False, server_default="0"),
-            Column("last_error", LongText),
-            Column("claimed_by", String(32)),
-            Column("envelope", Bytes),
+        where = (metadata, prefix, schema)
+        inbox, attempts = _inbox_tables(*where)
+        dead_letters, audit = _dead_letter_tables(*where)
+        sequences, cursors, parked = _ordering_tables(*where)
+        events, snapshots, declarations, projections = _event_tables(*where)
+        sagas, saga_steps, saga_locks = _saga_tables(*where)
+        queue, bindings, takers = _queue_tables(*where)
+        return cls(
+            prefix=prefix,
             schema=schema,
-            sqlite_autoincrement=True,
-            **_OPTIONS,
+            metadata=metadata,
+            outbox=_outbox_table(*where),
+            inbox=inbox,
+            attempts=attempts,
+            dead_letters=dead_letters,
+            audit=audit,
+            sequences=sequences,
+            cursors=cursors,
+            parked=parked,
+            requests=_request_table(*where),
+            events=events,
+            snapshots=snapshots,
+            declarations=declarations,
+            projections=projections,
+            sagas=sagas,
+            saga_steps=saga_steps,
+            saga_locks=saga_locks,
+            queue=queue,
+            bindings=bindings,
+            takers=takers,
+            version=_version_table(*where),
         )
-        # One index serves both claims: rows for now (NULL, by id) and rows that came due.
-        Index(f"ix_{prefix}outbox_available", outbox.c.available_at, outbox.c.id)
-        inbox = Table(
-            f"{prefix}inbox",
-            metadata,
-            *_attempt_columns(),
-            Column("outcome", String(8), nullable=False),
-            Column("result", Bytes),
-            Column("at", Moment, nullable=False),
-            PrimaryKeyConstraint("consumer", "message_id", "revision"),
-            schema=schema,
-            **_OPTIONS,
-        )
-        Index(f"ix_{prefix}inbox_at", inbox.c.at)
-        attempts = Table(
-            f"{prefix}attempts",
-            metadata,
-            *_attempt_columns(),
-            Column("deliveries", Integer, nullable=False),
-            Column("at", Moment, nullable=False),
-            Column("cause", String(16)),
-            PrimaryKeyConstraint("consumer", "message_id", "revision"),
-            schema=schema,
-            **_OPTIONS,
-        )
-        dead_letters = Table(
-            f"{prefix}dead_letters",
-            metadata,
-            Column("id", Identifier, primary_key=True, autoincrement=True),
-            *_message_columns(),
-            Column("consumer", Name),
-            Column("reason", String(32), nullable=False),
-            Column("error_type", String(NAME_LENGTH)),
-            Column("error", LongText),
-            Column("traceback", LongText),
-            Column("attempts", Integer, nullable=False),
-            Column("at", Moment, nullable=False),
-            Column("state", String(16), nullable=False, server_default="open"),
-            Column("first_at", Moment),
-            Column("ordering_key", Name(KEY_BYTES)),
-            Column("correlation_id", String(NAME_LENGTH)),
-            Column("causation_id", String(NAME_LENGTH)),
-            schema=schema,
-            sqlite_autoincrement=True,
-            **_OPTIONS,
-        )
-        Index(f"ix_{prefix}dead_letters_state", dead_letters.c.state, dead_letters.c.id)
-        Index(f"ix_{prefix}dead_letters_message", dead_letters.c.message_id)
-        Index(f"ix_{prefix}dead_letters_at", dead_letters.c.at)
-        sequences = Table(
-            f"{prefix}sequences",
-            metadata,
-            Column("stream", Name, nullable=False),
-            Column("key", Name(KEY_BYTES), nullable=False),
-            Column("epoch", BigInteger, nullable=False),
-            Column("last", BigInteger, nullable=False),
-            Column("previous_epoch", BigInteger),
-            Column("previous_last", BigInteger),
-            Column("version", BigInteger, nullable=False, server_default="0"),
-            PrimaryKeyConstraint("stream", "key"),
-            schema=schema,
-            **_OPTIONS,
-        )
-        cursors = Table(
-            f"{prefix}cursors",
-            metadata,
-            *_key_columns(),
-            Column("epoch", BigInteger, nullable=False),
-            Column("last", BigInteger, nullable=False),
-            Column("held", Integer),
-            Column("parked", Integer, nullable=False),
-            PrimaryKeyConstraint("consumer", "source", "stream", "key"),
-            schema=schema,
-            **_OPTIONS,
-        )
-        parked = Table(
-            f"{prefix}parked",
-            metadata,
-            *_key_columns(),
-            Column("epoch", BigInteger, nullable=False),
-            Column("number", BigInteger, nullable=False),
-            Column("previous_epoch", BigInteger),
-            Column("previous_last", BigInteger),
-            *_message_columns(),
-            Column("released_at", Moment),
-            PrimaryKeyConstraint("consumer", "source", "stream", "key", "epoch", "number"),
-            schema=schema,
-            **_OPTIONS,
-        )
-        Index(f"ix_{prefix}parked_message", parked.c.message_id)
-        audit = Table(
-            f"{prefix}audit",
-            metadata,
-            Column("id", Identifier, primary_key=True, autoincrement=True),
-            Column("at", Moment, nullable=False),
-            Column("actor", String(NAME_LENGTH), nullable=False),
-            Column("action", String(16), nullable=False),
-            Column("why", LongText),
-            Column("dead_letter", BigInteger),
-            Column("consumer", Name),
-            Column("message_id", MessageId),
-            Column("revision", Integer),
-            Column("detail", LongText),
-            schema=schema,
-            sqlite_autoincrement=True,
-            **_OPTIONS,
-        )
-        Index(f"ix_{prefix}audit_message", audit.c.message_id, audit.c.id)
-        Index(f"ix_{prefix}audit_letter", audit.c.dead_letter, audit.c.at)
-        Index(f"ix_{prefix}audit_at", audit.c.at)
-        requests = Table(
-            f"{prefix}requests",
-            metadata,
-            Column("correlation_id", MessageId, nullable=False),
-            Column("task", String(NAME_LENGTH), nullable=False),
-            Column("at", Moment, nullable=False),
-            Column("replied_at", Moment),
-            Column("content_type", String(NAME_LENGTH)),
-            Column("content_encoding", String(NAME_LENGTH)),
-            Column("body", Bytes),
-            PrimaryKeyConstraint("correlation_id"),
-            schema=schema,
-            **_OPTIONS,
-        )
-        Index(f"ix_{prefix}requests_at", requests.c.at)
-        version = Table(
-            f"{prefix}version",
-            metadata,
-            Column("version_num", String(32), nullable=False),
-            PrimaryKeyConstraint("version_num", name=f"{prefix}version_pkc"),
-            schema=schema,
-        )
-        records = (
-            *(outbox, inbox, attempts, dead_letters),
-            *(sequences, cursors, parked, audit, requests),
-            *_event_tables(metadata, prefix, schema),
-            *_saga_tables(metadata, prefix, schema),
-            *_queue_tables(metadata, prefix, schema),
-        )
-        return cls(prefix, schema, metadata, *records, version)
+
+
+def _outbox_table(metadata: MetaData, prefix: str, schema: str | None) -> Table:
+    outbox = Table(
+        f"{prefix}outbox",
+        metadata,
+        Column("id", Identifier, primary_key=True, autoincrement=True),
+        *_message_columns(),
+        Column("available_at", Moment, nullable=True),
+        Column("attempts", Integer, nullable=False, server_default="0"),
+        Column("last_error", LongText),
+        Column("claimed_by", String(32)),
+        Column("envelope", Bytes),
+        schema=schema,
+        sqlite_autoincrement=True,
+        **_OPTIONS,
+    )
+    # One index serves both claims: rows for now (NULL, by id) and rows that came due.
+    Index(f"ix_{prefix}outbox_available", outbox.c.available_at, outbox.c.id)
+    return outbox
+
+
+def _inbox_tables(metadata: MetaData, prefix: str, schema: str | None) -> tuple[Table, Table]:
+    inbox = Table(
+        f"{prefix}inbox",
+        metadata,
+        *_attempt_columns(),
+        Column("outcome", String(8), nullable=False),
+        Column("result", Bytes),
+        Column("at", Moment, nullable=False),
+        PrimaryKeyConstraint("consumer", "message_id", "revision"),
+        schema=schema,
+        **_OPTIONS,
+    )
+    Index(f"ix_{prefix}inbox_at", inbox.c.at)
+    attempts = Table(
+        f"{prefix}attempts",
+        metadata,
+        *_attempt_columns(),
+        Column("deliveries", Integer, nullable=False),
+        Column("at", Moment, nullable=False),
+        Column("cause", String(16)),
+        PrimaryKeyConstraint("consumer", "message_id", "revision"),
+        schema=schema,
+        **_OPTIONS,
+    )
+    return inbox, attempts
+
+
+def _dead_letter_tables(metadata: MetaData, prefix: str, schema: str | None) -> tuple[Table, Table]:
+    dead_letters = Table(
+        f"{prefix}dead_letters",
+        metadata,
+        Column("id", Identifier, primary_key=True, autoincrement=True),
+        *_message_columns(),
+        Column("consumer", Name),
+        Column("reason", String(32), nullable=False),
+        Column("error_type", String(NAME_LENGTH)),
+        Column("error", LongText),
+        Column("traceback", LongText),
+        Column("attempts", Integer, nullable=False),
+        Column("at", Moment, nullable=False),
+        Column("state", String(16), nullable=False, server_default="open"),
+        Column("first_at", Moment),
+        Column("ordering_key", Name(KEY_BYTES)),
+        Column("correlation_id", String(NAME_LENGTH)),
+        Column("causation_id", String(NAME_LENGTH)),
+        schema=schema,
+        sqlite_autoincrement=True,
+        **_OPTIONS,
+    )
+    Index(f"ix_{prefix}dead_letters_state", dead_letters.c.state, dead_letters.c.id)
+    Index(f"ix_{prefix}dead_letters_message", dead_letters.c.message_id)
+    Index(f"ix_{prefix}dead_letters_at", dead_letters.c.at)
+    audit = Table(
+        f"{prefix}audit",
+        metadata,
+        Column("id", Identifier, primary_key=True, autoincrement=True),
+        Column("at", Moment, nullable=False),
+        Column("actor", String(NAME_LENGTH), nullable=False),
+        Column("action", String(16), nullable=False),
+        Column("why", LongText),
+        Column("dead_letter", BigInteger),
+        Column("consumer", Name),
+        Column("message_id", MessageId),
+        Column("revision", Integer),
+        Column("detail", LongText),
+        schema=schema,
+        sqlite_autoincrement=True,
+        **_OPTIONS,
+    )
+    Index(f"ix_{prefix}audit_message", audit.c.message_id, audit.c.id)
+    Index(f"ix_{prefix}audit_letter", audit.c.dead_letter, audit.c.at)
+    Index(f"ix_{prefix}audit_at", audit.c.at)
+    return dead_letters, audit
+
+
+def _ordering_tables(
+    metadata: MetaData, prefix: str, schema: str | None
+) -> tuple[Table, Table, Table]:
+    sequences = Table(
+        f"{prefix}sequences",
+        metadata,
+        Column("stream", Name, nullable=False),
+        Column("key", Name(KEY_BYTES), nullable=False),
+        Column("epoch", BigInteger, nullable=False),
+        Column("last", BigInteger, nullable=False),
+        Column("previous_epoch", BigInteger),
+        Column("previous_last", BigInteger),
+        Column("version", BigInteger, nullable=False, server_default="0"),
+        PrimaryKeyConstraint("stream", "key"),
+        schema=schema,
+        **_OPTIONS,
+    )
+    cursors = Table(
+        f"{prefix}cursors",
+        metadata,
+        *_key_columns(),
+        Column("epoch", BigInteger, nullable=False),
+        Column("last", BigInteger, nullable=False),
+        Column("held", Integer),
+        Column("parked", Integer, nullable=False),
+        PrimaryKeyConstraint("consumer", "source", "stream", "key"),
+        schema=schema,
+        **_OPTIONS,
+    )
+    parked = Table(
+        f"{prefix}parked",
+        metadata,
+        *_key_columns(),
+        Column("epoch", BigInteger, nullable=False),
+        Column("number", BigInteger, nullable=False),
+        Column("previous_epoch", BigInteger),
+        Column("previous_last", BigInteger),
+        *_message_columns(),
+        Column("released_at", Moment),
+        PrimaryKeyConstraint("consumer", "source", "stream", "key", "epoch", "number"),
+        schema=schema,
+        **_OPTIONS,
+    )
+    Index(f"ix_{prefix}parked_message", parked.c.message_id)
+    return sequences, cursors, parked
+
+
+def _request_table(metadata: MetaData, prefix: str, schema: str | None) -> Table:
+    requests = Table(
+        f"{prefix}requests",
+        metadata,
+        Column("correlation_id", MessageId, nullable=False),
+        Column("task", String(NAME_LENGTH), nullable=False),
+        Column("at", Moment, nullable=False),
+        Column("replied_at", Moment),
+        Column("content_type", String(NAME_LENGTH)),
+        Column("content_encoding", String(NAME_LENGTH)),
+        Column("body", Bytes),
+        PrimaryKeyConstraint("correlation_id"),
+        schema=schema,
+        **_OPTIONS,
+    )
+    Index(f"ix_{prefix}requests_at", requests.c.at)
+    return requests
+
+
+def _version_table(metadata: MetaData, prefix: str, schema: str | None) -> Table:
+    return Table(
+        f"{prefix}version",
+        metadata,
+        Column("version_num", String(32), nullable=False),
+        PrimaryKeyConstraint("version_num", name=f"{prefix}version_pkc"),
+        schema=schema,
+    )
 
 
 def _event_tables(
@@ -405,7 +467,7 @@ def _queue_tables(
         Column("rank", Integer, nullable=False),
         Column("due", Moment),
         Column("expires_at", Moment),
-        # Who has it: NULL nobody, 0 its time has not come, else a taker's id.
+        # NULL: free. 0: not due yet. Otherwise the id of the taker that has claimed it.
         Column("owner", BigInteger),
         Column("fence", Integer, nullable=False, server_default="0"),
         Column("message", LongText, nullable=False),
