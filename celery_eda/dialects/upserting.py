@@ -20,7 +20,7 @@ class Upserting(Dialect):
     def insert_once(
         self, connection: Connection, table: Table, values: Values, now: str | None = None
     ) -> bool:
-        # Not rowcount: SQLAlchemy has none for an INSERT with RETURNING.
+        # Not rowcount: SQLAlchemy keeps none for an INSERT.
         return connection.execute(self._inserting(table, now), values).first() is not None
 
     @cached_statement

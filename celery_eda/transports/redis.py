@@ -1,4 +1,4 @@
-"""Messages to Redis or Valkey: a batch is written in one pipeline, and each message gets a reply.
+"""Messages to Redis or Valkey: a batch is written without waiting, and each message gets a reply.
 
 Kombu's own channel chooses the keys and makes the format, priorities and bindings included; most
 messages were formatted when they were captured. The next batch is sent while the server works on

@@ -115,8 +115,8 @@ class QoS(redis.QoS):
             self.channel.set_aside(tag)
 
     def _require_channel(self) -> None:
-        # On a closed channel kombu raises AttributeError, for which Celery ends the worker. A
-        # ConnectionError is only logged, and the message is redelivered.
+        # On a closed channel kombu fails with an error for which Celery ends the worker. For a
+        # ConnectionError Celery only logs it, and the message is redelivered.
         if self.channel.closed:
             raise ConnectionError("the connection of this message is lost")
 
