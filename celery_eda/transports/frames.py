@@ -61,7 +61,7 @@ class Frames:
         offsets = range(0, size, room)
         header = HEADER_SIZE + len(envelope)
         if header > room:  # the broker would close the connection
-            raise ContentTooLarge(f"The headers have {header} bytes; a frame holds {room}.")
+            raise ContentTooLarge(f"The headers have {header} bytes; one frame holds {room}.")
         route = message.exchange, message.routing_key, immediate
         method = self._methods.get(route) or self._learn(route)
         start = _header(HEADER, self._channel_id, header, Basic.CLASS_ID, 0, size)
