@@ -7,26 +7,26 @@ EDAError
 │   └── SchemaOutdated          tables missing or from another version
 ├── TransactionError
 │   ├── AutocommitTransaction   there is no transaction to share
-│   ├── TwoEngines              the outbox would commit apart from the work
+│   ├── TwoEngines              the outbox would not commit together with the work
 │   ├── TwoSessions             cannot tell which open session a message belongs to
 │   ├── OutsideTransaction      published outside, where the settings forbid it
-│   ├── VersionConflict         somebody else has appended to the event stream
+│   ├── VersionConflict         another transaction has appended to the event stream
 │   └── BrokenTransaction       a handler ended the transaction of its own message
 ├── RepairError                 a dead letter cannot be treated like that
 │   ├── UnreadableBody          its arguments can be neither read nor changed here
-│   └── NotItsTurn              others of its key would be lost, or overtaken
+│   └── NotItsTurn              other messages of its key would be lost or overtaken
 ├── InvalidKey                  no ordering key; also ValueError
 ├── InvalidEvent                no event, name or pattern of one; also ValueError
 ├── ArchivedEvents              the first events of a stream have left the store
-├── RebuildError                a projection cannot be made anew like that
+├── RebuildError                a projection cannot be rebuilt like that
 ├── PublishingForbidden         nothing may leave from here: a replay, or a projection
 ├── OutOfSequence               why a message whose turn has passed is a dead letter
 ├── RequestError
 │   ├── RequestTimeout          no reply came in time; also TimeoutError
 │   ├── UnsentRequest           waiting for the reply to what is not committed yet
-│   ├── UnknownRequest          nobody here asked for such a reply
-│   └── RemoteError             what the responder failed with, if its type is not known here
-├── SagaError                   a saga cannot be begun, or treated like that
+│   ├── UnknownRequest          no such durable request in this database
+│   └── RemoteError             the responder's error, if its type is not known here
+├── SagaError                   a saga cannot be started or changed like that
 ├── SagaTimeout                 why a step or a wait of a saga has failed; also TimeoutError
 ├── NoDelivery                  asked for the delivery's session outside a reliable task
 ├── NoNextAttempt               a handler raised Retry by itself
@@ -48,7 +48,7 @@ class EDAError(Exception):
 
 
 class ConfigurationError(EDAError, ImproperlyConfigured):
-    """The app cannot keep the promise as it is configured."""
+    """The configuration of the app would break a guarantee."""
 
 
 class UnknownSetting(ConfigurationError):
@@ -64,7 +64,7 @@ class SchemaOutdated(ConfigurationError):
 
 
 class TransactionError(EDAError):
-    """A message cannot share the fate of the transaction it was published in."""
+    """A message cannot be committed together with the transaction it was published in."""
 
 
 class AutocommitTransaction(TransactionError):
@@ -72,11 +72,11 @@ class AutocommitTransaction(TransactionError):
 
 
 class TwoEngines(TransactionError):
-    """The session's work and the outbox would be committed one after the other."""
+    """The session and the outbox use two engines, so they cannot commit atomically."""
 
 
 class TwoSessions(TransactionError):
-    """More than one attached session is open, so the message's transaction is unclear."""
+    """More than one attached session is open, so the message's transaction is ambiguous."""
 
 
 class OutsideTransaction(TransactionError):
@@ -84,11 +84,11 @@ class OutsideTransaction(TransactionError):
 
 
 class BrokenTransaction(TransactionError):
-    """A handler's work would not be committed together with the record that it was done."""
+    """A handler's work would not be committed together with its inbox row."""
 
 
 class VersionConflict(TransactionError):
-    """A stream of events is not at the version that was expected; nothing may be committed.
+    """An event stream is not at the expected version; the transaction must be rolled back.
 
     Attributes:
         stream, expected, actual: its name, and the versions.
@@ -96,14 +96,14 @@ class VersionConflict(TransactionError):
 
     def __init__(self, stream: str, expected: int, actual: int) -> None:
         super().__init__(
-            f"The stream {stream} is at version {actual}, not {expected}: somebody else has "
-            "appended to it. Roll back, read it again and decide anew."
+            f"The stream {stream} is at version {actual}, not {expected}: another transaction "
+            "has appended events. Roll back, read the stream again and repeat the decision."
         )
         self.stream, self.expected, self.actual = stream, expected, actual
 
 
 class RepairError(EDAError):
-    """A dead letter cannot be treated as was asked; nothing was changed."""
+    """A repair of a dead letter was refused; nothing was changed."""
 
 
 class UnreadableBody(RepairError):
@@ -111,22 +111,22 @@ class UnreadableBody(RepairError):
 
 
 class NotItsTurn(RepairError):
-    """The order of a key forbids what was asked."""
+    """The order of the message's key forbids the repair."""
 
 
 class InvalidKey(EDAError, ValueError):
-    """What was given cannot be the ordering key of a message."""
+    """A value cannot be the ordering key of a message."""
 
 
 class InvalidEvent(EDAError, ValueError):
-    """What was given is no event, or no name, pattern or data of one."""
+    """A value is not an event, or not the name, pattern or data of one."""
 
 
 class ArchivedEvents(EDAError):
-    """Events that a fold begins with were archived; there is no state to be told.
+    """The first events of a fold were archived, so its state is unknown.
 
     Attributes:
-        stream, version: its name, and the first version that is not there.
+        stream, version: its name, and the first missing version.
     """
 
     def __init__(self, stream: str, version: int) -> None:
@@ -138,27 +138,27 @@ class ArchivedEvents(EDAError):
 
 
 class RebuildError(EDAError):
-    """A projection cannot be made anew, compared or exchanged like that; nothing was changed."""
+    """A projection cannot be rebuilt, compared or switched like that; nothing was changed."""
 
 
 class PublishingForbidden(EDAError):
-    """Something was published from where nothing may leave: a replay, or a projection."""
+    """Code that must not publish, a replay or a projection, has published."""
 
 
 class OutOfSequence(EDAError):
-    """A message came although another has taken its place, and it is no copy."""
+    """A message arrived after a later one of its key was handled, and is not a copy."""
 
 
 class RequestError(EDAError):
-    """A request has no result."""
+    """A request did not return a result."""
 
 
 class RequestTimeout(RequestError, TimeoutError):
-    """No reply came in time. One that comes later is dropped, unless the request is durable."""
+    """No reply arrived in time. A later one is dropped, unless the request is durable."""
 
 
 class UnsentRequest(RequestError):
-    """The reply was waited for inside the transaction that still holds the request."""
+    """The caller waits for a reply inside the transaction that has yet to commit the request."""
 
 
 class UnknownRequest(RequestError):
@@ -166,12 +166,12 @@ class UnknownRequest(RequestError):
 
 
 class RemoteError(RequestError):
-    """What the responder failed with.
+    """The error with which the responder failed.
 
     Attributes:
         type: name of the error's class there.
-        message: its text, bounded and without what looked like a secret.
-        traceback: lines of the responder's code, if it told.
+        message: its text, bounded and with secrets redacted.
+        traceback: lines of the responder's code, if it sent them.
     """
 
     def __init__(self, type: str, message: str, traceback: str | None = None) -> None:
@@ -185,15 +185,15 @@ class RemoteError(RequestError):
 
 
 class SagaError(EDAError):
-    """A saga cannot be begun, or treated as was asked; nothing was changed."""
+    """A saga cannot be started or changed like that; nothing was changed."""
 
 
 class SagaTimeout(EDAError, TimeoutError):
-    """The time of a step, or of a wait, was over."""
+    """The time limit of a step or of a wait has passed."""
 
 
 class NoDelivery(EDAError):
-    """The session of the message in progress was asked for while none is in progress."""
+    """The delivery's session was requested while no message is being handled."""
 
 
 class NoNextAttempt(EDAError):
@@ -201,7 +201,7 @@ class NoNextAttempt(EDAError):
 
 
 class Malformed(EDAError, ValueError):
-    """A part of a message is not what it has to be; its words quote nothing of the message."""
+    """A part of a message is malformed; the text never quotes the message."""
 
 
 class TooLarge(Malformed):
@@ -209,16 +209,16 @@ class TooLarge(Malformed):
 
 
 class Undecodable(Malformed):
-    """The body of a message cannot be restored, decoded, or may not be."""
+    """The body of a message cannot be decompressed or decoded, or must not be."""
 
 
 class TimeLimit(EDAError):
-    """A message overran its hard time limit each time that it was delivered."""
+    """A message exceeded its hard time limit at each delivery."""
 
 
 class Unwanted(EDAError):
-    """A message is not to be handled any more: it is ``expired`` or ``revoked``."""
+    """A message must not be handled any more: it is ``expired`` or ``revoked``."""
 
 
 class WorkersLost(EDAError):
-    """A message was delivered again and again, and no worker came to an end with it."""
+    """A message was redelivered too often: each worker was lost while handling it."""

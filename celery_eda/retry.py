@@ -1,7 +1,6 @@
-"""How long to wait before trying again, and when to give up.
+"""Retry policies: the delay before the next attempt, or None to give up.
 
-Whether a failed attempt is followed by another one is a policy's decision: any callable that takes
-the number of attempts made and the exception, and returns seconds, or None to give up.
+A policy is any callable that takes the number of attempts made and the exception.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ OUTAGE_DELAY = (0.1, 5.0)
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Which failures are tried again, how often and when.
+    """Failures to retry, with the number of attempts and the delays.
 
-    Attempts are counted across workers; those that ``self.retry()`` asked for count too.
+    Attempts are counted across workers; those made by ``self.retry()`` count too.
 
     Attributes:
         attempts: in all, the first one included.
         first: seconds before the second attempt; about twice as many before each further one.
-        longest: seconds that are never exceeded.
-        on: exceptions that are worth another attempt, with their subclasses.
-        never: those that are not, although they are subclasses of one in ``on``.
+        longest: the longest delay in seconds.
+        on: exceptions to retry, with their subclasses.
+        never: exceptions not to retry, although they are subclasses of one in ``on``.
 
     Raises:
         ConfigurationError: the numbers make no sense.
@@ -64,10 +63,10 @@ class RetryPolicy:
 
 
 def checked_policy(policy: Policy) -> Policy:
-    """*policy*, which can be called.
+    """*policy*, if it can be called.
 
     Raises:
-        ConfigurationError: it cannot.
+        ConfigurationError: *policy* cannot be called, or is a class.
     """
     if not callable(policy) or isinstance(policy, type):
         raise ConfigurationError(

@@ -1,7 +1,7 @@
-"""Every ``eda_*`` setting: its type, its default, what it does.
+"""Every ``eda_*`` setting: its type, its default and its effect.
 
-They are ordinary Celery options: ``app.conf.eda_relay_batch``, ``CELERY_EDA_RELAY_BATCH`` through
-a namespace, ``eda.relay_batch=100`` on the worker's command line.
+Settings are ordinary Celery options: ``app.conf.eda_relay_batch``, ``CELERY_EDA_RELAY_BATCH``
+through a namespace, ``eda.relay_batch=100`` on the worker's command line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def option(
     least: float = 0,
     optional: bool = False,
 ) -> T:
-    """A dataclass field that is also a Celery option; if *optional*, None is a value too."""
+    """A dataclass field that is also a Celery option; with *optional*, None is allowed."""
     metadata = {"doc": doc, "choices": choices, "least": least, "optional": optional}
     value: T = field(default=default, metadata=metadata)
     return value
@@ -47,50 +47,52 @@ class Settings:
     )
     service: str | None = option(
         None,
-        "Name of this service, under which other services know the order of its messages; by "
-        "default that of the Celery app. It must not change.",
+        "Name of this service, by which other services know the order of its messages; by default "
+        "the name of the Celery app. It must never change.",
     )
     schema: str | None = option(None, "Database schema of the tables; None for the default one.")
-    table_prefix: str = option("eda_", "What the names of the tables begin with.")
+    table_prefix: str = option("eda_", "Beginning of the names of the tables.")
     tasks: tuple[str, ...] = option(
-        (), "Patterns of task names, e.g. `orders.*`, that are reliable without `@eda.task`."
+        (), "Patterns of task names, e.g. `orders.*`: such tasks are reliable without `@eda.task`."
     )
     outside: str | None = option(
         None,
-        "What publishing outside a transaction does: `store` (in a short transaction of its own), "
-        "`send` (straight to the broker, as plain Celery) or `raise`. By default reliable tasks "
-        "are stored and all others are sent.",
+        "Effect of publishing outside a transaction: `store` (in a short transaction of its own), "
+        "`send` (straight to the broker, as plain Celery does) or `raise`. By default, messages of "
+        "reliable tasks are stored and all others are sent.",
         choices=(None, "store", "send", "raise"),
     )
     send_after_commit: bool = option(
         True,
-        "Whether the committing process sends its messages itself, on a background thread, "
-        "leaving to the relay only what a crash or an outage left behind.",
+        "True: the committing process sends its messages itself, on a background thread, and the "
+        "relay sends only messages left over by a crash or an outage.",
     )
     embedded_relay: bool = option(
-        True, "Whether every worker runs a relay beside its pool. Turn off to run relays apart."
+        True, "True: every worker runs a relay beside its pool. False: run relays separately."
     )
-    relay_batch: int = option(500, "Messages that a relay claims and sends at once.", least=1)
+    relay_batch: int = option(500, "Messages that a relay claims and sends in one batch.", least=1)
     relay_poll: float = option(
-        0.1, "Seconds between two looks at an empty outbox, at the most.", least=0.001
+        0.1, "Most seconds between two polls of an empty outbox.", least=0.001
     )
     publish_timeout: float = option(
         10.0, "Seconds to wait for the broker's confirmation of a batch.", least=0.1
     )
     transaction_timeout: float = option(
         600.0,
-        "Seconds that a handler's transaction may wait for something else than the database, "
-        "before the database ends it and the message is handled again.",
+        "Seconds that a handler's transaction may be idle before the database ends it and the "
+        "message is handled again.",
         least=1,
     )
     claim_timeout: float = option(
         30.0,
-        "Seconds after which the rows of a relay that hangs are free again. Longer than "
-        "`eda_publish_timeout`.",
+        "Seconds after which other relays may claim the rows of a relay that hangs. Must be longer "
+        "than `eda_publish_timeout`.",
         least=1,
     )
     retry_delay: float = option(
-        1.0, "Seconds before a message that the broker refused is sent again; doubles.", least=0.01
+        1.0,
+        "Seconds before a message that the broker refused is sent again; doubled each time.",
+        least=0.01,
     )
     retry_delay_max: float = option(300.0, "The longest such delay, in seconds.", least=0.01)
     max_attempts: int = option(
@@ -98,99 +100,98 @@ class Settings:
     )
     max_deliveries: int = option(
         5,
-        "Redeliveries (lost workers) of one message after which it becomes a dead letter.",
+        "Redeliveries of one message, each after a lost worker, before it becomes a dead letter.",
         least=1,
     )
     repair_queue: str = option(
         "eda.repair",
-        "Queue of the tasks that `@eda.repairs` makes; workers without `-Q` take from it.",
+        "Queue of the tasks that `@eda.repairs` creates; workers without `-Q` consume from it.",
     )
     max_repairs: int = option(
-        3, "Repairs of one message by repairers, after which it is left to a person."
+        3, "Automatic repairs of one message; after them, only a person can repair it."
     )
     retry_policy: str | Callable[[int, Exception], float | None] | None = option(  # noqa: RUF009  # it makes a field
         None,
-        "What decides whether and when a failed message is tried again, for tasks without a "
-        "`policy` of their own: a callable, or `module:name` of one. None never does, as Celery.",
+        "Retry policy of tasks without a `policy` of their own: a callable, or its `module:name`. "
+        "None retries nothing, as Celery does.",
     )
     reply_address: str = option(
         "correlation",
-        "How requests are answered unless they say: `correlation` (over one queue of this "
-        "process), `temporary` (over a queue of its own) or `durable` (into this service's "
-        "database).",
+        "Default way of replies to requests: `correlation` (over one queue of this process), "
+        "`temporary` (over a queue for each request) or `durable` (into this service's database).",
         choices=("correlation", "temporary", "durable"),
     )
     reply_expires: float = option(
         60.0,
-        "Seconds that a reply queue outlives its process, and a broker's absence.",
+        "Seconds that a reply queue survives without its process, or without the broker.",
         least=1,
     )
-    request_timeout: float = option(
-        30.0, "Seconds that a reply is waited for unless the call says.", least=0.001
-    )
+    request_timeout: float = option(30.0, "Default seconds to wait for a reply.", least=0.001)
     outage_patience: float = option(
         30.0,
-        "Seconds that a worker keeps trying a message against a database that is away or busy, "
-        "before it hands the message back to the broker.",
+        "Seconds that a worker retries a message while the database is unavailable or busy, before "
+        "it requeues the message.",
     )
     delivery_limit: int = option(
         0,
-        "Deliveries after which RabbitMQ itself gives a message of a quorum queue up, and a worker "
-        "makes a dead letter of it; 0 for never. More than `eda_max_deliveries`. An outage of the "
-        "database counts here too. Queues that exist without it have to be deleted first.",
+        "Deliveries after which RabbitMQ dead-letters a message of a quorum queue, and a worker "
+        "stores it as a dead letter; 0 for no limit. Must be more than `eda_max_deliveries`. "
+        "Redeliveries during an outage of the database count too. Queues declared without the "
+        "limit have to be deleted first.",
     )
     max_message_bytes: int = option(
         16 * 2**20,
-        "Bytes of a message's body, and of its headers, above which it becomes a dead letter "
-        "instead of being handled.",
+        "Most bytes of a message's body, and of its headers. A larger message becomes a dead "
+        "letter.",
         least=1024,
     )
     max_decompressed_bytes: int = option(
         64 * 2**20,
-        "Bytes that a compressed body may have when decompressed; more of them are not even made.",
+        "Most bytes of a compressed body after decompression, which stops there.",
         least=1024,
     )
     max_nesting: int = option(
-        200, "Lists and mappings within each other, in a body or in headers.", least=8
+        200,
+        "Most levels of lists and mappings within each other, in a body or in headers.",
+        least=8,
     )
 
     inbox_retention: float | None = option(
         14 * DAY,
-        "Seconds for which the inbox remembers a message that was handled; None for ever.",
+        "Seconds for which the inbox remembers a handled message. None: forever.",
         optional=True,
     )
     dead_letter_retention: float | None = option(
         90 * DAY,
-        "Seconds for which a dead letter is kept after it was dealt with; None for ever. Open "
-        "ones are kept in any case.",
+        "Seconds for which a closed dead letter is stored. None: forever. Open ones always are.",
         optional=True,
     )
     audit_retention: float | None = option(
         365 * DAY,
-        "Seconds for which it is kept what was done to dead letters; None for ever.",
+        "Seconds for which the audit trail of dead letters is stored. None: forever.",
         optional=True,
     )
     request_retention: float | None = option(
         14 * DAY,
-        "Seconds for which a durable request, and its reply, can be asked for; None for ever.",
+        "Seconds for which a durable request and its reply are stored. None: forever.",
         optional=True,
     )
     saga_retention: float | None = option(
         90 * DAY,
-        "Seconds for which a saga and its history are kept after its end; None for ever. Then "
-        "one of the same id can be begun again.",
+        "Seconds for which a saga and its history are stored after its end. None: forever. "
+        "Afterwards the same id can be used again.",
         optional=True,
     )
     redelivery_horizon: float = option(
         DAY,
-        "The longest time, in seconds, for which a broker may keep a copy of a message before it "
-        "brings it (again): its visibility timeout, and the longest time without any worker.",
+        "Most seconds before a broker delivers or redelivers a copy of a message: its visibility "
+        "timeout plus the longest time without any worker.",
         least=HOUR,
     )
     housekeeping_interval: float = option(
         60.0,
-        "Seconds between two rounds of a relay's housekeeping: it deletes what is older than the "
-        "settings say, and sends parked messages again that were left lying.",
+        "Seconds between two rounds of a relay's housekeeping, which deletes rows older than their "
+        "retention, and sends forgotten parked messages again.",
         least=0.1,
     )
 
@@ -214,28 +215,26 @@ class Settings:
 
     @property
     def longest_return(self) -> float:
-        """Seconds after which no copy of a message that was handled can come any more."""
+        """Seconds after which no copy of a handled message can arrive any more."""
         return self.max_attempts * self.retry_delay_max + self.redelivery_horizon
 
     def check_retention(self) -> None:
-        """Refuse to forget what may still be needed.
+        """Refuse retention times that would delete rows still needed.
 
-        The inbox must remember an attempt for as long as a copy of it may come: a relay sends one
-        for as long as the broker refuses it (``eda_max_attempts`` times at most
-        ``eda_retry_delay_max``), and the broker brings it within ``eda_redelivery_horizon``::
+        The inbox must remember an attempt for as long as a copy of it may arrive: a relay resends
+        a message while the broker refuses it (``eda_max_attempts`` times at most
+        ``eda_retry_delay_max``), and the broker delivers it within ``eda_redelivery_horizon``::
 
             inbox retention ≥ max attempts × longest retry delay + redelivery horizon
 
-        That is for messages that have left. While one is here (in the outbox, however long its
-        retry policy lets it wait there; parked; or as a dead letter, which may be redriven) its
-        inbox rows are kept whatever their age, so no term stands for these. An open dead letter
-        is kept in any case, and one that was dealt with for its retention after that, which the
-        audit knows::
+        The time that a message spends in the outbox, parked, or as a dead letter needs no term:
+        housekeeping spares its inbox rows meanwhile. A closed dead letter is stored for its
+        retention after its closing, which the audit trail records::
 
             audit retention ≥ dead letter retention
 
         Raises:
-            UnsafeSetting: one of the two does not hold.
+            UnsafeSetting: one of the two inequalities does not hold.
         """
         inbox, dead, audit = (
             math.inf if seconds is None else seconds
@@ -260,11 +259,11 @@ class Settings:
         """The settings in *conf*, an app's configuration.
 
         Raises:
-            UnknownSetting: a key begins with ``eda_`` but is none of ours.
+            UnknownSetting: a key begins with ``eda_`` but names no setting.
             ConfigurationError: a value has the wrong type or is out of range.
         """
         defaults = {setting.name: setting.default for setting in fields(cls)}
-        # An app that was configured before this package was imported does not know our defaults.
+        # An app configured before this package was imported does not have these defaults.
         values = {name: conf.get(PREFIX + name, default) for name, default in defaults.items()}
         for raw, name in _eda_keys(conf):
             if name not in defaults:
@@ -275,7 +274,7 @@ class Settings:
 
 
 def register() -> None:
-    """Make the settings known to Celery, so that they have defaults and types everywhere."""
+    """Register the settings with Celery, which then knows their defaults and types."""
     defaults.NAMESPACES["eda"] = defaults.Namespace(
         **{
             setting.name: defaults.Option(setting.default, type=_celery_type(setting.default))
@@ -289,17 +288,17 @@ def register() -> None:
 
 
 def _celery_type(default: Any) -> str:
-    """Celery's name of the type that text on the command line is made into.
+    """Celery's name of the type to which it converts text from the command line.
 
-    Its own "tuple" would cut the text into characters; :func:`_typed` makes a tuple of it.
+    Its own "tuple" would split the text into characters; :func:`_typed` converts it instead.
     """
     return {bool: "bool", int: "int", float: "float", tuple: "any"}.get(type(default), "string")
 
 
 def _eda_keys(conf: Any) -> Iterator[tuple[str, str]]:
-    """Every configured key that means a setting of ours: as written, and without prefixes.
+    """Every configured ``eda_*`` key: as written, and without prefixes.
 
-    The namespace of *conf* is known once a value has been read from it.
+    *conf* has its namespace only once a value has been read from it.
     """
     namespace = (getattr(conf, "prefix", None) or "").lower()
     for raw in conf:
@@ -351,7 +350,7 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def _check_visibility(conf: Any, horizon: float) -> None:
-    """Refuse a horizon before which the broker does not even miss a killed worker's messages."""
+    """Refuse a horizon shorter than the broker's visibility time-out."""
     visibility = (conf.get("broker_transport_options") or {}).get("visibility_timeout", 0)
     if horizon < visibility:
         raise UnsafeSetting(
