@@ -1,7 +1,7 @@
-"""Where a reply goes: the address that a request carries, and that nobody else can choose.
+"""Reply addresses: the names of queues to which replies are sent.
 
-An address is the name of a queue that holds nothing but replies. It comes over the wire, so what
-does not look like one of these is none.
+An address arrives with a request, so any other format is refused: nobody can direct a reply to a
+queue of tasks.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from enum import Enum
 from secrets import token_hex
 from typing import Any
 
-#: The header of a request that says where its reply goes.
+#: Header of a request: the address for its reply.
 REPLY_HEADER = "eda_reply_to"
 #: The task that a reply calls, with a correlation id and an outcome.
 REPLY_TASK = "celery_eda.reply"
-#: The header of a command that says which saga it belongs to.
+#: Header of a command: the saga that has sent it.
 SAGA_HEADER = "eda_saga"
 
 _PROCESS = "eda.reply."
@@ -26,11 +26,11 @@ _DURABLE = re.compile(r"eda\.replies\.[^\x00-\x1f\x7f]{1,200}")
 
 
 class ReplyAddressKind(str, Enum):
-    """How a request is answered.
+    """The way of a reply to the requester.
 
-    ``correlation``: over the one queue of the requesting process, told apart by correlation id.
-    ``temporary``: over a queue made for this request alone. ``durable``: into the database of the
-    requesting service, over its queue.
+    ``correlation``: over the one queue of the requesting process, matched by correlation id.
+    ``temporary``: over a queue for this request alone. ``durable``: over the queue of the
+    requesting service, into its database.
     """
 
     correlation = "correlation"
@@ -39,7 +39,7 @@ class ReplyAddressKind(str, Enum):
 
 
 def of_process() -> str:
-    """An address for one process, that nobody can guess."""
+    """A new address for one process, which nobody can guess."""
     return _PROCESS + token_hex(16)
 
 
@@ -54,20 +54,20 @@ def of_service(service: str) -> str:
 
 
 def is_volatile(address: str) -> bool:
-    """Whether *address* ends with the process that made it."""
+    """True if *address* exists only as long as the process that created it."""
     return _VOLATILE.fullmatch(address) is not None
 
 
 def is_durable(address: str) -> bool:
-    """Whether *address* is that of a service."""
+    """True if *address* is the address of a service."""
     return _DURABLE.fullmatch(address) is not None
 
 
 def of_headers(headers: Mapping[str, Any]) -> str | None:
-    """The address in the *headers* of a request; None if nobody asks for a reply.
+    """The address in the *headers* of a request; None if no reply is wanted.
 
     Raises:
-        ValueError: there is something in its place that this system cannot have written.
+        ValueError: the header is malformed.
     """
     if (address := headers.get(REPLY_HEADER)) is None:
         return None

@@ -1,6 +1,6 @@
-"""One event as a value: what changed, where, when, and because of what.
+"""One event as a value: the change, its source, its time and its cause.
 
-On the wire and for other systems it has the attributes of CloudEvents 1.0.
+On the wire, an event has the attributes of CloudEvents 1.0.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from uuid import UUID
 from celery_eda.clock import utc
 from celery_eda.topics import category_of
 
-#: The task that an event's message calls, until it has come to a subscription.
+#: The task in an event's message, until a worker replaces it by the subscription's.
 EVENT_TASK = "celery_eda.event"
 #: The exchange that all services publish their events to.
 EVENT_EXCHANGE = "eda.events"
 SPEC_VERSION = "1.0"
-#: What the names of queues begin with from which one worker alone takes events.
+#: Prefix of the queues from which only one worker consumes events.
 OF_ONE_WORKER = "eda.each."
 
 
@@ -33,16 +33,16 @@ class Event:
     """A change of state that has been committed, or will be with its transaction.
 
     Attributes:
-        id: the same wherever the event comes.
+        id: the same in every service.
         type: its name, as ``order.placed``.
         source: the service that emitted it.
         time: when it was emitted, by that service's clock.
-        data: what it says; an instance of the registered class, if there is one.
-        key: of what it is about; events of a category with the same key are a stream.
-        data_version: of the shape of *data*, as the registry counts.
-        correlation_id: shared by everything that followed from the same beginning.
-        causation_id: of the event or task that this one followed from.
-        version: place in its stream, from 1; known only to the store, None without a key.
+        data: its content; an instance of the registered class, if there is one.
+        key: of its subject; events of a category with the same key form a stream.
+        data_version: version of the shape of *data*, as registered.
+        correlation_id: shared by all messages that the same first message caused.
+        causation_id: id of the event or task that caused this one.
+        version: number in its stream, from 1; None without a key, and unless read from the store.
         position: place among all events of the store; None until a reader has asked for it.
         order: place in its key's order as its message says it; known to the store, and here where
             it comes in order.
@@ -65,16 +65,16 @@ class Event:
 
     @property
     def category(self) -> str:
-        """What is before the first dot of its type."""
+        """The part of the type before the first dot."""
         return category_of(self.type)
 
     @property
     def stream(self) -> str | None:
-        """The stream that it belongs to, ``<category>.<key>``; None without a key."""
+        """The event's stream, ``<category>.<key>``; None without a key."""
         return None if self.key is None else f"{self.category}.{self.key}"
 
     def to_cloud(self) -> dict[str, Any]:
-        """Its attributes as CloudEvents 1.0 name them; those that are None are left out."""
+        """The event as CloudEvents 1.0 attributes, without those that are None."""
         sequence, after = (None, None) if self.order is None else _sequences(self.order)
         recorded = self.recorded and utc(self.recorded)
         attributes = {
@@ -102,7 +102,7 @@ class Event:
         """The event with these *attributes*.
 
         Raises:
-            ValueError: they are not those of an event.
+            ValueError: an attribute is missing or malformed.
         """
         match attributes:
             case {
@@ -161,10 +161,10 @@ def _order(
 
 @dataclass(frozen=True)
 class EventAppend:
-    """An event that is to be appended to the store.
+    """An event to append to the store.
 
     Attributes:
-        expected: the version that its stream has to have before; None for any.
+        expected: the version that its stream must have before; None for any.
     """
 
     event: Event

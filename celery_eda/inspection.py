@@ -1,7 +1,7 @@
-"""A look at each message before Celery's own code: may it be handled, and if not, why not?
+"""Validation of each message before Celery's own code handles it.
 
-What passes here cannot stop a worker: every header that Celery uses has the type and the bounds
-that Celery takes for granted, and the body is a call. Nothing is changed and nothing is kept.
+A message that passes cannot stop a worker: every header that Celery uses has the type and bounds
+that Celery assumes, and the body is a call. The message is not changed.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ LONGEST_NAME = NAME_LENGTH
 LONGEST_TEXT = 65_536
 #: Retries, nesting, seconds: what a database or a timer can hold.
 LARGEST = 2**31 - 1
-#: Outside these years a moment cannot be converted to another time zone, or not be waited for.
+#: Years in which every moment can be converted to another time zone and be waited for.
 YEARS = range(1970, 9999)
 _TEXTS = (str, bytes, memoryview)
 _LISTS = (list, tuple)
-#: Types of values that have no size worth mentioning.
+#: Types of values whose size does not count.
 _SMALL = frozenset((type(None), bool, int, float))
-#: What a body carries beside the arguments; anything else there would be forged.
+#: Keys of the third part of a body; Celery writes no others.
 EMBEDDED = ("callbacks", "errbacks", "chain", "chord")
-#: A header of such a name would hide what Celery, or a task, calls on its request.
+#: Names of methods of Celery's request, which a header of that name would hide.
 _RESERVED = frozenset(name for name in dir(Context) if callable(getattr(Context, name)))
 
 
@@ -61,7 +61,7 @@ def inspect(message: Any, limits: Limits) -> Malformed | None:
 
 
 def undecodable(error: Exception) -> Undecodable:
-    """*error* of kombu or of a decoder, in words that quote nothing of the message."""
+    """*error* of kombu or of a decoder, described without quoting the message."""
     cause = error.args[0] if isinstance(error, DecodeError) and error.args else error
     match cause:
         case UnicodeError():
@@ -79,7 +79,7 @@ def undecodable(error: Exception) -> Undecodable:
 
 
 def _check_size(message: Any, limits: Limits) -> None:
-    # What was compressed is bounded where it is decompressed.
+    # A compressed body is bounded when it is decompressed.
     if "compression" not in message.headers and len(message.body or b"") > limits.bytes:
         raise TooLarge(
             f"The body has {len(message.body)} bytes; eda_max_message_bytes is {limits.bytes}."
@@ -95,13 +95,13 @@ def _check_nesting(message: Any, payload: Any, most: int) -> None:
     body = message.body
     is_json = message.content_type == "application/json" and isinstance(body, bytes)
     if is_json and body.count(b"[") + body.count(b"{") <= most:
-        return  # each level would have a bracket of its own
+        return  # each level has a bracket of its own
     if (depth := _measure(payload)[0]) > most:
         raise TooLarge(f"The body is nested {depth} deep; eda_max_nesting is {most}.")
 
 
 def _measure(value: Any) -> tuple[int, int]:
-    """How deep *value* is nested, and roughly how many bytes its texts have."""
+    """The nesting depth of *value*, and roughly the bytes of its texts."""
     depth = size = 0
     level = [value]
     while level:
@@ -235,9 +235,9 @@ _EMBEDDED: Mapping[str, Callable[[Any], bool]] = {
     "chord": _is_signature,
 }
 
-#: What each header has to be, unless it is absent or null.
+#: Check of each header that is neither absent nor null.
 _HEADERS: Mapping[str, Callable[[Any], bool]] = {
-    # A name that no task has is another matter, however strange it is.
+    # A name of no known task is refused later, however strange it is.
     "task": _is_long_name,
     **dict.fromkeys(("id", "root_id", "parent_id", "group", "lang", "origin"), _is_name),
     "shadow": _is_name,
@@ -248,7 +248,7 @@ _HEADERS: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("ignore_result", "redelivered"), _is_flag),
     **dict.fromkeys(("stamped_headers", "groups"), _is_names),
     "stamps": _is_mapping,
-    # Celery would take them from here if the body had none.
+    # Celery uses these if the body has none.
     **_EMBEDDED,
 }
 

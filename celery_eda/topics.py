@@ -1,7 +1,7 @@
-"""Names of events, and the patterns that choose among them: words with dots between them.
+"""Names of events, and patterns that match them: words separated by dots.
 
 In a pattern ``*`` stands for exactly one word and ``#`` for any number of them, none included, as
-in AMQP. Every broker is held to the same meaning.
+in AMQP. Patterns mean the same on every broker.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _PATTERN = re.compile(rf"({_WORD}|\*|#)(\.({_WORD}|\*|#))*")
 
 
 def category_of(name: str) -> str:
-    """What is before the first dot of an event's *name*, or of a stream's."""
+    """The part of an event's *name*, or of a stream's, before the first dot."""
     return name.partition(".")[0]
 
 
 def checked_name(name: str) -> str:
-    """*name*, if an event can have it.
+    """*name*, if it is valid for an event.
 
     Raises:
-        InvalidEvent: it cannot.
+        InvalidEvent: *name* is not valid.
     """
     if not isinstance(name, str) or len(name) > NAME_BYTES or not _NAME.fullmatch(name):
         raise InvalidEvent(
@@ -38,10 +38,10 @@ def checked_name(name: str) -> str:
 
 
 def checked_pattern(pattern: str) -> str:
-    """*pattern*, if events can be chosen with it.
+    """*pattern*, if it is a valid pattern of event names.
 
     Raises:
-        InvalidEvent: it is none.
+        InvalidEvent: *pattern* is not valid.
     """
     if not isinstance(pattern, str) or len(pattern) > NAME_BYTES or not _PATTERN.fullmatch(pattern):
         raise InvalidEvent(
@@ -52,7 +52,7 @@ def checked_pattern(pattern: str) -> str:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether *pattern* chooses the event *name*."""
+    """True if *pattern* matches the event *name*."""
     return _matches(tuple(pattern.split(".")), tuple(name.split(".")))
 
 
