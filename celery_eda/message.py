@@ -31,7 +31,7 @@ PROPERTIES = frozenset(
 
 @dataclass(frozen=True)
 class Wire:
-    """A message as it came to the worker; its compression is undone."""
+    """A message as the worker received it, with its body decompressed."""
 
     body: bytes
     content_type: str
@@ -41,7 +41,7 @@ class Wire:
 
     @classmethod
     def of(cls, message: Any) -> Wire:
-        """That of *message*, kombu's."""
+        """The wire form of kombu's *message*."""
         body, encoding = message.body, message.content_encoding or "utf-8"
         return cls(
             body.encode(encoding) if isinstance(body, str) else bytes(body),
@@ -59,7 +59,7 @@ class Encoded:
     Attributes:
         headers: as JSON, the way kombu writes it.
         properties: likewise.
-        envelope: both as the broker's protocol has them; None if that is left to whoever sends.
+        envelope: both in the broker's protocol; None if the sender encodes them.
     """
 
     headers: str
@@ -104,14 +104,15 @@ class Message:
     encoded: Encoded | None = field(default=None, init=False, compare=False, repr=False)
 
     def with_encoded(self, encoded: Encoded | None, **changes: Any) -> Message:
-        """This message with these *changes*; *encoded* are its headers and properties then."""
+        """This message with these *changes*, and its headers and properties as *encoded*."""
         return Message.from_fields({**vars(self), **changes, "encoded": encoded})
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
-        """A message with these *fields*, set all at once; it keeps the dictionary.
+        """A message with these *fields*; the dictionary becomes the message's own.
 
-        That is a tenth of what it takes a frozen dataclass, which makes a call for each of them.
+        It takes a tenth of the time of the constructor of a frozen dataclass, which calls
+        ``object.__setattr__`` for each field.
         """
         message = object.__new__(cls)
         object.__setattr__(message, "__dict__", fields)
@@ -119,7 +120,7 @@ class Message:
 
     @property
     def envelope(self) -> bytes | None:
-        """Headers and properties as the broker's protocol has them, if they are encoded so."""
+        """Headers and properties in the broker's protocol; None if they are not encoded yet."""
         return self.encoded.envelope if self.encoded else None
 
     def whole(self) -> Message:
@@ -127,7 +128,7 @@ class Message:
         return self
 
     def at(self, position: Position | None) -> Message:
-        """This message at its place in its lane; None if it is to have none."""
+        """This message with *position* in its headers; None for a message without an order."""
         order = position.headers if position else {}
         return replace(self, lane=None, headers={**self.headers, **order})
 
@@ -137,14 +138,14 @@ class Message:
 
     @property
     def position(self) -> Position | None:
-        """Its place in its lane; None if it has none, or one that nobody can have written."""
+        """The position in the order of its key; None if it has none, or a malformed one."""
         try:
             return Position.of_headers(self.headers)
         except ValueError:
             return None
 
     def revised(self, **changes: Any) -> Message:
-        """The next revision of this message: a retry, a repair or a redrive, in the same place."""
+        """The next revision of this message, a retry, repair or redrive, at the same position."""
         identity = self.identity.next
         headers = {**changes.pop("headers", self.headers), **identity.headers}
         return replace(self, identity=identity, headers=headers, **changes)
