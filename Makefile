@@ -23,7 +23,7 @@ test: lint .venv/test .venv-oldest/test
 # test process runs a stretch of neighbouring tests, which share fixtures, then helps the others.
 PARALLEL = -q -n 4 --dist worksteal
 
-CORE = $(addprefix tests/unit/test_,$(addsuffix .py,joining attachment delivery order transaction \
+CORE = $(addprefix tests/unit/test_,$(addsuffix .py,joining attachment delivery handler_transactions named_tasks order transaction \
 	settings message inspection replying requesting)) tests/road/test_whole_road.py
 
 lint: .venv/test

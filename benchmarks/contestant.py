@@ -13,7 +13,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from tests.servers.hosts import PROJECT
+from tests.support import PROJECT
 
 #: Seconds within which a contestant has to exit.
 GOODBYE = 10.0

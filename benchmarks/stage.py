@@ -23,10 +23,11 @@ from celery_eda import upgrading
 from celery_eda.tables import Tables
 from tests.road.tables import metadata
 from tests.servers.base import Server
-from tests.servers.hosts import PROJECT, LocalProcess
+from tests.servers.hosts import LocalProcess
 from tests.servers.postgresql import PostgreSQL
 from tests.servers.rabbitmq import RabbitMQ
 from tests.servers.redis import DATABASES, Redis
+from tests.support import PROJECT
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 import pytest
 from kombu.transport import memory
 
-pytest_plugins = ["tests.servers.fixtures", "tests.databases"]
+pytest_plugins = [
+    "tests.servers.fixtures",
+    "tests.databases",
+    "tests.support.brokers",
+    "tests.support.service",
+    "tests.support.stores",
+    "tests.support.worker_slot",
+]
 
 
 @pytest.fixture(autouse=True)

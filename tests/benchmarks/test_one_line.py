@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +20,8 @@ from benchmarks.result import Check, Result
 from tests.servers.postgresql import PostgreSQL
 from tests.servers.rabbitmq import RabbitMQ
 from tests.servers.redis import Redis
+from tests.support import PROJECT
 
-PROJECT = Path(__file__).parents[2]
 PEERS = {"django_celery_outbox", "faststream_outbox", "procrastinate"}
 WORDS = {"goal", "ratio", "target", "met", "runs", "spread", "medians", "compared", "versions"}
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).parents[2]
+from tests.support import PROJECT
 
 
 def test_every_answer_comes_to_the_one_who_asked(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).parents[2]
+from tests.support import PROJECT
 
 
 def test_every_order_has_its_end_and_a_service_that_joins_later_misses_nothing(

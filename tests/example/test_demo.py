@@ -15,7 +15,8 @@ from uuid import uuid4
 import psutil
 import pytest
 
-PROJECT = Path(__file__).parents[2]
+from tests.support import PROJECT
+
 MARK = "CELERY_EDA_TEST_DEMO"
 PATIENCE = 60.0
 

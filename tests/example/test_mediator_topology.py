@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).parents[2]
+from tests.support import PROJECT
 
 
 def test_every_order_has_its_end_also_when_the_barista_is_absent_and_the_manager_decides(

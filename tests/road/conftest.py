@@ -25,6 +25,7 @@ from tests.road.nursery import Born
 from tests.road.tables import effects, metadata, orders
 from tests.servers.base import Server
 from tests.servers.proxy import Proxy
+from tests.support import PROJECT
 
 #: Seconds until a test gives up; on a busy machine a worker may take twenty to start.
 PATIENCE = 150.0
@@ -150,9 +151,7 @@ class Road:
             "ROAD_BROKER": broker,
             "ROAD_DATABASE": database,
             "ROAD_FOLDER": str(folder),
-            "PYTHONPATH": os.pathsep.join(
-                [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-            ),
+            "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")]),
             "PYTHONUNBUFFERED": "1",
             # What a killed process leaves in it goes with the folder.
             "TMPDIR": str(folder),

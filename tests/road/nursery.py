@@ -24,6 +24,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests.support import PROJECT
+
 MODULES = (
     "celery.app.control",
     "celery.backends.database",
@@ -128,7 +130,7 @@ def _nursery() -> tuple[str, subprocess.Popen[bytes]]:
     path = os.path.join(tempfile.mkdtemp(prefix="nursery-"), "socket")
     process = subprocess.Popen(
         [sys.executable, "-m", __name__, path],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

@@ -17,7 +17,7 @@ from tests.servers.base import Server
 from tests.servers.proxy import Proxy
 from tests.servers.rabbitmq import RabbitMQ
 from tests.servers.redis import Redis
-from tests.transports.letters import connection_to
+from tests.support.letters import connection_to
 
 ORDERS = 180
 #: Time to recover on a busy machine: a restart, reconnecting, a redelivery.

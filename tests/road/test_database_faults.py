@@ -16,7 +16,7 @@ from tests.road.conftest import Road, expect_hits, first_of
 from tests.road.tables import accounts
 from tests.servers.base import Server
 from tests.servers.proxy import Proxy
-from tests.transports.letters import empty, ids
+from tests.support.letters import empty, ids
 
 ORDERS = 30
 COMMITTED = Counter(number for number in range(1, ORDERS + 1) if number % 3)

@@ -12,7 +12,7 @@ import redis
 
 from tests.road.conftest import PATIENCE, Road, expect_hits
 from tests.servers.base import Server
-from tests.transports.letters import connection_to
+from tests.support.letters import connection_to
 
 ROWS = 10_000
 BATCH = 200

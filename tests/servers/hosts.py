@@ -17,8 +17,7 @@ from typing import Protocol
 
 from tests.servers import processes, programs
 from tests.servers.errors import ServerFailed, ServerUnavailable
-
-PROJECT = Path(__file__).parents[2]
+from tests.support import PROJECT
 
 
 class Host(Protocol):

@@ -12,7 +12,7 @@ from amqp.exceptions import ChannelError, UnexpectedFrame
 from celery_eda.message import Message
 from celery_eda.transports.base import PublishResult
 from celery_eda.transports.confirms import InFlight
-from tests.transports.letters import letter
+from tests.support.letters import letter
 
 
 class Air:

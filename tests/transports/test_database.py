@@ -25,7 +25,7 @@ from celery_eda.queues import Lease
 from celery_eda.tables import Tables
 from celery_eda.transports.database_broker import broker_at
 from celery_eda.transports.database_taker import Taker
-from tests.transports.conftest import Broker
+from tests.support.brokers import Broker
 
 HOLD = """
 import sys, time

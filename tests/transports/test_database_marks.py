@@ -25,8 +25,8 @@ from celery_eda.tables import Tables
 from celery_eda.transports import database_marks
 from celery_eda.transports.database_broker import kombu_message, queued
 from celery_eda.transports.database_marks import Watermarks
-from tests.transports.conftest import Broker
-from tests.transports.letters import letter
+from tests.support.brokers import Broker
+from tests.support.letters import letter
 from tests.transports.test_database import drain, get, put, until
 
 QUEUES = Queues(Tables.on(), PostgreSQLQueues(PostgreSQL()))

@@ -12,7 +12,7 @@ import pytest
 from celery_eda.transports.base import Pipelined, Transport
 from tests.servers.proxy import Proxy
 from tests.servers.rabbitmq import RabbitMQ
-from tests.transports.letters import (
+from tests.support.letters import (
     begin_two_at,
     confirmed,
     connection_to,

@@ -20,8 +20,8 @@ from celery_eda.transports import SafeConnection
 from celery_eda.transports.base import CONFIRMED, Pipelined, Transport, publish_with
 from tests.servers.proxy import Proxy
 from tests.servers.redis import Redis
-from tests.transports.conftest import app_of
-from tests.transports.letters import (
+from tests.support.brokers import app_of
+from tests.support.letters import (
     begin_two_at,
     confirmed,
     empty,

@@ -18,7 +18,7 @@ from celery_eda.message import Encoded, Message
 from celery_eda.transports import frames, redis_envelopes
 from celery_eda.transports.base import publish_with
 from celery_eda.transports.redis_envelopes import EnvelopeTemplate, Payloads, encode_envelope
-from tests.transports.letters import letter
+from tests.support.letters import letter
 
 
 class Silent(Channel):

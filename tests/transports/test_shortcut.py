@@ -12,7 +12,7 @@ from kombu import Exchange, Queue
 from sqlalchemy import Table, func, select
 
 from celery_eda import EDA, upgrading
-from tests.transports.conftest import Broker
+from tests.support.brokers import Broker
 
 
 @pytest.fixture(params=["eda_sqlite", "eda_postgresql"])

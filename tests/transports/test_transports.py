@@ -12,8 +12,8 @@ from celery import Celery
 from celery_eda.message import Message
 from celery_eda.transports import BROKERS, transport_of
 from celery_eda.transports.base import PublishResult, Transport, Verdict
-from tests.transports.conftest import Broker, app_of
-from tests.transports.letters import body_of, confirmed, ids, letter, letters, verdicts
+from tests.support.brokers import Broker, app_of
+from tests.support.letters import body_of, confirmed, ids, letter, letters, verdicts
 
 
 def test_what_is_confirmed_is_in_the_queue_in_the_order_of_sending(

@@ -22,7 +22,7 @@ from kombu.transport.pyamqp import Channel
 from celery_eda.message import Encoded, Message
 from celery_eda.transports.base import publish_with
 from celery_eda.transports.frames import Frames, encode_envelope
-from tests.transports.letters import letter
+from tests.support.letters import letter
 
 CHANNEL = 7
 FRAME_MAX = 131_072

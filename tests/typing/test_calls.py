@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support import PROJECT
 
 
 def test_a_type_checker_finds_wrong_arguments_and_no_others() -> None:
@@ -17,8 +16,8 @@ def test_a_type_checker_finds_wrong_arguments_and_no_others() -> None:
     checked = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", "setup.cfg", "tests/typing/calls.py"],
         check=False,
-        cwd=ROOT,
-        env={**os.environ, "MYPYPATH": str(ROOT)},
+        cwd=PROJECT,
+        env={**os.environ, "MYPYPATH": str(PROJECT)},
         capture_output=True,
         text=True,
     )

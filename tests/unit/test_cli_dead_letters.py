@@ -16,10 +16,8 @@ from sqlalchemy import select, update
 
 from celery_eda.cli import eda
 from tests.databases import Database
-from tests.unit.conftest import made, some_of
-from tests.unit.test_delivery import Slot, slot
-
-__all__ = ["slot"]
+from tests.support.service import made, some_of
+from tests.support.worker_slot import Slot
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07 \u202eevil\r\nline\ud800\0 <b>"
 

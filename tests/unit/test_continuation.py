@@ -28,7 +28,7 @@ from celery_eda.errors import NoNextAttempt, OutOfSequence, PublishingForbidden,
 from celery_eda.identity import Identity
 from celery_eda.letter import Reason
 from celery_eda.patience import Transient, TransientErrors
-from tests.unit.conftest import message
+from tests.support.service import message
 
 
 class Busy(Exception):

@@ -13,9 +13,7 @@ from celery_eda.errors import VersionConflict
 from celery_eda.event import Event, EventAppend
 from celery_eda.identity import Lane
 from tests.support.messages import message
-from tests.unit.test_delivery import Slot, slot
-
-__all__ = ["slot"]
+from tests.support.worker_slot import Slot
 
 
 def publish(number: int, expected: int | None = None) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from celery_eda.identity import Identity
 from celery_eda.message import Encoded
-from tests.transports.letters import letter
+from tests.support.letters import letter
 
 ID = UUID("0191d1d0-7bdc-7000-8000-000000000001")
 

@@ -17,9 +17,7 @@ from celery_eda.errors import ConfigurationError, InvalidKey, OutOfSequence
 from celery_eda.identity import Position
 from celery_eda.message import Message
 from tests.road.tables import effects
-from tests.unit.test_delivery import Slot, slot
-
-__all__ = ["slot"]
+from tests.support.worker_slot import Slot
 
 
 @pytest.fixture

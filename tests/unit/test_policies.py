@@ -17,9 +17,7 @@ from celery_eda import RetryPolicy
 from celery_eda.errors import ConfigurationError
 from celery_eda.identity import Identity
 from celery_eda.message import Message
-from tests.unit.test_delivery import Slot, slot
-
-__all__ = ["slot"]  # a fixture
+from tests.support.worker_slot import Slot
 
 QUICK = RetryPolicy(attempts=3, first=0, longest=0, on=(LookupError,))
 

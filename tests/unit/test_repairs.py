@@ -20,9 +20,7 @@ from celery_eda.failure import RepairDecision
 from celery_eda.letter import Letter
 from celery_eda.message import Message
 from tests.road.tables import effects
-from tests.unit.test_delivery import Slot, slot
-
-__all__ = ["slot"]
+from tests.support.worker_slot import Slot
 
 ADA = Author("ada")
 PLANTED = "hunter2-Zq9"

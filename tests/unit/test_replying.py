@@ -17,9 +17,8 @@ from celery_eda.arguments import Arguments
 from celery_eda.errors import RemoteError
 from celery_eda.message import Message
 from celery_eda.reading import ErrorOutcome
-from tests.unit.test_delivery import Slot, slot, unique
+from tests.support.worker_slot import Slot, unique
 
-__all__ = ["slot"]
 ADDRESS = addresses.of_process()
 
 

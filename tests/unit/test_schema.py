@@ -16,8 +16,8 @@ from celery_eda import schema, upgrading
 from celery_eda.errors import SchemaOutdated
 from celery_eda.tables import Tables
 from tests.databases import Database
+from tests.support import PROJECT
 
-PROJECT = Path(__file__).parents[2]
 UPGRADE = """
 import sys
 from sqlalchemy import create_engine

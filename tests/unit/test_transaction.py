@@ -11,7 +11,7 @@ from celery_eda.errors import AutocommitTransaction
 from celery_eda.message import Message
 from celery_eda.transaction import Store, Transaction
 from tests.support.messages import message
-from tests.unit.conftest import Service
+from tests.support.service import Service
 
 
 def test_everything_captured_is_written_in_one_go(service: Service) -> None:

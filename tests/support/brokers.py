@@ -14,7 +14,7 @@ from kombu.transport import memory
 
 from celery_eda.transports import transport_of
 from celery_eda.transports.base import Transport
-from tests.transports import letters
+from tests.support import letters
 
 QUEUES = [
     Queue("letters"),
