@@ -34,7 +34,7 @@ def test_a_deadlock_will_pass(database: Database, outbox: OutboxStore) -> None:
     def crosswise(first: int, second: int) -> BaseException | None:
         with database.engine.connect() as connection:
             touch(connection, first)
-            both_hold_one.wait(10)
+            both_hold_one.wait(60)
             try:
                 touch(connection, second)
             except DBAPIError as error:
@@ -43,7 +43,7 @@ def test_a_deadlock_will_pass(database: Database, outbox: OutboxStore) -> None:
 
     with ThreadPoolExecutor(2) as workers:
         ends = [workers.submit(crosswise, one, other), workers.submit(crosswise, other, one)]
-        errors = [error for end in ends if (error := end.result(30))]
+        errors = [error for end in ends if (error := end.result(120))]
 
     assert [kinds(database, error) for error in errors] == [(True, False)]
 

@@ -81,11 +81,11 @@ def test_five_copies_at_once_take_effect_once_and_the_others_see_the_result(
         identity, start = Identity.fresh(), Barrier(5)
 
         def copy(identity: Identity = identity, start: Barrier = start) -> RecordedOutcome | None:
-            start.wait(10)
+            start.wait(60)
             return take_effect(database, inbox, "shop.pay", identity)
 
         with ThreadPoolExecutor(5) as workers:
-            endings = [each.result(30) for each in [workers.submit(copy) for _ in range(5)]]
+            endings = [each.result(120) for each in [workers.submit(copy) for _ in range(5)]]
 
         assert endings.count(None) == 1
         assert endings.count(DONE) == 4
@@ -120,7 +120,7 @@ def test_a_copy_waits_for_the_end_of_the_one_in_progress(
 
         getattr(first, end)()
 
-        assert copy.result(10) == (DONE if end == "commit" else None)
+        assert copy.result(120) == (DONE if end == "commit" else None)
 
 
 @only_leasing
@@ -262,10 +262,10 @@ def test_copies_that_are_counted_at_once_are_all_counted(
         return number
 
     def deliver() -> int:
-        start.wait(10)
+        start.wait(60)
         return until_it_passes(database, count)
 
     with ThreadPoolExecutor(5) as workers:
-        counts = [each.result(30) for each in [workers.submit(deliver) for _ in range(5)]]
+        counts = [each.result(120) for each in [workers.submit(deliver) for _ in range(5)]]
 
     assert sorted(counts) == [1, 2, 3, 4, 5]

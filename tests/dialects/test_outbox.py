@@ -17,6 +17,7 @@ from celery_eda.message import Message
 from celery_eda.outbox import OutboxStore
 from tests.databases import LOCKING, Database
 from tests.support.messages import message
+from tests.support.waiting import eventually
 
 ANALYZE = {"postgresql": "ANALYZE eda_outbox", "mariadb": "ANALYZE TABLE eda_outbox"}
 only_locking = pytest.mark.parametrize("database", LOCKING, indirect=True)
@@ -371,9 +372,7 @@ def test_the_rows_of_a_dead_claimer_are_free_without_a_time_out(
         outbox.claim(connection, "dead", 10)
         connection.invalidate()  # closes the socket, as the end of its process does
 
-        deadline = time.monotonic() + 20.0  # for the server to notice
-        while claimable(database, outbox) != ids:
-            assert time.monotonic() < deadline
+        eventually(lambda: claimable(database, outbox) == ids, "the server notices")
 
 
 @only_locking
@@ -504,7 +503,7 @@ def test_the_database_s_clock_goes_on_within_a_transaction(database: Database) -
         time.sleep(0.05)
         second = connection.scalar(select(database.dialect.now()))
 
-    assert timedelta(seconds=0.03) < second - first < timedelta(seconds=5)
+    assert timedelta(seconds=0.03) < second - first < timedelta(seconds=60)
 
 
 @only_locking

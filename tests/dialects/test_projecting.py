@@ -24,6 +24,7 @@ from celery_eda.errors import ConfigurationError, InvalidEvent, PublishingForbid
 from celery_eda.identity import Position
 from celery_eda.shadows import Shadow
 from tests.databases import Database
+from tests.support.waiting import BOUND
 
 NAMES = ("order.placed", "order.item.added", "order.noted", "order.cancelled")
 
@@ -270,11 +271,11 @@ def test_a_shadow_is_fed_and_exchanged_while_others_handle_events(shop: Shop) ->
     for thread in threads:
         thread.start()
     in_spite_of_losing(lambda: shop.feed(log[:20]))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + BOUND
     while not in_spite_of_losing(exchanged):
         assert time.monotonic() < deadline, errors
     for thread in threads:
-        thread.join(60)
+        thread.join(BOUND)
 
     assert not errors
     assert shop.rows() == shop.folded()

@@ -23,6 +23,7 @@ from celery_eda.settings import Settings
 from celery_eda.transports.base import CONFIRMED, PublishResult, Verdict
 from tests.databases import LOCKING, Database
 from tests.support.messages import message
+from tests.support.waiting import eventually
 
 REFUSED = PublishResult(Verdict.refused, "312 NO_ROUTE")
 UNKNOWN = PublishResult(Verdict.unknown, "no answer in time")
@@ -92,13 +93,6 @@ def waiting(database: Database) -> list[tuple[str, int]]:
     with database.engine.connect() as connection:
         rows = connection.execute(select(columns.routing_key, columns.attempts))
         return [(row.routing_key, row.attempts) for row in rows]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20.0
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_only_what_was_confirmed_leaves_the_outbox(
@@ -345,7 +339,7 @@ def test_what_has_to_precede_a_message_may_take_longer_than_there_is_to_spare(
         raise ConnectionError
 
     relay.backend = SimpleNamespace(run=fail)
-    until(lambda: relay.send().claimed == 0)
+    eventually(lambda: relay.send().claimed == 0)
     assert sent.count("good") == 3
     assert waiting(database) == [("prepared", 0)] * 3
 
@@ -379,7 +373,7 @@ def test_a_database_that_fails_meanwhile_loses_nothing_and_is_told(
 
     monkeypatch.undo()
     relay.broker = SimpleNamespace(connect=lambda: PatientBroker({}, sent))
-    until(lambda: relay.send().claimed == 0 and not waiting(database))
+    eventually(lambda: relay.send().claimed == 0 and not waiting(database))
     assert set("abcde") <= set(sent)
 
 

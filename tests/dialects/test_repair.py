@@ -92,7 +92,7 @@ class Desk:
         together = Barrier(len(deeds))
 
         def begin(deed: Callable[[], Any]) -> Any:
-            together.wait(10)
+            together.wait(60)
             try:
                 return deed()
             except Exception as error:

@@ -19,7 +19,7 @@ def test_every_answer_comes_to_the_one_who_asked(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=150,
+        timeout=500,
     )
 
     assert told.returncode == 0, told.stdout + told.stderr

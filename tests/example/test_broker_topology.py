@@ -26,7 +26,7 @@ def test_every_order_has_its_end_and_a_service_that_joins_later_misses_nothing(
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=500,
     )
 
     assert told.returncode == 0, told.stdout + told.stderr

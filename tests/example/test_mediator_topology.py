@@ -26,7 +26,7 @@ def test_every_order_has_its_end_also_when_the_barista_is_absent_and_the_manager
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=500,
     )
 
     assert told.returncode == 0, told.stdout + told.stderr

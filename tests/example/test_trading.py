@@ -26,7 +26,7 @@ def test_the_trades_of_an_account_take_effect_in_their_order_once_one_is_mended(
         capture_output=True,
         text=True,
         check=False,
-        timeout=150,
+        timeout=500,
     )
 
     assert told.returncode == 0, told.stdout + told.stderr

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 import pytest
 from celery import Celery, chain, chord, group
 
-from tests.road.conftest import SHORT, Road
+from tests.road.conftest import PATIENCE, SHORT, Road
 from tests.road.test_worker_deaths import members
 from tests.servers import ports
 
@@ -89,9 +89,9 @@ def test_canvas_gives_the_right_results(plain: Road, client: Celery) -> None:
     grouped = group(notes).apply_async()
     chained = chain(*notes[:4]).apply_async()
 
-    assert chorded.get(timeout=60) == sum(range(20))
-    assert grouped.get(timeout=60) == list(range(30))
-    assert chained.get(timeout=60) == 3
+    assert chorded.get(timeout=PATIENCE) == sum(range(20))
+    assert grouped.get(timeout=PATIENCE) == list(range(30))
+    assert chained.get(timeout=PATIENCE) == 3
 
 
 @on_both
@@ -128,17 +128,19 @@ def test_workers_answer_and_obey(plain: Road, client: Celery) -> None:
     names = {"north@here", "south@here"}
     plain.until(lambda: set(control.inspect(timeout=1.0).ping() or {}) == names, "two workers")
 
-    [revoked] = send(client, "revoked", countdown=3.0)
     [running] = send(client, "running", after=60.0)
     plain.until(lambda: any((control.inspect(timeout=1.0).active() or {}).values()), "one active")
+    [revoked] = send(client, "revoked", countdown=10.0)
     control.revoke(revoked.id)
     control.revoke(running.id, terminate=True, signal="SIGKILL")
-    send(client, "other", countdown=4.0)
+    send(client, "other", countdown=11.0)
     plain.until(lambda: "other" in notes(plain), "the other one")
 
     assert notes(plain) == ["other"]
-    assert set(control.inspect(timeout=1.0).stats()) == names
-    assert not any(control.inspect(timeout=1.0).active().values())
+    plain.until(lambda: set(control.inspect(timeout=1.0).stats() or {}) == names, "both workers")
+    active = control.inspect(timeout=30.0, limit=2).active()
+    assert set(active) == names
+    assert not any(active.values())
 
 
 @on_both

@@ -180,8 +180,8 @@ def test_several_answer_one(road: Road, eda: EDA) -> None:
     quote = eda.app.signature
     calls = [quote("road.quote", (number, number / 2)) for number in range(3)]
 
-    assert eda.scatter(calls, need=1).get(timeout=60) == [0]
-    assert eda.scatter(calls).get(timeout=60) == [0, 2, 4]
+    assert eda.scatter(calls, need=1).get(timeout=PATIENCE) == [0]
+    assert eda.scatter(calls).get(timeout=PATIENCE) == [0, 2, 4]
 
 
 # ── whoever dies ────────────────────────────────────────────────────────────────────────────

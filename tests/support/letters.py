@@ -14,6 +14,7 @@ from celery_eda.identity import Identity
 from celery_eda.message import Message
 from celery_eda.transports.base import Pipelined, PublishResult, Transport, Verdict
 from tests.support.messages import BODY, message
+from tests.support.waiting import BOUND
 
 
 def letter(
@@ -87,7 +88,7 @@ def confirmed(messages: Iterable[Message], answers: Iterable[PublishResult]) -> 
 
 def publish_until_confirmed(transport: Transport, batch: list[Message]) -> None:
     """Send what is not confirmed again and again, as a relay does."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + BOUND
     while batch:
         answers = transport.publish(batch)
         taken = confirmed(batch, answers)

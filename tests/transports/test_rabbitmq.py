@@ -23,9 +23,10 @@ from tests.support.letters import (
     publish_until_confirmed,
     verdicts,
 )
+from tests.support.waiting import eventually
 
-PATIENCE = 2.0  # seconds that a publish may take where the broker does not answer
-SLACK = 8.0  # of a busy machine; who hangs does so for ever
+PATIENCE = 3.0  # seconds that a publish may take where the broker does not answer
+SLACK = 60.0  # of a busy machine; who hangs does so for ever
 
 
 @pytest.fixture
@@ -84,9 +85,10 @@ class TestTwoBatches:
         pipelined.begin(batch)
         found: list[UUID] = []
 
-        deadline = time.monotonic() + SLACK
-        while len(found) < len(batch) and time.monotonic() < deadline:
-            found.extend(ids(empty(rabbitmq_url)))
+        eventually(
+            lambda: found.extend(ids(empty(rabbitmq_url))) or len(found) == len(batch),
+            "all in the queue, though nobody has asked for the answers",
+        )
 
         assert set(found) == confirmed(batch, pipelined.finish())
 
@@ -518,12 +520,18 @@ class TestWires:
         assert verdicts(answers) == ["confirmed"] * 1200
 
     def test_answers_that_still_come_do_not_lengthen_the_wait(
-        self, proxy: Proxy, wired: Transport
+        self, proxy: Proxy, rabbitmq_url: str, transport_to: Callable[..., Transport]
     ) -> None:
+        """Counted from the last answer the wait would be nearly twice as long.
+
+        So the difference is what a busy machine may take.
+        """
+        timeout = 6.0
+        wired = transport_to(proxy.through(rabbitmq_url), timeout=timeout)
         wired.publish([letter()])
         proxy.delay(0.15)
-        batch = letters(10_000)
-        silence = threading.Timer(0.9 * PATIENCE, proxy.black_hole)
+        batch = letters(20_000)
+        silence = threading.Timer(0.95 * timeout, proxy.black_hole)
         silence.start()
         start = time.monotonic()
 
@@ -532,4 +540,4 @@ class TestWires:
         silence.join()
 
         assert set(verdicts(answers)) == {"confirmed", "unknown"}
-        assert took < 1.8 * PATIENCE
+        assert took < 1.9 * timeout

@@ -32,8 +32,8 @@ from tests.support.letters import (
     verdicts,
 )
 
-PATIENCE = 2.0  # seconds that a publish may take where the server does not answer
-SLACK = 8.0  # of a busy machine; who hangs does so for ever
+PATIENCE = 3.0  # seconds that a publish may take where the server does not answer
+SLACK = 60.0  # of a busy machine; who hangs does so for ever
 
 
 @pytest.fixture
@@ -444,9 +444,9 @@ class TestWires:
     def test_what_takes_its_time_on_a_slow_wire_arrives_since_no_part_of_it_hangs(
         self, redis_url: str, proxy: Proxy, transport_to: Callable[..., Transport]
     ) -> None:
-        transport = transport_to(proxy.through(redis_url), timeout=6)
+        transport = transport_to(proxy.through(redis_url), timeout=12)
         transport.publish([letter()])
-        proxy.delay(0.016)  # for each 64 KB: 40 MB take 10 s, and one hang may take 3
+        proxy.delay(0.024)  # for each 64 KB: 40 MB take 15 s, and one hang may take 6
 
         answers = transport.publish(letters(300, body=b"x" * 100_000))
 

@@ -15,7 +15,7 @@ from tests.servers.redis import Redis
 NAMES = ("a", "b", "c")
 #: Seconds that a wait for one list would last here; the tests give up long before.
 LONG = 60.0
-PATIENCE = 20.0
+PATIENCE = 120.0
 
 
 class Taker:

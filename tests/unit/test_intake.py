@@ -28,7 +28,7 @@ from celery_eda.message import Message
 from celery_eda.refusals import Refusals
 from tests.road.hostile import Letter
 
-PATIENCE = 20.0
+PATIENCE = 120.0
 PAST = "2020-01-01T00:00:00+00:00"
 
 

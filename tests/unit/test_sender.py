@@ -13,6 +13,7 @@ from celery_eda import sender
 from celery_eda.relay import RelayResult
 from celery_eda.sender import CommitSender
 from celery_eda.settings import Settings
+from tests.support.waiting import BOUND, eventually
 
 
 class Stumbling:
@@ -38,12 +39,9 @@ def test_what_is_committed_after_a_mistake_is_sent_all_the_same() -> None:
     sender = CommitSender(lambda: relay)
 
     sender.hand_off([1])
-    deadline = time.monotonic() + 30
-    while not relay.asked and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually(lambda: relay.asked)
     sender.hand_off([2])
-    while len(relay.asked) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually(lambda: len(relay.asked) >= 2)
 
     assert relay.asked == [1, 2]
 
@@ -76,7 +74,7 @@ def test_what_is_committed_while_the_sender_rests_leaves_together(
     sender = CommitSender(lambda: relay)
 
     sender.hand_off([1])
-    assert relay.done.wait(30)
+    assert relay.done.wait(BOUND)
     for row_id in (2, 3, 4):
         sender.hand_off([row_id])
         time.sleep(0.01)

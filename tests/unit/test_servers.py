@@ -121,7 +121,7 @@ def test_a_frozen_server_does_not_answer_until_it_is_thawed(
     began = time.monotonic()
     with pytest.raises(vendor.unanswered):
         server.login()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 120
     server.thaw()
     server.login()
 
@@ -178,7 +178,7 @@ def test_servers_end_with_the_test_process(number: signal.Signals, tmp_path: Pat
         tester.send_signal(number)
 
         assert servers
-        assert not psutil.wait_procs(servers, timeout=10)[1]
+        assert not psutil.wait_procs(servers, timeout=120)[1]
 
 
 def test_a_server_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_cut_resets_both_sides(proxy: Proxy, client: socket.socket, peer: Peer) 
 
     with pytest.raises(ConnectionResetError):
         client.recv(1000)
-    assert peer.ended.wait(10)
+    assert peer.ended.wait(120)
 
 
 def test_after_a_cut_a_new_connection_works(proxy: Proxy, client: socket.socket) -> None:
@@ -436,7 +436,7 @@ def test_delay_holds_bytes_in_both_directions(proxy: Proxy, client: socket.socke
 
     began = time.monotonic()
     assert answer(client, b"hello") == b"hello"
-    assert 0.2 <= time.monotonic() - began < 20
+    assert time.monotonic() - began >= 0.2
 
 
 def test_through_names_the_proxy_and_keeps_the_rest_of_a_url(proxy: Proxy) -> None:
