@@ -40,6 +40,18 @@ NATIVE_DELAY = re.compile(r"(?:[01]\.){28}(.+)")
 STREETS = ("rabbitmq-postgresql", "rabbitmq-quorum-mariadb", "redis-sqlite")
 
 
+#: A template is filled in the same way whatever kind the queues of a broker are.
+once_for_each_broker = pytest.mark.parametrize(
+    "street",
+    [
+        each if "quorum" not in each else pytest.param(each, marks=pytest.mark.soak)
+        for each in STREETS
+    ],
+    indirect=True,
+    scope="module",
+)
+
+
 @dataclass(frozen=True)
 class Letters:
     """What was written to the broker's socket, and what arrived in its queues."""
@@ -188,6 +200,7 @@ def test_what_is_published_in_a_transaction_is_what_celery_would_send(
     assert not ours.delayed
 
 
+@once_for_each_broker
 @pytest.mark.parametrize("name", CALLED)
 def test_what_is_published_once_more_is_what_was_published_before(
     street: Street, name: str

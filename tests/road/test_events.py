@@ -12,7 +12,7 @@ from sqlalchemy import func, select
 from celery_eda import checkpoints
 from tests.road.conftest import Process, Road, first_of, on_servers
 from tests.road.tables import effects
-from tests.road.test_killed_at_every_step import RELAY
+from tests.road.test_killed_at_every_step import RELAY_COPIES
 from tests.servers.base import Server
 
 ORDERS = 15
@@ -122,7 +122,7 @@ def test_what_fails_for_good_is_redriven_to_its_own_subscription(road: Road) -> 
 
 
 @first_of("rabbitmq-postgresql", "redis-mariadb", "eda-sqlite")
-@pytest.mark.parametrize("step", RELAY)
+@pytest.mark.parametrize("step", RELAY_COPIES)
 def test_a_killed_relay_loses_no_event(road: Road, step: str) -> None:
     subscribe(road)
     relay = road.relay(fault=road.fault(step))

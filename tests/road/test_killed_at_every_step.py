@@ -15,6 +15,11 @@ from tests.road.conftest import SHORT, Process, Road, by_relay, on_servers, on_s
 ORDERS = 21
 PRODUCER = ("publish.captured", "outbox.written", "publish.committed")
 RELAY = tuple(step for step in checkpoints.STEPS if step.startswith("relay."))
+#: Those for what is an ordinary message to a relay, and differs only in that a copy of it comes.
+RELAY_COPIES = [
+    each if each == "relay.confirmed" else pytest.param(each, marks=pytest.mark.soak)
+    for each in RELAY
+]
 #: One batch is with the broker, or answered, and another one claimed.
 BETWEEN_BATCHES = ("relay.confirmed", "relay.cleared")
 SMALL_BATCHES = json.dumps({"eda_relay_batch": 4})

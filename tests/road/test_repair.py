@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import select
 
 from celery_eda.letter import LetterState
-from tests.road.conftest import SHORT, Process, Road, expect_hits
+from tests.road.conftest import Process, Road, expect_hits
 from tests.road.tables import effects
 
 ACCOUNTS = 12
@@ -20,8 +20,17 @@ TRADES = 4
 LETTERS = 50
 PLANTED = "hunter2-Zq9"
 
+# What differs from database to database in a repair is tested in `dialects`.
 pytestmark = pytest.mark.parametrize(
-    "road", ["rabbitmq-postgresql", "redis-mariadb", *SHORT], indirect=True
+    "road",
+    [
+        *("rabbitmq-postgresql", "eda-sqlite"),
+        *(
+            pytest.param(each, marks=pytest.mark.soak)
+            for each in ("redis-mariadb", "eda-postgresql")
+        ),
+    ],
+    indirect=True,
 )
 
 

@@ -22,7 +22,7 @@ from celery_eda.errors import RequestTimeout
 from tests.road import asking
 from tests.road.asking import ask
 from tests.road.conftest import PATIENCE, Process, Road, first_of
-from tests.road.test_killed_at_every_step import RELAY, WORKER
+from tests.road.test_killed_at_every_step import RELAY_COPIES, WORKER
 from tests.servers.base import Server
 from tests.servers.proxy import Proxy
 
@@ -207,7 +207,7 @@ def test_whatever_step_its_responder_dies_at_a_request_gets_one_reply(
 
 
 @first_of("rabbitmq-postgresql", "redis-mariadb")
-@pytest.mark.parametrize("step", RELAY)
+@pytest.mark.parametrize("step", RELAY_COPIES)
 def test_whatever_step_its_relay_dies_at_a_request_gets_one_reply(
     road: Road, eda: EDA, step: str
 ) -> None:
