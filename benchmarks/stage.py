@@ -19,8 +19,8 @@ from sqlalchemy import create_engine
 from typing_extensions import Self
 
 from benchmarks.contestant import Contestant
-from celery_eda import upgrading
-from celery_eda.tables import Tables
+from celery_eda.databases import upgrade
+from celery_eda.databases.tables import Tables
 from tests.road.tables import metadata
 from tests.servers.base import Server
 from tests.servers.hosts import LocalProcess
@@ -74,7 +74,7 @@ class Stage:
         url = self.postgresql.database(name)
         self._stack.callback(self.postgresql.drop, name)
         engine = create_engine(url)
-        upgrading.upgrade(engine, Tables.on())
+        upgrade.upgrade(engine, Tables.on())
         metadata.create_all(engine)
         engine.dispose()
         return url

@@ -1,14 +1,14 @@
 """Reliable, event-driven Celery: transactional outbox, idempotent inbox, late acknowledgement."""
 
-from celery_eda.app import EDA
+from celery_eda.app.eda import EDA
+from celery_eda.core.event import Event
+from celery_eda.core.retry import RetryPolicy
+from celery_eda.databases.tables import Tables
+from celery_eda.dead_letters.failure import Failure, RepairDecision
 from celery_eda.errors import EDAError
-from celery_eda.event import Event
-from celery_eda.failure import Failure, RepairDecision
-from celery_eda.projections import Projection
-from celery_eda.reply import Replies, Reply
-from celery_eda.retry import RetryPolicy
-from celery_eda.saga import Saga
-from celery_eda.tables import Tables
+from celery_eda.events.projections.projection import Projection
+from celery_eda.requests.reply import Replies, Reply
+from celery_eda.sagas.saga import Saga
 
 __all__ = [
     "EDA",

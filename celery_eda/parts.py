@@ -13,70 +13,65 @@ from celery import Celery
 from kombu.utils.imports import symbol_by_name
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 
-from celery_eda import addresses, compression
-from celery_eda.attempts import Attempts
-from celery_eda.audit import Audit
-from celery_eda.consumer import Consumer
-from celery_eda.cursors import Cursors
-from celery_eda.dead_letters import DeadLetterStore
-from celery_eda.declarations import DeclaredQueues
-from celery_eda.dialects import Dialect, dialect_of
-from celery_eda.emitting import Emitter
+from celery_eda.brokers import Connector, direct_enqueue_of, envelope_encoder_of, reply_consumer_of
+from celery_eda.brokers.rabbitmq import dead_letter_exchange
+from celery_eda.core import addresses, compression
+from celery_eda.core.limits import Limits
+from celery_eda.core.message import Message
+from celery_eda.core.retry import Policy, checked_policy
+from celery_eda.core.settings import Settings
+from celery_eda.databases.registry import Dialect, dialect_of
+from celery_eda.databases.tables import Tables
+from celery_eda.dead_letters.audit import Audit
+from celery_eda.dead_letters.repair import Repair
+from celery_eda.dead_letters.repairers import Repairers, RepairTasks
+from celery_eda.dead_letters.store import DeadLetterStore
 from celery_eda.errors import ConfigurationError, UnsafeSetting
-from celery_eda.event_queues import EventQueues
-from celery_eda.event_store import EventStore
-from celery_eda.event_types import EventRegistry
-from celery_eda.failures import Failures
-from celery_eda.folding import StreamFold
-from celery_eda.housekeeping import Housekeeping
-from celery_eda.inbox import InboxStore
-from celery_eda.limits import Limits
-from celery_eda.mailbox import Mailbox
-from celery_eda.message import Message
-from celery_eda.order import ReleasedMessages, TurnKeeper
-from celery_eda.outbox import OutboxStore
-from celery_eda.patience import TransientErrors
-from celery_eda.projecting import Rebuild
-from celery_eda.projections import ProjectionRegistry
-from celery_eda.publisher import Publisher
-from celery_eda.reading import ReplyReader
-from celery_eda.refusals import Refusals
-from celery_eda.relay import Relay
-from celery_eda.remote_errors import RemoteErrors
-from celery_eda.repair import Repair
-from celery_eda.repairers import Repairers, RepairTasks
-from celery_eda.replaying import Replay
-from celery_eda.reply_watcher import ReplyWatcher
-from celery_eda.replying import Responder
-from celery_eda.requesting import RequestClient
-from celery_eda.requests import RequestStore
-from celery_eda.results import ResultBackend
-from celery_eda.retry import Policy, checked_policy
-from celery_eda.saga_definition import Definitions
-from celery_eda.saga_engine import SagaEngine
-from celery_eda.saga_locks import SagaLocks
-from celery_eda.saga_log import SagaStore
-from celery_eda.sagas import Coordinator
-from celery_eda.sender import CommitSender
-from celery_eda.sequences import Sequences
-from celery_eda.settings import Settings
-from celery_eda.shadows import Shadows
-from celery_eda.snapshots import Snapshots
-from celery_eda.subscriptions import Subscriptions
-from celery_eda.tables import Tables
-from celery_eda.task import ReliableTask
-from celery_eda.transaction import Store, Written
-from celery_eda.transports import (
-    Connector,
-    direct_enqueue_of,
-    envelope_encoder_of,
-    reply_consumer_of,
-    undelivered,
-)
-from celery_eda.unit_of_work import UnitsOfWork
+from celery_eda.events.declarations import DeclaredQueues
+from celery_eda.events.emitter import Emitter
+from celery_eda.events.fold import StreamFold
+from celery_eda.events.projections.projection import ProjectionRegistry
+from celery_eda.events.projections.rebuild import Rebuild
+from celery_eda.events.projections.shadows import Shadows
+from celery_eda.events.queues import EventQueues
+from celery_eda.events.registry import EventRegistry
+from celery_eda.events.replay import Replay
+from celery_eda.events.snapshots import Snapshots
+from celery_eda.events.store import EventStore
+from celery_eda.events.subscriptions import Subscriptions
+from celery_eda.inbox.attempts import Attempts
+from celery_eda.inbox.consumer import Consumer
+from celery_eda.inbox.failures import Failures
+from celery_eda.inbox.ordering import ReleasedMessages, TurnKeeper
+from celery_eda.inbox.refusals import Refusals
+from celery_eda.inbox.store import InboxStore
+from celery_eda.inbox.task import ReliableTask
+from celery_eda.inbox.transient import TransientErrors
+from celery_eda.inbox.unit_of_work import UnitsOfWork
+from celery_eda.ordering.cursors import Cursors
+from celery_eda.ordering.sequences import Sequences
+from celery_eda.outbox.housekeeping import Housekeeping
+from celery_eda.outbox.publisher import Publisher
+from celery_eda.outbox.relay import Relay
+from celery_eda.outbox.result_backend import ResultBackend
+from celery_eda.outbox.sender import CommitSender
+from celery_eda.outbox.store import OutboxStore
+from celery_eda.outbox.transactions.base import Store, Written
+from celery_eda.requests.client import RequestClient
+from celery_eda.requests.mailbox import Mailbox
+from celery_eda.requests.outcomes import ReplyReader
+from celery_eda.requests.remote_errors import RemoteErrors
+from celery_eda.requests.responder import Responder
+from celery_eda.requests.store import RequestStore
+from celery_eda.requests.watcher import ReplyWatcher
+from celery_eda.sagas.coordinator import Coordinator
+from celery_eda.sagas.definition import Definitions
+from celery_eda.sagas.engine import SagaEngine
+from celery_eda.sagas.locks import SagaLocks
+from celery_eda.sagas.store import SagaStore
 
 if TYPE_CHECKING:
-    from celery_eda.transports.database import DirectEnqueue
+    from celery_eda.brokers.database.publish import DirectEnqueue
 
 T = TypeVar("T")
 
@@ -519,7 +514,7 @@ class Parts:
         if self.app.conf.task_default_queue_type != "quorum":
             return {}
         limit = self.settings.delivery_limit
-        limits = undelivered.queue_arguments(limit, self.service) if limit else {}
+        limits = dead_letter_exchange.queue_arguments(limit, self.service) if limit else {}
         return {**limits, "x-queue-type": "quorum"}
 
     def _prepared_engine(self, patience: float) -> Engine:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, create_engine, make_url
 
-from celery_eda import upgrading
-from celery_eda.dialects import Dialect, dialect_of
-from celery_eda.tables import Tables
+from celery_eda.databases import upgrade
+from celery_eda.databases.registry import Dialect, dialect_of
+from celery_eda.databases.tables import Tables
 
 VENDORS = ("postgresql", "mariadb", "sqlite")
 #: Those in which a claim is a row lock, and ends with its connection.
@@ -81,7 +81,7 @@ def database(
     if vendor not in upgraded_databases:
         file = f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'service.db'}"
         new = connect(vendor, server.database("shared") if server else file)
-        upgrading.upgrade(new.engine, new.tables)
+        upgrade.upgrade(new.engine, new.tables)
         upgraded_databases[vendor] = new
     database = upgraded_databases[vendor]
     with database.engine.begin() as connection:

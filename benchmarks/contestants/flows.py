@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from benchmarks.contestants.ours import app, eda
 from benchmarks.contestants.serving import serve
 from celery_eda import Event
-from celery_eda.saga_steps import Steps
+from celery_eda.sagas.steps import Steps
 from tests.road.tables import effects
 
 __all__ = ["app"]

@@ -18,10 +18,11 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from benchmarks.contestants import marks
 from benchmarks.contestants.serving import PAYLOAD, environment, serve
-from celery_eda import EDA, Event, checkpoints
-from celery_eda.identity import Identity
-from celery_eda.outbox import Pending
-from celery_eda.relay import CHAIN
+from celery_eda import EDA, Event
+from celery_eda.core import checkpoints
+from celery_eda.core.identity import Identity
+from celery_eda.outbox.relay import CHAIN
+from celery_eda.outbox.store import Pending
 from tests.road.tables import effects, orders
 
 app = Celery("ours", broker=environment("BROKER"), set_as_current=False)

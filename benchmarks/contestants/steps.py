@@ -15,12 +15,12 @@ from sqlalchemy import Connection, select, text
 
 from benchmarks.contestants.ours import app, carry, eda, fill
 from benchmarks.contestants.serving import PAYLOAD, serve
-from celery_eda import context
-from celery_eda.message import Message
-from celery_eda.message_rows import to_row
-from celery_eda.prepared import NOTHING_AFTER
-from celery_eda.relay import Relay
-from celery_eda.transports.frames import Frames
+from celery_eda.brokers.rabbitmq.envelopes import Frames
+from celery_eda.core import context
+from celery_eda.core.message import Message
+from celery_eda.databases.message_rows import to_row
+from celery_eda.outbox.capture.call_templates import NOTHING_AFTER
+from celery_eda.outbox.relay import Relay
 
 #: Rows of one claim of a relay.
 BATCH = 500

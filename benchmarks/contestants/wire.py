@@ -19,10 +19,10 @@ from kombu import Connection, Queue
 from redis import Redis
 
 from benchmarks.contestants.serving import PAYLOAD, environment, serve
-from celery_eda.identity import Identity
-from celery_eda.message import Message
-from celery_eda.recording import RecordingProducer
-from celery_eda.transports.frames import Frames
+from celery_eda.brokers.rabbitmq.envelopes import Frames
+from celery_eda.core.identity import Identity
+from celery_eda.core.message import Message
+from celery_eda.outbox.capture.recorder import RecordingProducer
 
 WINDOW = 500
 #: Messages per LPUSH, or per write to the socket.

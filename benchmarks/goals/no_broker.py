@@ -18,8 +18,8 @@ from benchmarks.marks import Marks
 from benchmarks.pairing import interleaved
 from benchmarks.result import Check, Result
 from benchmarks.stage import Cast, Stage, Worker
-from celery_eda import upgrading
-from celery_eda.tables import Tables
+from celery_eda.databases import upgrade
+from celery_eda.databases.tables import Tables
 from tests.road.tables import metadata
 
 OURS, PEER = "eda+postgresql", "procrastinate"
@@ -172,7 +172,7 @@ def _places(stage: Stage, kind: str) -> dict[str, str]:
     else:
         url = f"sqlite:///{_file(stage)}"
         engine = create_engine(url)
-        upgrading.upgrade(engine, Tables.on())
+        upgrade.upgrade(engine, Tables.on())
         metadata.create_all(engine)
         engine.dispose()
     return {"BENCH_BROKER": f"eda+{url}", "BENCH_DATABASE": url}

@@ -22,7 +22,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from celery_eda.saga_record import Kind, Status
+from celery_eda.sagas.record import Kind, Status
 from example_project.demo.processes import Failed
 from example_project.town import PATIENCE, Town, wait_until
 

@@ -7,8 +7,8 @@ from typing import Any
 from sqlalchemy import String
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from celery_eda.saga_definition import Data
-from celery_eda.saga_steps import Steps
+from celery_eda.sagas.definition import Data
+from celery_eda.sagas.steps import Steps
 from example_project.service import service
 
 app, eda = service("order")

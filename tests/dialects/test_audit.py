@@ -7,10 +7,10 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import Connection, select
 
-from celery_eda.audit import Action, Audit, Author
-from celery_eda.dead_letters import DeadLetterStore
-from celery_eda.letter import Letter, Reason
-from celery_eda.message import Message
+from celery_eda.core.message import Message
+from celery_eda.dead_letters.audit import Action, Audit, Author
+from celery_eda.dead_letters.letter import Letter, Reason
+from celery_eda.dead_letters.store import DeadLetterStore
 from tests.databases import Database
 from tests.support.messages import message
 

@@ -10,11 +10,11 @@ import pytest
 from sqlalchemy import Connection, create_engine, select, update
 from sqlalchemy.exc import OperationalError
 
-from celery_eda.cursor import Cursor, Turn
-from celery_eda.cursors import Cursors, PositionTaken
-from celery_eda.dialects.base import LostRace
-from celery_eda.identity import Lane, Position
-from celery_eda.message import Message
+from celery_eda.core.identity import Lane, Position
+from celery_eda.core.message import Message
+from celery_eda.databases.dialect import LostRace
+from celery_eda.ordering.cursor import Cursor, Turn
+from celery_eda.ordering.cursors import Cursors, PositionTaken
 from tests.databases import Database
 from tests.support.messages import message
 

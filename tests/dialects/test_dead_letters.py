@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from celery_eda import message_rows
-from celery_eda.dead_letters import DeadLetterStore
-from celery_eda.error_text import LONGEST_ERROR
-from celery_eda.identity import Lane, Position
-from celery_eda.letter import Letter, LetterFilter, LetterState, Reason
-from celery_eda.message import Message
+from celery_eda.core.error_text import LONGEST_ERROR
+from celery_eda.core.identity import Lane, Position
+from celery_eda.core.message import Message
+from celery_eda.databases import message_rows
+from celery_eda.dead_letters.letter import Letter, LetterFilter, LetterState, Reason
+from celery_eda.dead_letters.store import DeadLetterStore
 from tests.databases import Database
 from tests.support.messages import message
 

@@ -15,11 +15,11 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import Connection, select
 
+from celery_eda.core.event import Event, EventAppend
+from celery_eda.core.identity import Lane
 from celery_eda.errors import InvalidEvent, VersionConflict
-from celery_eda.event import Event, EventAppend
-from celery_eda.event_store import EventFilter, EventStore
-from celery_eda.identity import Lane
-from celery_eda.sequences import Sequences
+from celery_eda.events.store import EventFilter, EventStore
+from celery_eda.ordering.sequences import Sequences
 from tests.databases import Database
 from tests.support.messages import message
 
@@ -199,7 +199,7 @@ def test_what_is_no_stream_is_refused(database: Database, store: EventStore) -> 
 def test_a_long_stream_is_read_to_its_end(
     database: Database, store: EventStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("celery_eda.event_store.BATCH", 10)
+    monkeypatch.setattr("celery_eda.events.store.BATCH", 10)
     with database.engine.begin() as connection:
         append(store, connection, *(event(data=number) for number in range(35)))
 

@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import Connection, create_engine, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
 
-from celery_eda.message_rows import to_row
-from celery_eda.outbox import OutboxStore
+from celery_eda.databases.message_rows import to_row
+from celery_eda.outbox.store import OutboxStore
 from tests.databases import LOCKING, Database
 from tests.support.messages import message
 

@@ -10,14 +10,15 @@ from celery import Celery
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
-from celery_eda import EDA, Event, folding
+from celery_eda import EDA, Event
 from celery_eda.errors import ArchivedEvents, InvalidEvent
+from celery_eda.events import fold
 from tests.databases import Database
 
 
 @pytest.fixture
 def eda(database: Database, monkeypatch: pytest.MonkeyPatch) -> EDA:
-    monkeypatch.setattr(folding, "EVERY", 5)
+    monkeypatch.setattr(fold, "EVERY", 5)
     app = Celery("shop", broker="memory://", set_as_current=False)
     app.conf.update(eda_send_after_commit=False, eda_service="shop")
     return EDA(app, engine=database.engine)

@@ -10,23 +10,23 @@ from uuid import UUID
 import pytest
 from sqlalchemy import Table, delete, func, insert, select, update
 
-from celery_eda.attempts import Attempts
-from celery_eda.audit import Audit
-from celery_eda.cursor import Cursor
-from celery_eda.cursors import Cursors
-from celery_eda.dead_letters import DeadLetterStore
-from celery_eda.housekeeping import BATCH, Housekeeping
-from celery_eda.identity import Identity, Lane, Position
-from celery_eda.inbox import InboxStore, Outcome, RecordedOutcome
-from celery_eda.letter import Reason
-from celery_eda.message import Message
-from celery_eda.order import ReleasedMessages
-from celery_eda.outbox import OutboxStore
-from celery_eda.remote_errors import RemoteErrors
-from celery_eda.requests import RequestStore
-from celery_eda.saga_log import SagaInstance, SagaStore, State
-from celery_eda.saga_record import Kind, Record
-from celery_eda.settings import DAY, Settings
+from celery_eda.core.identity import Identity, Lane, Position
+from celery_eda.core.message import Message
+from celery_eda.core.settings import DAY, Settings
+from celery_eda.dead_letters.audit import Audit
+from celery_eda.dead_letters.letter import Reason
+from celery_eda.dead_letters.store import DeadLetterStore
+from celery_eda.inbox.attempts import Attempts
+from celery_eda.inbox.ordering import ReleasedMessages
+from celery_eda.inbox.store import InboxStore, Outcome, RecordedOutcome
+from celery_eda.ordering.cursor import Cursor
+from celery_eda.ordering.cursors import Cursors
+from celery_eda.outbox.housekeeping import BATCH, Housekeeping
+from celery_eda.outbox.store import OutboxStore
+from celery_eda.requests.remote_errors import RemoteErrors
+from celery_eda.requests.store import RequestStore
+from celery_eda.sagas.record import Kind, Record
+from celery_eda.sagas.store import SagaInstance, SagaStore, State
 from tests.databases import LOCKING, Database
 from tests.support.messages import message
 

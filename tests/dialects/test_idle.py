@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import OperationalError
 
-from celery_eda.dialects import idle
+from celery_eda.databases import ping
 from tests.databases import LOCKING, Database
 
 on_servers = pytest.mark.parametrize("empty_database", LOCKING, indirect=True)
@@ -35,7 +35,7 @@ def cut(engine: Engine) -> None:
 def test_one_that_was_idle_for_long_is_replaced_unseen(
     empty_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(idle, "IDLE", 0.0)
+    monkeypatch.setattr(ping, "IDLE", 0.0)
     cut(empty_database.engine)
 
     with empty_database.engine.connect() as connection:
@@ -46,7 +46,7 @@ def test_one_that_was_idle_for_long_is_replaced_unseen(
 def test_one_that_was_used_a_moment_ago_fails_like_any_outage(
     empty_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(idle, "IDLE", 60.0)
+    monkeypatch.setattr(ping, "IDLE", 60.0)
     cut(empty_database.engine)
 
     with pytest.raises(OperationalError) as failure, empty_database.engine.connect() as connection:

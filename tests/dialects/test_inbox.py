@@ -10,10 +10,10 @@ import pytest
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from celery_eda.attempts import Attempts
-from celery_eda.dialects.base import LostRace
-from celery_eda.identity import Identity
-from celery_eda.inbox import InboxStore, Outcome, RecordedOutcome
+from celery_eda.core.identity import Identity
+from celery_eda.databases.dialect import LostRace
+from celery_eda.inbox.attempts import Attempts
+from celery_eda.inbox.store import InboxStore, Outcome, RecordedOutcome
 from tests.databases import LOCKING, Database
 
 T = TypeVar("T")

@@ -11,10 +11,10 @@ import pytest
 from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError
 
-from celery_eda import message_rows
-from celery_eda.identity import Identity
-from celery_eda.message import Message
-from celery_eda.outbox import OutboxStore
+from celery_eda.core.identity import Identity
+from celery_eda.core.message import Message
+from celery_eda.databases import message_rows
+from celery_eda.outbox.store import OutboxStore
 from tests.databases import LOCKING, Database
 from tests.support.messages import message
 from tests.support.waiting import eventually

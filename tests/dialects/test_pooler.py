@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
 
-from celery_eda.dialects import dialect_of
+from celery_eda.databases.registry import dialect_of
 from tests.servers.pgbouncer import CONNECTIONS
 
 SETTINGS = (

@@ -17,12 +17,13 @@ from celery import Celery
 from sqlalchemy import JSON, Column, Integer, MetaData, String, Table, select, update
 from sqlalchemy.exc import OperationalError
 
-from celery_eda import EDA, Event, projecting
-from celery_eda.cursor import Turn
-from celery_eda.dialects.base import LostRace
+from celery_eda import EDA, Event
+from celery_eda.core.identity import Position
+from celery_eda.databases.dialect import LostRace
 from celery_eda.errors import ConfigurationError, InvalidEvent, PublishingForbidden, RebuildError
-from celery_eda.identity import Position
-from celery_eda.shadows import Shadow
+from celery_eda.events.projections import rebuild
+from celery_eda.events.projections.shadows import Shadow
+from celery_eda.ordering.cursor import Turn
 from tests.databases import Database
 from tests.support.waiting import BOUND
 
@@ -112,7 +113,7 @@ class Shop:
                 found.append((key, row["state"], row["items"], row["seen"]))
         return found
 
-    def compare(self) -> projecting.Difference:
+    def compare(self) -> rebuild.Difference:
         with self.eda.engine.begin() as connection:
             return self.eda.projecting.compare(connection, self.copy)
 
@@ -160,7 +161,7 @@ def test_a_shadow_fed_with_the_log_says_what_the_live_table_says(shop: Shop) -> 
     shop.rebuild()
 
     assert shop.shadow() == shop.rows() == shop.folded()
-    assert shop.compare() == projecting.Difference(0, 0, 0, (), ())
+    assert shop.compare() == rebuild.Difference(0, 0, 0, (), ())
 
 
 def test_at_any_time_it_is_the_fold_of_what_was_there_by_then(shop: Shop) -> None:

@@ -13,14 +13,14 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 
-from celery_eda.dead_letters import DeadLetterStore
-from celery_eda.letter import LetterFilter
-from celery_eda.message import Message
-from celery_eda.outbox import OutboxStore
-from celery_eda.relay import Relay, RelayResult
-from celery_eda.results import Prerequisites
-from celery_eda.settings import Settings
-from celery_eda.transports.base import CONFIRMED, PublishResult, Verdict
+from celery_eda.brokers.base import CONFIRMED, PublishResult, Verdict
+from celery_eda.core.message import Message
+from celery_eda.core.settings import Settings
+from celery_eda.dead_letters.letter import LetterFilter
+from celery_eda.dead_letters.store import DeadLetterStore
+from celery_eda.outbox.relay import Relay, RelayResult
+from celery_eda.outbox.result_backend import Prerequisites
+from celery_eda.outbox.store import OutboxStore
 from tests.databases import LOCKING, Database
 from tests.support.messages import message
 from tests.support.waiting import eventually
@@ -264,7 +264,7 @@ def test_in_an_outage_nothing_more_is_sent_and_all_is_given_back(
 def test_what_is_committed_late_behind_what_is_being_sent_is_sent_soon(
     database: Database, outbox: OutboxStore, make_relay: MakeRelay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("celery_eda.relay.CHAIN", 3)
+    monkeypatch.setattr("celery_eda.outbox.relay.CHAIN", 3)
     relay, sent = make_relay({}, relay_batch=1)
     with database.engine.connect() as late:
         if database.vendor in LOCKING:  # another one has a single writer

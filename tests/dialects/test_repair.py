@@ -14,18 +14,19 @@ import pytest
 from sqlalchemy import Connection, delete, select
 from sqlalchemy.exc import DBAPIError
 
-from celery_eda import joining, message_rows
-from celery_eda.arguments import Arguments
-from celery_eda.audit import Audit, Author
-from celery_eda.cursors import Cursors
-from celery_eda.dead_letters import DeadLetterStore
+from celery_eda.core.arguments import Arguments
+from celery_eda.core.identity import Lane, Position
+from celery_eda.core.message import Message
+from celery_eda.databases import message_rows
+from celery_eda.dead_letters.audit import Audit, Author
+from celery_eda.dead_letters.letter import Letter, Reason
+from celery_eda.dead_letters.repair import Repair, RepairResult, in_order
+from celery_eda.dead_letters.store import DeadLetterStore
 from celery_eda.errors import NotItsTurn, UnreadableBody
-from celery_eda.identity import Lane, Position
-from celery_eda.letter import Letter, Reason
-from celery_eda.message import Message
-from celery_eda.outbox import OutboxStore
-from celery_eda.repair import Repair, RepairResult, in_order
-from celery_eda.transaction import Store
+from celery_eda.ordering.cursors import Cursors
+from celery_eda.outbox.store import OutboxStore
+from celery_eda.outbox.transactions import join
+from celery_eda.outbox.transactions.base import Store
 from tests.databases import LOCKING, Database
 from tests.support.messages import BODY, message
 
@@ -83,7 +84,7 @@ class Desk:
         """*verb* in a transaction of its own."""
         with self.engine.begin() as connection:
             end: RepairResult = getattr(self.repair, verb)(
-                joining.join(connection, self.store), id, author, **options
+                join.join(connection, self.store), id, author, **options
             )
             return end
 
@@ -196,7 +197,7 @@ def test_what_is_rolled_back_was_never_done(desk: Desk, verb: str) -> None:
     options = {"args": [8]} if verb == "edit" else {}
     before = desk.letter(id)
     with desk.engine.connect() as connection:
-        getattr(desk.repair, verb)(joining.join(connection, desk.store), id, ADA, **options)
+        getattr(desk.repair, verb)(join.join(connection, desk.store), id, ADA, **options)
         connection.rollback()
 
     assert desk.letter(id) == before
@@ -500,7 +501,7 @@ def test_who_looked_before_another_redrove_sends_nothing(desk: Desk) -> None:
         with engine.begin() as connection:
             assert desk.dead_letters.find(connection, id)
             desk.do("redrive", id)
-            return desk.repair.redrive(joining.join(connection, desk.store), id, BOB)
+            return desk.repair.redrive(join.join(connection, desk.store), id, BOB)
 
     (end,) = desk.at_once(redrive_late)
 

@@ -10,11 +10,11 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import select
 
-from celery_eda.addresses import REPLY_HEADER
+from celery_eda.core.addresses import REPLY_HEADER
+from celery_eda.core.identity import Identity
+from celery_eda.core.message import Message
 from celery_eda.errors import UnknownRequest
-from celery_eda.identity import Identity
-from celery_eda.message import Message
-from celery_eda.requests import RequestStore
+from celery_eda.requests.store import RequestStore
 from tests.databases import Database
 
 ADDRESS = "eda.replies.shop"

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Connection, select
 from sqlalchemy.exc import DBAPIError
 
-from celery_eda.saga_locks import SagaLocks
+from celery_eda.sagas.locks import SagaLocks
 from tests.databases import LOCKING, Database
 
 T = TypeVar("T")

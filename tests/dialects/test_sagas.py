@@ -15,13 +15,13 @@ from sqlalchemy import Connection, select
 from sqlalchemy.exc import DBAPIError
 
 from celery_eda.errors import SagaError
-from celery_eda.remote_errors import RemoteErrors
-from celery_eda.saga_definition import Definition, Definitions
-from celery_eda.saga_engine import SagaEngine, Wakeup
-from celery_eda.saga_locks import SagaLocks
-from celery_eda.saga_log import SagaStore, State
-from celery_eda.saga_steps import Steps, defined
-from celery_eda.sagas import Coordinator
+from celery_eda.requests.remote_errors import RemoteErrors
+from celery_eda.sagas.coordinator import Coordinator
+from celery_eda.sagas.definition import Definition, Definitions
+from celery_eda.sagas.engine import SagaEngine, Wakeup
+from celery_eda.sagas.locks import SagaLocks
+from celery_eda.sagas.steps import Steps, defined
+from celery_eda.sagas.store import SagaStore, State
 from tests.databases import Database
 
 TIMES = 10

@@ -13,9 +13,9 @@ import pytest
 from sqlalchemy import Connection, select, update
 from sqlalchemy.exc import OperationalError
 
-from celery_eda.identity import Lane, Position
-from celery_eda.message import Message
-from celery_eda.sequences import Sequences
+from celery_eda.core.identity import Lane, Position
+from celery_eda.core.message import Message
+from celery_eda.ordering.sequences import Sequences
 from tests.databases import Database
 from tests.support.messages import message
 

@@ -16,11 +16,13 @@ from kombu.transport.native_delayed_delivery import (
 from kombu.utils.imports import symbol_by_name
 from sqlalchemy import delete, select
 
-from celery_eda import EDA, results, upgrading
-from celery_eda.message import Message
-from celery_eda.message_rows import from_row
-from celery_eda.transports import transport_of
-from celery_eda.transports.base import CONFIRMED
+from celery_eda import EDA
+from celery_eda.brokers import transport_of
+from celery_eda.brokers.base import CONFIRMED
+from celery_eda.core.message import Message
+from celery_eda.databases import upgrade
+from celery_eda.databases.message_rows import from_row
+from celery_eda.outbox import result_backend
 
 #: A queue that is configured nowhere, and one that hears a broadcast.
 STALL = Queue("stall", Exchange("market"), routing_key="left")
@@ -164,7 +166,7 @@ class OutboxShop(Shop):
     def __init__(self, app: Celery) -> None:
         self.eda = EDA(app)
         super().__init__(app)
-        upgrading.upgrade(self.eda.engine, self.eda.tables)
+        upgrade.upgrade(self.eda.engine, self.eda.tables)
         self.transport = transport_of(app, timeout=10)
 
     def declare_tasks(self, task: Callable[..., Any]) -> None:
@@ -177,7 +179,7 @@ class OutboxShop(Shop):
         """Send all that is in the outbox, whether it is due or not."""
         messages = self.empty_outbox()
         for each in messages:
-            results.run_prerequisites(self.app, each.prerequisites)
+            result_backend.run_prerequisites(self.app, each.prerequisites)
         answers = self.transport.publish(messages)
         assert answers == [CONFIRMED] * len(messages), answers
 
@@ -194,7 +196,7 @@ def configured(broker: str, results: str, database: str, *, quorum: bool) -> Cel
     """An app; both shops get one of these."""
     kind = "topic" if quorum else "direct"
     arguments = {"x-queue-type": "quorum"} if quorum else None
-    app = Celery("shop", broker=broker, backend=results, set_as_current=False)
+    app = Celery("shop", broker=broker, backend=result_backend, set_as_current=False)
     app.conf.update(
         task_queues=[
             Queue("shop", Exchange("shop", type=kind), "shop", queue_arguments=arguments),

@@ -20,8 +20,9 @@ from celery import Celery, chain, chord, group
 from celery.beat import ScheduleEntry, Scheduler
 from sqlalchemy import Engine, event, select
 
-from celery_eda import EDA, results
+from celery_eda import EDA
 from celery_eda.errors import OutsideTransaction
+from celery_eda.outbox import result_backend
 from tests.databases import Database
 from tests.road.conftest import Road
 from tests.servers import ports
@@ -177,7 +178,7 @@ def test_publishing_opens_no_connection_and_costs_one_insert(
 def test_unless_it_is_deferred_publishing_connects_to_the_result_backend(
     database: Database, monkeypatch: pytest.MonkeyPatch, guard: str, name: str
 ) -> None:
-    monkeypatch.setattr(results, guard, lambda _: None)
+    monkeypatch.setattr(result_backend, guard, lambda _: None)
     nowhere = ports.claim()
     app = make_app(database.engine, "memory://", f"redis://127.0.0.1:{nowhere}/1")
     tasks = declare_tasks(app)

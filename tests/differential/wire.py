@@ -18,7 +18,7 @@ from amqp.spec import Basic
 from amqp.transport import TCPTransport
 from kombu import Connection
 
-from celery_eda.identity import ID_HEADER, REVISION_HEADER
+from celery_eda.core.identity import ID_HEADER, REVISION_HEADER
 
 METHOD, HEADER, BODY = 1, 2, 3
 

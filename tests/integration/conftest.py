@@ -25,7 +25,8 @@ from pytest_celery import (
 )
 from sqlalchemy import select
 
-from celery_eda import EDA, upgrading
+from celery_eda import EDA
+from celery_eda.databases import upgrade
 from tests.integration import shop
 from tests.integration.nodes import (
     LocalRabbitMQ,
@@ -141,7 +142,7 @@ def celery_setup_app(
             "unacked_restore_throttle": 1,
         }
     eda = EDA(celery_setup_app)
-    upgrading.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.engine, eda.tables)
     shop.metadata.create_all(eda.engine)
     yield celery_setup_app
     eda.engine.dispose()

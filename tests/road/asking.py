@@ -16,7 +16,8 @@ from typing import Any
 from celery import Celery
 from sqlalchemy import func, select
 
-from celery_eda import EDA, upgrading
+from celery_eda import EDA
+from celery_eda.databases import upgrade
 
 
 def make(broker: str, folder: Any, **settings: Any) -> EDA:
@@ -30,7 +31,7 @@ def make(broker: str, folder: Any, **settings: Any) -> EDA:
     )
     app.conf.update(settings)
     eda = EDA(app)
-    upgrading.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.engine, eda.tables)
     return eda
 
 

@@ -12,7 +12,7 @@ from celery.exceptions import Ignore
 from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
-from celery_eda.saga_steps import Steps
+from celery_eda.sagas.steps import Steps
 from tests.road.system import app, eda
 from tests.road.tables import accounts, effects
 

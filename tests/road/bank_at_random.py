@@ -20,14 +20,15 @@ from celery.exceptions import Ignore
 from sqlalchemy import insert, update
 from sqlalchemy.orm import Session
 
-from celery_eda import Event, RetryPolicy, checkpoints
-from celery_eda.addresses import REPLY_TASK
+from celery_eda import Event, RetryPolicy
+from celery_eda.core import checkpoints
+from celery_eda.core.addresses import REPLY_TASK
 from celery_eda.errors import SagaError
-from celery_eda.replying import Responder
-from celery_eda.saga_definition import Data
-from celery_eda.saga_engine import SagaEngine
-from celery_eda.saga_steps import Steps
-from celery_eda.saga_transition import Transition
+from celery_eda.requests.responder import Responder
+from celery_eda.sagas.definition import Data
+from celery_eda.sagas.engine import SagaEngine
+from celery_eda.sagas.steps import Steps
+from celery_eda.sagas.transition import Transition
 from tests.road.system import _first_time, app, eda
 from tests.road.tables import accounts, effects
 

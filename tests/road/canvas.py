@@ -24,7 +24,7 @@ from celery.backends.base import Backend
 from celery.backends.redis import RedisBackend
 from sqlalchemy import create_engine, insert
 
-from celery_eda import checkpoints
+from celery_eda.core import checkpoints
 from tests.road.tables import effects
 
 PLAIN = os.environ.get("ROAD_PLAIN") == "1"

@@ -17,9 +17,9 @@ from uuid import UUID
 import pytest
 from sqlalchemy import Engine, create_engine, func, select
 
-from celery_eda import upgrading
-from celery_eda.dialects import dialect_of
-from celery_eda.tables import Tables
+from celery_eda.databases import upgrade
+from celery_eda.databases.registry import dialect_of
+from celery_eda.databases.tables import Tables
 from tests.road import nursery
 from tests.road.nursery import Born
 from tests.road.tables import effects, metadata, orders
@@ -144,7 +144,7 @@ class Road:
         self.engine: Engine = create_engine(database, pool_size=1, pool_pre_ping=True)
         self.tables = Tables.on()
         dialect_of(self.engine.url, claim_timeout=60).configure_engine(self.engine, 60)
-        upgrading.upgrade(self.engine, self.tables)
+        upgrade.upgrade(self.engine, self.tables)
         metadata.create_all(self.engine)
         self.environment = {
             **os.environ,

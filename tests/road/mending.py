@@ -12,7 +12,7 @@ from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
 from celery_eda import Failure
-from celery_eda.failure import RepairDecision
+from celery_eda.dead_letters.failure import RepairDecision
 from tests.road.system import app as app  # what `celery -A` looks for
 from tests.road.system import eda
 from tests.road.tables import effects

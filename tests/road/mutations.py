@@ -12,18 +12,20 @@ from kombu import Connection
 from kombu.transport import redis
 from sqlalchemy import Connection as DatabaseConnection
 
-from celery_eda import handling, publishing, relay, results
-from celery_eda.addresses import REPLY_TASK
-from celery_eda.attempts import Attempts
-from celery_eda.identity import Identity, Position
-from celery_eda.inbox import InboxStore
-from celery_eda.intake import Intake
-from celery_eda.outbox import OutboxStore
-from celery_eda.replying import Responder
-from celery_eda.request import ReliableRequest
-from celery_eda.task import ReliableTask
-from celery_eda.transports import confirm_channel, frames
-from celery_eda.transports.base import CONFIRMED
+from celery_eda.brokers.base import CONFIRMED
+from celery_eda.brokers.rabbitmq import confirm_channel, envelopes
+from celery_eda.core.addresses import REPLY_TASK
+from celery_eda.core.identity import Identity, Position
+from celery_eda.inbox import handler
+from celery_eda.inbox.attempts import Attempts
+from celery_eda.inbox.intake import Intake
+from celery_eda.inbox.request import ReliableRequest
+from celery_eda.inbox.store import InboxStore
+from celery_eda.inbox.task import ReliableTask
+from celery_eda.outbox import relay, result_backend
+from celery_eda.outbox.capture import amqp
+from celery_eda.outbox.store import OutboxStore
+from celery_eda.requests.responder import Responder
 
 
 def no_inbox() -> None:
@@ -67,14 +69,14 @@ def deleted_before_it_is_sent() -> None:
 
 
 def not_mandatory() -> None:
-    learn = frames.Frames._learn
+    learn = envelopes.Frames._learn
 
-    def optional(self: frames.Frames, route: tuple[str, str, bool]) -> bytes:
+    def optional(self: envelopes.Frames, route: tuple[str, str, bool]) -> bytes:
         # The last octet of Basic.Publish holds the bits mandatory and immediate.
-        frame = self._methods[route] = learn(self, route)[:-2] + b"\0" + frames.FRAME_END
+        frame = self._methods[route] = learn(self, route)[:-2] + b"\0" + envelopes.FRAME_END
         return frame
 
-    frames.Frames._learn = optional  # type: ignore[method-assign]
+    envelopes.Frames._learn = optional  # type: ignore[method-assign]
 
 
 def kombu_takes_from_redis() -> None:
@@ -82,7 +84,7 @@ def kombu_takes_from_redis() -> None:
 
     Its wait for a message lasts, so that the test finds it waiting; it ends every second else.
     """
-    publishing.CapturingAMQP.Connection = Connection
+    amqp.CapturingAMQP.Connection = Connection
     redis.Transport.brpop_timeout = 60
 
 
@@ -95,43 +97,43 @@ def no_reject_on_worker_lost() -> None:
 
 
 def retry_keeps_the_failed_attempt() -> None:
-    run = handling.run
+    run = handler.run
 
-    def run_and_keep(*arguments: Any) -> handling.HandlerResult:
+    def run_and_keep(*arguments: Any) -> handler.HandlerResult:
         try:
             return run(*arguments)
         except Retry:
-            return handling.HandlerResult(ignored=Ignore())
+            return handler.HandlerResult(ignored=Ignore())
 
-    handling.run = run_and_keep
+    handler.run = run_and_keep
 
 
 def links_published_by_celery_too() -> None:
-    publish_next = handling.publish_next
+    publish_next = handler.publish_next
 
     def publish_and_leave(task: Any, result: Any) -> None:
         callbacks, chain = task.request.callbacks, task.request.chain
         publish_next(task, result)
         task.request.callbacks, task.request.chain = callbacks, chain
 
-    handling.publish_next = publish_and_leave
+    handler.publish_next = publish_and_leave
 
 
 def retry_keeps_its_identity() -> None:
-    identify = publishing.CapturingAMQP._identify
+    identify = amqp.CapturingAMQP._identify
 
     def inherit(self: Any, headers: dict[str, Any]) -> Identity:
         return Identity.of_headers(headers) or identify(self, headers)
 
-    publishing.CapturingAMQP._identify = inherit  # type: ignore[method-assign]
+    amqp.CapturingAMQP._identify = inherit  # type: ignore[method-assign]
 
 
 def chord_without_identity() -> None:
-    results._identify_chords = lambda _: None
+    result_backend._identify_chords = lambda _: None
 
 
 def dead_worker_keeps_its_claim_on_a_chord() -> None:
-    results.repeat_chord_part = lambda _: None
+    result_backend.repeat_chord_part = lambda _: None
 
 
 def result_stands_for_the_whole_message() -> None:
@@ -139,8 +141,8 @@ def result_stands_for_the_whole_message() -> None:
 
 
 def failure_is_told_once() -> None:
-    recorded = handling.recorded
-    handling.recorded = lambda task, result: (
+    recorded = handler.recorded
+    handler.recorded = lambda task, result: (
         None if isinstance(result, Exception) else recorded(task, result)
     )
 

@@ -22,9 +22,10 @@ from celery.exceptions import Reject, SoftTimeLimitExceeded
 from sqlalchemy import create_engine, func, insert, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from celery_eda import EDA, RetryPolicy, checkpoints
-from celery_eda.refusals import Refusals
-from celery_eda.transports import redis_taking
+from celery_eda import EDA, RetryPolicy
+from celery_eda.brokers.redis import consume
+from celery_eda.core import checkpoints
+from celery_eda.inbox.refusals import Refusals
 from tests.road import mutations
 from tests.road.tables import accounts, effects
 
@@ -53,9 +54,7 @@ if os.environ["ROAD_BROKER"].startswith("redis"):
         "unacked_restore_throttle": 1,
     }
 app.conf.update(json.loads(os.environ.get("ROAD_SETTINGS", "{}")))
-redis_taking.LOW_PRIORITY_POLL = float(
-    os.environ.get("ROAD_GLANCE", redis_taking.LOW_PRIORITY_POLL)
-)
+consume.LOW_PRIORITY_POLL = float(os.environ.get("ROAD_GLANCE", consume.LOW_PRIORITY_POLL))
 own_engine = os.environ.get("ROAD_ENGINE")
 eda = EDA(
     app,

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from sqlalchemy import func, select
 
-from celery_eda import checkpoints
+from celery_eda.core import checkpoints
 from tests.road.conftest import Process, Road, first_of, on_servers
 from tests.road.tables import effects
 from tests.road.test_killed_at_every_step import RELAY_COPIES

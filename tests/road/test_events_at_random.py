@@ -16,8 +16,8 @@ import pytest
 from sqlalchemy import func, select, text
 
 from celery_eda import Event
-from celery_eda.dialects import dialect_of
-from celery_eda.event_store import EventStore
+from celery_eda.databases.registry import dialect_of
+from celery_eda.events.store import EventStore
 from tests.road.conftest import Process, Road, expect_hits, first_of
 from tests.road.tables import accounts, effects
 from tests.road.test_order import kill_somebody

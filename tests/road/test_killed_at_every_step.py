@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from celery_eda import checkpoints
+from celery_eda.core import checkpoints
 from tests.road.conftest import SHORT, Process, Road, by_relay, on_servers, on_short_roads
 
 ORDERS = 21

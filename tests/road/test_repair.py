@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from celery_eda.letter import LetterState
+from celery_eda.dead_letters.letter import LetterState
 from tests.road.conftest import Process, Road, expect_hits
 from tests.road.tables import effects
 

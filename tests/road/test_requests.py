@@ -15,10 +15,11 @@ import pytest
 from kombu import Connection
 from redis import Redis as Client
 
-from celery_eda import EDA, addresses
-from celery_eda.addresses import REPLY_TASK
-from celery_eda.embedded import RelayThread
+from celery_eda import EDA
+from celery_eda.core import addresses
+from celery_eda.core.addresses import REPLY_TASK
 from celery_eda.errors import RequestTimeout
+from celery_eda.outbox.embedded import RelayThread
 from tests.road import asking
 from tests.road.asking import ask
 from tests.road.conftest import PATIENCE, Process, Road, first_of

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from sqlalchemy import select
 
-from celery_eda import checkpoints
+from celery_eda.core import checkpoints
 from tests.road.conftest import Road, first_of
 from tests.road.tables import accounts
 

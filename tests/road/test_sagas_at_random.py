@@ -139,7 +139,7 @@ def test_every_saga_ends_honestly_whoever_dies_at_whichever_transition(
         Path(road.folder, "healed").touch()
         road.run(
             "from tests.road.bank_at_random import transfer\n"
-            "from celery_eda.saga_log import State\n"
+            "from celery_eda.sagas.store import State\n"
             "with eda.engine.connect() as connection:\n"
             "    parked = eda.sagas.store.select(connection, State.parked, None, 10_000)\n"
             "for each in parked:\n"

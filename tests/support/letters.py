@@ -10,9 +10,9 @@ from uuid import UUID
 import amqp
 from kombu import Connection, Queue
 
-from celery_eda.identity import Identity
-from celery_eda.message import Message
-from celery_eda.transports.base import Pipelined, PublishResult, Transport, Verdict
+from celery_eda.brokers.base import Pipelined, PublishResult, Transport, Verdict
+from celery_eda.core.identity import Identity
+from celery_eda.core.message import Message
 from tests.support.messages import BODY, message
 from tests.support.waiting import BOUND
 

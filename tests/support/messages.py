@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
-from celery_eda.identity import Identity
-from celery_eda.message import Message
+from celery_eda.core.identity import Identity
+from celery_eda.core.message import Message
 
 BODY = b'[[7], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
 

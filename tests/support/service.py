@@ -14,10 +14,10 @@ from sqlalchemy import Connection, String, delete, select
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from celery_eda import context
-from celery_eda.message import Message
-from celery_eda.outbox import OutboxStore
-from celery_eda.transaction import Store
+from celery_eda.core import context
+from celery_eda.core.message import Message
+from celery_eda.outbox.store import OutboxStore
+from celery_eda.outbox.transactions.base import Store
 from tests.databases import VENDORS, Database, connect
 from tests.support.messages import message
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from celery_eda.attempts import Attempts
-from celery_eda.audit import Audit
-from celery_eda.cursors import Cursors
-from celery_eda.dead_letters import DeadLetterStore
-from celery_eda.inbox import InboxStore
-from celery_eda.outbox import OutboxStore
+from celery_eda.dead_letters.audit import Audit
+from celery_eda.dead_letters.store import DeadLetterStore
+from celery_eda.inbox.attempts import Attempts
+from celery_eda.inbox.store import InboxStore
+from celery_eda.ordering.cursors import Cursors
+from celery_eda.outbox.store import OutboxStore
 from tests.databases import Database
 
 

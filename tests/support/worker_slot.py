@@ -11,9 +11,10 @@ from celery import Celery
 from celery.app.trace import trace_task_ret
 from sqlalchemy import Column, Integer, MetaData, Table, delete, insert, select
 
-from celery_eda import EDA, message_rows
-from celery_eda.identity import WIRE
-from celery_eda.message import Message, Wire
+from celery_eda import EDA
+from celery_eda.core.identity import WIRE
+from celery_eda.core.message import Message, Wire
+from celery_eda.databases import message_rows
 from tests.databases import Database
 from tests.road.tables import effects
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from amqp.exceptions import ChannelError, UnexpectedFrame
 
-from celery_eda.message import Message
-from celery_eda.transports.base import PublishResult
-from celery_eda.transports.confirms import InFlight
+from celery_eda.brokers.base import PublishResult
+from celery_eda.brokers.rabbitmq.confirms import InFlight
+from celery_eda.core.message import Message
 from tests.support.letters import letter
 
 

@@ -18,13 +18,13 @@ from celery import Celery
 from kombu import Connection, Consumer, Exchange, Producer, Queue
 from sqlalchemy import create_engine, func, select, text
 
-from celery_eda.dialects.postgresql_presence import require_direct
-from celery_eda.dialects.sqlite_presence import refuse_remote
+from celery_eda.brokers.database.broker import broker_at
+from celery_eda.brokers.database.postgresql_presence import require_direct
+from celery_eda.brokers.database.queues import Lease
+from celery_eda.brokers.database.sqlite_presence import refuse_remote
+from celery_eda.brokers.database.taker import Taker
+from celery_eda.databases.tables import Tables
 from celery_eda.errors import ConfigurationError
-from celery_eda.queues import Lease
-from celery_eda.tables import Tables
-from celery_eda.transports.database_broker import broker_at
-from celery_eda.transports.database_taker import Taker
 from tests.support.brokers import Broker
 from tests.support.waiting import BOUND
 

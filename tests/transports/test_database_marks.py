@@ -18,13 +18,13 @@ from kombu import Connection, Consumer, Queue
 from kombu.message import Message
 from sqlalchemy import Engine, create_engine, text
 
-from celery_eda.dialects.postgresql import PostgreSQL
-from celery_eda.dialects.postgresql_queueing import PostgreSQLQueues
-from celery_eda.queues import Lease, Queued, Queues
-from celery_eda.tables import Tables
-from celery_eda.transports import database_marks
-from celery_eda.transports.database_broker import kombu_message, queued
-from celery_eda.transports.database_marks import Watermarks
+from celery_eda.brokers.database import watermarks
+from celery_eda.brokers.database.broker import kombu_message, queued
+from celery_eda.brokers.database.postgresql import PostgreSQLQueues
+from celery_eda.brokers.database.queues import Lease, Queued, Queues
+from celery_eda.brokers.database.watermarks import Watermarks
+from celery_eda.databases.postgresql import PostgreSQL
+from celery_eda.databases.tables import Tables
 from tests.support.brokers import Broker
 from tests.support.letters import letter
 from tests.transports.test_database import drain, get, put, until
@@ -63,7 +63,7 @@ def connect(request: pytest.FixtureRequest, broker: Broker) -> Iterator[Callable
 
 @pytest.fixture
 def no_whole_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database_marks, "SCAN_INTERVAL", 3600.0)
+    monkeypatch.setattr(watermarks, "SCAN_INTERVAL", 3600.0)
 
 
 def a_queued(body: object) -> Queued:
@@ -255,7 +255,7 @@ def test_what_nobody_tells_is_found_by_a_look_at_the_whole(
 
 def test_a_look_at_the_whole_that_takes_long_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(database_marks, "monotonic", lambda: now)
+    monkeypatch.setattr(watermarks, "monotonic", lambda: now)
     marks, begun = Watermarks(), []
 
     def claim(passed: Any) -> list[Any]:

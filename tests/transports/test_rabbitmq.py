@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from celery_eda.transports.base import Pipelined, Transport
+from celery_eda.brokers.base import Pipelined, Transport
 from tests.servers.proxy import Proxy
 from tests.servers.rabbitmq import RabbitMQ
 from tests.support.letters import (

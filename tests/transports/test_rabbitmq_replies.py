@@ -9,8 +9,8 @@ from typing import Any
 from celery import Celery
 from kombu import Connection
 
-from celery_eda import addresses
-from celery_eda.transports.rabbitmq_replies import ReplyConsumer
+from celery_eda.brokers.rabbitmq.replies import ReplyConsumer
+from celery_eda.core import addresses
 from tests.support.waiting import BOUND
 
 NAME = addresses.of_process()

@@ -12,12 +12,12 @@ import pytest
 import redis
 from kombu import Exchange, Queue
 
-from celery_eda import addresses
-from celery_eda.event import EVENT_EXCHANGE
-from celery_eda.event_queues import EventQueues
-from celery_eda.subscriptions import Subscription, Subscriptions
-from celery_eda.transports import SafeConnection
-from celery_eda.transports.base import CONFIRMED, Pipelined, Transport, publish_with
+from celery_eda.brokers import SafeConnection
+from celery_eda.brokers.base import CONFIRMED, Pipelined, Transport, publish_with
+from celery_eda.core import addresses
+from celery_eda.core.event import EVENT_EXCHANGE
+from celery_eda.events.queues import EventQueues
+from celery_eda.events.subscriptions import Subscription, Subscriptions
 from tests.servers.proxy import Proxy
 from tests.servers.redis import Redis
 from tests.support.brokers import app_of

@@ -9,8 +9,8 @@ import pytest
 from celery import Celery
 from redis import Redis as Client
 
-from celery_eda import addresses
-from celery_eda.transports.redis_replies import MARK, ReplyConsumer
+from celery_eda.brokers.redis.replies import MARK, ReplyConsumer
+from celery_eda.core import addresses
 from tests.servers.redis import Redis
 from tests.support.waiting import BOUND, eventually
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from kombu import Connection, Consumer, Queue
 
-from celery_eda.transports import SafeConnection, redis_taking
+from celery_eda.brokers import SafeConnection
+from celery_eda.brokers.redis import consume
 from tests.servers.redis import Redis
 
 NAMES = ("a", "b", "c")
@@ -41,7 +42,7 @@ class Taker:
 
 @pytest.fixture(autouse=True)
 def _long_glances(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_taking, "LOW_PRIORITY_POLL", LONG)
+    monkeypatch.setattr(consume, "LOW_PRIORITY_POLL", LONG)
 
 
 @pytest.fixture(params=["", "prefix-"])
@@ -50,7 +51,7 @@ def taker(redis_url: str, request: pytest.FixtureRequest) -> Iterator[Taker]:
     taker = Taker(redis_url, **options)
     yield taker
     # Closing waits for the wait under way.
-    redis_taking.LOW_PRIORITY_POLL = 0.1
+    consume.LOW_PRIORITY_POLL = 0.1
     put(taker, "a")
     taker.connection.close()
 

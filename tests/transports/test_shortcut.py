@@ -11,7 +11,8 @@ from celery import Celery
 from kombu import Exchange, Queue
 from sqlalchemy import Table, func, select
 
-from celery_eda import EDA, upgrading
+from celery_eda import EDA
+from celery_eda.databases import upgrade
 from tests.support.brokers import Broker
 
 
@@ -34,7 +35,7 @@ def service(broker: str, database: str, **conf: Any) -> EDA:
     )
     eda = EDA(app)
     eda.task(name="shop.charge")(charge)
-    upgrading.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.engine, eda.tables)
     return eda
 
 

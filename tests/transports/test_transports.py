@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_eda.message import Message
-from celery_eda.transports import BROKERS, transport_of
-from celery_eda.transports.base import PublishResult, Transport, Verdict
+from celery_eda.brokers import BROKERS, transport_of
+from celery_eda.brokers.base import PublishResult, Transport, Verdict
+from celery_eda.core.message import Message
 from tests.support.brokers import Broker, app_of
 from tests.support.letters import body_of, confirmed, ids, letter, letters, verdicts
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as some
 from kombu import Producer
 from kombu.transport.pyamqp import Channel
 
-from celery_eda.message import Encoded, Message
-from celery_eda.transports.base import publish_with
-from celery_eda.transports.frames import Frames, encode_envelope
+from celery_eda.brokers.base import publish_with
+from celery_eda.brokers.rabbitmq.envelopes import Frames, encode_envelope
+from celery_eda.core.message import Encoded, Message
 from tests.support.letters import letter
 
 CHANNEL = 7

@@ -14,9 +14,10 @@ from sqlalchemy import Engine, RootTransaction, create_engine, event, func, inse
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from celery_eda import attachment, context, joining
-from celery_eda.delivery import Delivery
+from celery_eda.core import context
+from celery_eda.core.delivery import Delivery
 from celery_eda.errors import TwoSessions
+from celery_eda.outbox.transactions import attach, join
 from tests.support.messages import message
 from tests.support.service import Order, Service
 
@@ -25,7 +26,7 @@ from tests.support.service import Order, Service
 def sessions(service: Service) -> sessionmaker[Session]:
     """The service's session factory, attached."""
     factory = sessionmaker(service.engine)
-    attachment.attach(factory, service.store)
+    attach.attach(factory, service.store)
     return factory
 
 
@@ -428,7 +429,7 @@ def test_two_open_sessions_have_to_be_told_apart(
     with sessions() as one, sessions():
         with pytest.raises(TwoSessions, match="Say which"):
             service.publish("a")
-        with joining.scope(one, service.store):
+        with join.scope(one, service.store):
             service.publish("b")
         one.commit()
 
@@ -448,7 +449,7 @@ def test_a_session_after_a_closed_one_is_the_only_one(
 
 def test_a_scoped_session_captures_from_its_first_use(service: Service) -> None:
     registry = scoped_session(sessionmaker(service.engine))
-    attachment.attach(registry, service.store)
+    attach.attach(registry, service.store)
     service.publish("a")
     registry.add(Order(name="x"))
     service.publish("b")
@@ -490,14 +491,14 @@ def test_attaching_twice_is_attaching_once(
 ) -> None:
     attached = sessions.class_
 
-    attachment.attach(sessions, service.store)
+    attach.attach(sessions, service.store)
 
     assert sessions.class_ is attached
 
 
 def test_anything_else_cannot_be_attached(service: Service) -> None:
     with pytest.raises(TypeError, match="makes no sessions"):
-        attachment.attach(service.engine, service.store)
+        attach.attach(service.engine, service.store)
 
 
 # ── while a message is handled ──────────────────────────────────────────────────────────────
@@ -511,7 +512,7 @@ def delivery(service: Service) -> Iterator[context.InProgress]:
         assert isinstance(begun, RootTransaction)
         progress = context.InProgress(Delivery(None, Context(), message("x").identity), begun)
         token = context.in_progress.set(progress)
-        transaction = joining.join(connection, service.store)
+        transaction = join.join(connection, service.store)
         try:
             with context.scope_of(transaction, inherited=True):
                 yield progress
@@ -594,7 +595,7 @@ def test_a_flush_is_a_write_of_the_session_that_flushes(
     with delivery(service), sessions() as one, sessions() as other:
         one.scalars(select(Order)).all()
         other.scalars(select(Order)).all()
-        with joining.scope(one, service.store):
+        with join.scope(one, service.store):
             service.publish("a")
         one.add(Order(name="a"))
         one.flush()
@@ -604,7 +605,7 @@ def test_a_flush_is_a_write_of_the_session_that_flushes(
 
 def test_another_engine_on_the_same_database_takes_part_too(service: Service) -> None:
     factory = sessionmaker(create_engine(service.engine.url))
-    attachment.attach(factory, service.store)
+    attach.attach(factory, service.store)
     with suppress(Mishap), delivery(service), factory() as session:
         session.add(Order(name="a"))
         session.commit()
@@ -615,7 +616,7 @@ def test_another_engine_on_the_same_database_takes_part_too(service: Service) ->
 
 def test_engines_chosen_by_mapper_take_part_too(service: Service) -> None:
     factory = sessionmaker(binds={Order: service.engine})
-    attachment.attach(factory, service.store)
+    attach.attach(factory, service.store)
     with suppress(Mishap), delivery(service), factory() as session:
         session.add(Order(name="a"))
         service.publish("a")
@@ -638,7 +639,7 @@ def test_a_session_on_another_database_is_committed_apart_with_a_warning(
     service: Service, elsewhere: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     factory = sessionmaker(elsewhere)
-    attachment.attach(factory, service.store)
+    attach.attach(factory, service.store)
     for name in "ab":
         with suppress(Mishap), delivery(service), factory() as session:
             session.add(Order(name=name))

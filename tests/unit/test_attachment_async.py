@@ -15,14 +15,14 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
 )
 
-from celery_eda import attachment
+from celery_eda.outbox.transactions import attach
 from tests.support.service import AsyncService, Order
 from tests.unit.test_attachment import Mishap, delivery
 
 
 def attached(service: AsyncService, engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
     factory = async_sessionmaker(engine)
-    attachment.attach(factory, service.store)
+    attach.attach(factory, service.store)
     return factory
 
 
@@ -145,7 +145,7 @@ def test_a_child_task_is_outside_and_a_thread_on_its_behalf_is_not(
 def test_an_asynchronous_scoped_session_captures(async_service: AsyncService) -> None:
     async def body(engine: AsyncEngine) -> None:
         registry = async_scoped_session(async_sessionmaker(engine), asyncio.current_task)
-        attachment.attach(registry, async_service.store)
+        attach.attach(registry, async_service.store)
         registry.add(Order(name="a"))
         async_service.publish("a")
         await registry.commit()

@@ -14,7 +14,7 @@ from celery.bin.base import CLIContext
 from click.testing import CliRunner, Result
 from sqlalchemy import select, update
 
-from celery_eda.cli import eda
+from celery_eda.ops.cli import eda
 from tests.databases import Database
 from tests.support.service import made, some_of
 from tests.support.worker_slot import Slot

@@ -10,8 +10,13 @@ import pytest
 from celery.app.task import Context
 from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry
 
-from celery_eda.attempts import TIME_LIMIT
-from celery_eda.continuation import (
+from celery_eda.core.delivery import Delivery
+from celery_eda.core.identity import Identity
+from celery_eda.databases.dialect import Dialect, LostRace
+from celery_eda.dead_letters.letter import Reason
+from celery_eda.errors import NoNextAttempt, OutOfSequence, PublishingForbidden, Unwanted
+from celery_eda.inbox.attempts import TIME_LIMIT
+from celery_eda.inbox.continuation import (
     Dead,
     Done,
     NextAttempt,
@@ -22,12 +27,7 @@ from celery_eda.continuation import (
     classify,
     lost,
 )
-from celery_eda.delivery import Delivery
-from celery_eda.dialects.base import Dialect, LostRace
-from celery_eda.errors import NoNextAttempt, OutOfSequence, PublishingForbidden, Unwanted
-from celery_eda.identity import Identity
-from celery_eda.letter import Reason
-from celery_eda.patience import Transient, TransientErrors
+from celery_eda.inbox.transient import Transient, TransientErrors
 from tests.support.service import message
 
 

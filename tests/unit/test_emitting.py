@@ -14,7 +14,11 @@ import pytest
 from celery import Celery
 from sqlalchemy import Column, MetaData, String, Table, func, select
 
-from celery_eda import EDA, Event, message_rows, refusals, upgrading
+from celery_eda import EDA, Event
+from celery_eda.core.event import EVENT_EXCHANGE, EVENT_TASK
+from celery_eda.core.identity import ORDER_HEADER
+from celery_eda.core.message import Message
+from celery_eda.databases import message_rows, upgrade
 from celery_eda.errors import (
     ConfigurationError,
     InvalidEvent,
@@ -22,10 +26,8 @@ from celery_eda.errors import (
     OutsideTransaction,
     VersionConflict,
 )
-from celery_eda.event import EVENT_EXCHANGE, EVENT_TASK
-from celery_eda.identity import ORDER_HEADER
-from celery_eda.message import Message
-from celery_eda.task import ReliableTask
+from celery_eda.inbox import refusals
+from celery_eda.inbox.task import ReliableTask
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Shop:
             **settings,
         )
         self.eda = EDA(self.app)
-        upgrading.upgrade(self.eda.engine, self.eda.tables)
+        upgrade.upgrade(self.eda.engine, self.eda.tables)
 
     def sent(self) -> list[Message]:
         table = self.eda.tables.outbox

@@ -8,10 +8,10 @@ from uuid import uuid4
 
 import pytest
 
-from celery_eda import context
+from celery_eda.core import context
+from celery_eda.core.event import Event, EventAppend
+from celery_eda.core.identity import Lane
 from celery_eda.errors import VersionConflict
-from celery_eda.event import Event, EventAppend
-from celery_eda.identity import Lane
 from tests.support.messages import message
 from tests.support.worker_slot import Slot
 

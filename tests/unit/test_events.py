@@ -9,10 +9,10 @@ from uuid import UUID
 
 import pytest
 
+from celery_eda.core.event import Event
+from celery_eda.core.topics import checked_name, checked_pattern, matches
 from celery_eda.errors import ConfigurationError, InvalidEvent
-from celery_eda.event import Event
-from celery_eda.event_types import EventRegistry
-from celery_eda.topics import checked_name, checked_pattern, matches
+from celery_eda.events.registry import EventRegistry
 
 EVENT = Event(
     UUID("0197e1a0-0000-7000-8000-000000000007"),

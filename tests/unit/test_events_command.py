@@ -14,9 +14,10 @@ from celery.bin.base import CLIContext
 from click.testing import CliRunner, Result
 from sqlalchemy import select
 
-from celery_eda import EDA, upgrading
-from celery_eda.cli import eda as commands
+from celery_eda import EDA
+from celery_eda.databases import upgrade
 from celery_eda.errors import ArchivedEvents
+from celery_eda.ops.cli import eda as commands
 
 TOMORROW = (datetime.now() + timedelta(days=1)).strftime("%Y-%m-%d")  # local time
 
@@ -29,7 +30,7 @@ def eda(tmp_path: Path) -> EDA:
         eda_database_url=f"sqlite:///{tmp_path / 'service.db'}", eda_send_after_commit=False
     )
     eda = EDA(app)
-    upgrading.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.engine, eda.tables)
     for key in (7, 8):
         for name in ("order.placed", "order.paid", "stock.taken"):
             eda.emit(name, {"order": key}, key=key)

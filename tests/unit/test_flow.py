@@ -17,10 +17,10 @@ from pydantic import BaseModel
 from sqlalchemy import Column, MetaData, String, Table
 
 from celery_eda import EDA, Event
-from celery_eda.asyncapi import schema
-from celery_eda.cli import eda as commands
-from celery_eda.drawing import Edge, Graph, Node
-from celery_eda.flow import Flow, graph
+from celery_eda.ops.asyncapi import schema
+from celery_eda.ops.cli import eda as commands
+from celery_eda.ops.diagrams.flow import Flow, graph
+from celery_eda.ops.diagrams.graph import Edge, Graph, Node
 
 app = Celery("shop", broker="memory://", set_as_current=False)
 app.conf.update(eda_database_url="sqlite://")

@@ -11,11 +11,12 @@ from celery.bin.base import CLIContext
 from click.testing import CliRunner
 from sqlalchemy import update
 
-from celery_eda import EDA, upgrading
-from celery_eda.cli import eda as commands
-from celery_eda.identity import Identity
-from celery_eda.inbox import InboxStore, Outcome
-from celery_eda.settings import DAY
+from celery_eda import EDA
+from celery_eda.core.identity import Identity
+from celery_eda.core.settings import DAY
+from celery_eda.databases import upgrade
+from celery_eda.inbox.store import InboxStore, Outcome
+from celery_eda.ops.cli import eda as commands
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def eda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EDA:
     app = Celery("shop", broker="memory://", set_as_current=False)
     app.conf.eda_database_url = f"sqlite:///{tmp_path / 'service.db'}"
     eda = EDA(app)
-    upgrading.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.engine, eda.tables)
     inbox = InboxStore(eda.tables.inbox, eda.dialect)
     with eda.engine.begin() as connection:
         inbox.record_failure(connection, "shop.charge", Identity.fresh(), Outcome.done)

@@ -14,13 +14,20 @@ from kombu.message import Message
 from kombu.serialization import dumps, prepare_accept_content
 from kombu.utils import json as kombu_json
 
-from celery_eda.compression import limit_decompression
-from celery_eda.error_text import loggable
+from celery_eda.core.compression import limit_decompression
+from celery_eda.core.error_text import loggable
+from celery_eda.core.inspection import inspect
+from celery_eda.core.limits import Limits
+from celery_eda.dead_letters.letter import Reason
 from celery_eda.errors import TooLarge
-from celery_eda.inspection import inspect
-from celery_eda.letter import Reason
-from celery_eda.limits import Limits
-from celery_eda.refusals import OTHERS, UNREADABLE_JSON, Refusal, RefusedMessage, refused, storable
+from celery_eda.inbox.refusals import (
+    OTHERS,
+    UNREADABLE_JSON,
+    Refusal,
+    RefusedMessage,
+    refused,
+    storable,
+)
 from tests.road.hostile import Letter, letters
 
 ANY = Refusal(Reason.malformed, ValueError())

@@ -21,11 +21,13 @@ from sqlalchemy import Table, func, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from celery_eda import EDA, addresses, message_rows, upgrading
-from celery_eda.arguments import Arguments
-from celery_eda.identity import Identity
-from celery_eda.message import Message
-from celery_eda.refusals import Refusals
+from celery_eda import EDA
+from celery_eda.core import addresses
+from celery_eda.core.arguments import Arguments
+from celery_eda.core.identity import Identity
+from celery_eda.core.message import Message
+from celery_eda.databases import message_rows, upgrade
+from celery_eda.inbox.refusals import Refusals
 from tests.road.hostile import Letter
 
 PATIENCE = 120.0
@@ -105,7 +107,7 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
     def keyed(session: Session, number: int) -> None:
         shop.handled.append(number)
 
-    upgrading.upgrade(shop.eda.engine, shop.eda.tables)
+    upgrade.upgrade(shop.eda.engine, shop.eda.tables)
     decoders = dict(compression._decoders)
     with start_worker(app, perform_ping_check=False, shutdown_timeout=30.0):
         yield shop

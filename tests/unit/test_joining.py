@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Engine, event, insert
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session
 
-from celery_eda import joining
+from celery_eda.outbox.transactions import join
 from tests.support.service import Order, Service
 
 Opening = Callable[[Service], AbstractContextManager[Any]]
@@ -23,13 +23,13 @@ Opening = Callable[[Service], AbstractContextManager[Any]]
 
 @contextmanager
 def joined_session(service: Service) -> Iterator[Session]:
-    with Session(service.engine) as session, joining.scope(session, service.store):
+    with Session(service.engine) as session, join.scope(session, service.store):
         yield session
 
 
 @contextmanager
 def joined_connection(service: Service) -> Iterator[Connection]:
-    with service.engine.connect() as connection, joining.scope(connection, service.store):
+    with service.engine.connect() as connection, join.scope(connection, service.store):
         yield connection
 
 
@@ -113,10 +113,10 @@ def test_an_exception_in_an_explicit_block_drops_its_messages(
 
 
 def test_a_message_follows_its_transaction_when_the_block_ends_first(service: Service) -> None:
-    with service.engine.begin() as connection, joining.scope(connection, service.store):
+    with service.engine.begin() as connection, join.scope(connection, service.store):
         service.publish("a")
     with Session(service.engine) as session, session.begin():
-        with joining.scope(session, service.store):
+        with join.scope(session, service.store):
             service.publish("b")
         service.publish("c")
 
@@ -257,7 +257,7 @@ def test_a_session_in_a_connections_transaction_waits_for_its_commit(
     with service.engine.connect() as connection, connection.begin() as transaction:
         with (
             Session(connection, join_transaction_mode=mode) as session,
-            joining.scope(session, service.store),
+            join.scope(session, service.store),
         ):
             service.publish("a")
             session.commit()
@@ -277,7 +277,7 @@ def test_a_session_in_a_connections_transaction_is_rolled_back_with_it(
     with service.engine.connect() as connection, connection.begin() as transaction:
         with (
             Session(connection, join_transaction_mode=mode) as session,
-            joining.scope(session, service.store),
+            join.scope(session, service.store),
         ):
             service.publish("a")
             session.commit()
@@ -289,11 +289,11 @@ def test_a_session_in_a_connections_transaction_is_rolled_back_with_it(
 def test_a_savepoint_around_a_session_undoes_what_the_session_committed(service: Service) -> None:
     with service.engine.begin() as connection:
         savepoint = connection.begin_nested()
-        with Session(connection) as session, joining.scope(session, service.store):
+        with Session(connection) as session, join.scope(session, service.store):
             service.publish("a")
             session.commit()
         savepoint.rollback()
-        with Session(connection) as session, joining.scope(session, service.store):
+        with Session(connection) as session, join.scope(session, service.store):
             service.publish("b")
             session.commit()
 
@@ -304,7 +304,7 @@ def test_a_savepoint_around_a_session_undoes_what_the_session_committed(service:
 def test_a_session_on_a_joined_connection_sets_its_savepoint_before_anything_is_published(
     service: Service, nested: bool
 ) -> None:
-    with service.engine.begin() as connection, joining.scope(connection, service.store):
+    with service.engine.begin() as connection, join.scope(connection, service.store):
         service.publish("a")
         with Session(connection, join_transaction_mode="create_savepoint") as session:
             with suppress(KeyError), session.begin(nested=nested):

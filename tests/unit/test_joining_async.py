@@ -23,8 +23,8 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
 )
 
-from celery_eda import joining
-from celery_eda.transaction import Store
+from celery_eda.outbox.transactions import join
+from celery_eda.outbox.transactions.base import Store
 from tests.support.service import AsyncService, Order
 from tests.unit.test_joining import publish_on
 
@@ -33,7 +33,7 @@ AsyncOpening = Callable[[AsyncEngine, Store], AbstractAsyncContextManager[Any]]
 
 @asynccontextmanager
 async def joined_async_session(engine: AsyncEngine, store: Store) -> AsyncIterator[AsyncSession]:
-    async with AsyncSession(engine) as session, joining.scope(session, store):
+    async with AsyncSession(engine) as session, join.scope(session, store):
         yield session
 
 
@@ -41,7 +41,7 @@ async def joined_async_session(engine: AsyncEngine, store: Store) -> AsyncIterat
 async def joined_async_connection(
     engine: AsyncEngine, store: Store
 ) -> AsyncIterator[AsyncConnection]:
-    async with engine.connect() as connection, joining.scope(connection, store):
+    async with engine.connect() as connection, join.scope(connection, store):
         yield connection
 
 
@@ -107,7 +107,7 @@ def test_an_asynchronous_session_on_a_joined_connection_sets_its_savepoint_first
     async_service: AsyncService,
 ) -> None:
     async def body(engine: AsyncEngine) -> None:
-        async with engine.begin() as connection, joining.scope(connection, async_service.store):
+        async with engine.begin() as connection, join.scope(connection, async_service.store):
             session = AsyncSession(connection)
             with suppress(KeyError):
                 async with session.begin_nested():
@@ -183,7 +183,7 @@ def test_a_plain_with_block_joins_an_asynchronous_session_too(
 ) -> None:
     async def body(engine: AsyncEngine) -> None:
         registry = async_scoped_session(async_sessionmaker(engine), asyncio.current_task)
-        with joining.scope(registry, async_service.store):
+        with join.scope(registry, async_service.store):
             async_service.publish("a")
         await registry.commit()
         await registry.remove()

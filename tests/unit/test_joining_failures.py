@@ -16,9 +16,9 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import Pool
 
-from celery_eda import joining
+from celery_eda.core.message import Message
 from celery_eda.errors import AutocommitTransaction, TwoEngines
-from celery_eda.message import Message
+from celery_eda.outbox.transactions import join
 from tests.support.service import Order, Service
 from tests.unit.test_joining import Opening, both, joined_connection, joined_session, order
 
@@ -123,7 +123,7 @@ def test_autocommit_of_a_whole_engine_is_refused(service: Service) -> None:
     engine = create_engine(service.engine.url, isolation_level="AUTOCOMMIT")
     with (
         engine.connect() as connection,
-        joining.scope(connection, service.store),
+        join.scope(connection, service.store),
         pytest.raises(AutocommitTransaction),
     ):
         service.publish("a")
@@ -143,10 +143,10 @@ def test_an_engine_that_begins_by_itself_is_no_autocommit(service: Service) -> N
     def begin(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN")
 
-    with Session(engine) as session, joining.scope(session, service.store):
+    with Session(engine) as session, join.scope(session, service.store):
         service.publish("a")
         session.commit()
-    with engine.connect() as connection, joining.scope(connection, service.store):
+    with engine.connect() as connection, join.scope(connection, service.store):
         service.publish("b")
         connection.commit()
     engine.dispose()
@@ -174,7 +174,7 @@ def test_work_on_another_engine_is_refused_before_anything_commits(
     with Session(service.engine, binds={Order: elsewhere}) as session:
         if not joined_first:
             session.execute(insert(Order).values(name="a"))
-        with joining.scope(session, service.store):
+        with join.scope(session, service.store):
             session.add(Order(name="b"))
             if flushed:
                 session.flush()
@@ -190,7 +190,7 @@ def test_work_on_another_engine_is_refused_before_anything_commits(
 def test_a_session_that_cannot_tell_its_engine_is_told(service: Service) -> None:
     with (
         Session(binds={Order: service.engine}) as session,
-        joining.scope(session, service.store, bind=service.engine),
+        join.scope(session, service.store, bind=service.engine),
     ):
         session.add(Order(name="a"))
         service.publish("a")
@@ -215,7 +215,7 @@ def twophase(service: Service) -> Service:
 def test_a_message_follows_a_two_phase_transaction(twophase: Service, ending: str) -> None:
     with (
         Session(twophase.engine, twophase=True) as session,
-        joining.scope(session, twophase.store),
+        join.scope(session, twophase.store),
     ):
         session.add(Order(name="a"))
         twophase.publish("a")
@@ -226,7 +226,7 @@ def test_a_message_follows_a_two_phase_transaction(twophase: Service, ending: st
 
 
 def test_a_message_follows_a_connections_two_phase_transaction(twophase: Service) -> None:
-    with twophase.engine.connect() as connection, joining.scope(connection, twophase.store):
+    with twophase.engine.connect() as connection, join.scope(connection, twophase.store):
         for name, ending in (("a", "commit"), ("b", "rollback")):
             transaction = connection.begin_twophase()
             twophase.publish(name)
@@ -253,7 +253,7 @@ def test_nested_blocks_of_two_sessions_follow_their_own_transactions(service: Se
 
 def test_a_scoped_session_is_resolved_at_entry(service: Service) -> None:
     registry = scoped_session(sessionmaker(service.engine))
-    with joining.scope(registry, service.store):
+    with join.scope(registry, service.store):
         service.publish("a")
         registry.commit()
     registry.remove()
@@ -263,14 +263,14 @@ def test_a_scoped_session_is_resolved_at_entry(service: Service) -> None:
 
 def test_anything_else_is_refused(service: Service) -> None:
     with pytest.raises(TypeError, match="neither a session"):
-        joining.scope(service.engine, service.store)
+        join.scope(service.engine, service.store)
 
 
 def test_joining_twice_is_joining_once(service: Service) -> None:
     with Session(service.engine) as session:
-        first = joining.join(session, service.store)
+        first = join.join(session, service.store)
 
-        assert joining.join(session, service.store) is first
+        assert join.join(session, service.store) is first
 
 
 def test_a_thread_is_outside(service: Service) -> None:
@@ -285,7 +285,7 @@ def test_a_thread_is_outside(service: Service) -> None:
 
 def test_a_long_held_connection_hands_off_with_its_next_transaction(service: Service) -> None:
     with service.engine.connect() as connection:
-        with joining.scope(connection, service.store):
+        with join.scope(connection, service.store):
             service.publish("a")
         connection.commit()
         before = list(service.handed_off)
@@ -297,7 +297,7 @@ def test_a_long_held_connection_hands_off_with_its_next_transaction(service: Ser
 
 def test_a_block_hands_off_when_the_transaction_ended_in_it(service: Service) -> None:
     with service.engine.connect() as connection:
-        with joining.scope(connection, service.store):
+        with join.scope(connection, service.store):
             service.publish("a")
             connection.commit()
 
@@ -306,7 +306,7 @@ def test_a_block_hands_off_when_the_transaction_ended_in_it(service: Service) ->
 
 def test_a_block_hands_nothing_off_that_is_not_committed_yet(service: Service) -> None:
     with service.engine.connect() as connection:
-        with joining.scope(connection, service.store):
+        with join.scope(connection, service.store):
             service.publish("a")
             with connection.begin_nested():
                 pass

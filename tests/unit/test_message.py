@@ -6,8 +6,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from celery_eda.identity import Identity
-from celery_eda.message import Encoded
+from celery_eda.core.identity import Identity
+from celery_eda.core.message import Encoded
 from tests.support.letters import letter
 
 ID = UUID("0191d1d0-7bdc-7000-8000-000000000001")

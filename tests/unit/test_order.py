@@ -13,9 +13,9 @@ import pytest
 from celery.exceptions import Ignore, Reject, Retry
 from sqlalchemy import delete, event, insert, select, update
 
+from celery_eda.core.identity import Position
+from celery_eda.core.message import Message
 from celery_eda.errors import ConfigurationError, InvalidKey, OutOfSequence
-from celery_eda.identity import Position
-from celery_eda.message import Message
 from tests.road.tables import effects
 from tests.support.worker_slot import Slot
 

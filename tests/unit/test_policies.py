@@ -14,9 +14,9 @@ from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from celery_eda import RetryPolicy
+from celery_eda.core.identity import Identity
+from celery_eda.core.message import Message
 from celery_eda.errors import ConfigurationError
-from celery_eda.identity import Identity
-from celery_eda.message import Message
 from tests.support.worker_slot import Slot
 
 QUICK = RetryPolicy(attempts=3, first=0, longest=0, on=(LookupError,))

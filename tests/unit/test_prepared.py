@@ -27,13 +27,14 @@ from kombu import Exchange, Queue
 from kombu.utils import uuid as make_id
 from sqlalchemy import select
 
-from celery_eda import EDA, context
+from celery_eda import EDA
+from celery_eda.core import context
+from celery_eda.core.identity import Identity
+from celery_eda.core.message import Message
+from celery_eda.databases.message_rows import to_row
+from celery_eda.databases.upgrade import upgrade
 from celery_eda.errors import PublishingForbidden
-from celery_eda.identity import Identity
-from celery_eda.message import Message
-from celery_eda.message_rows import to_row
-from celery_eda.prepared import CallTemplate, _shown
-from celery_eda.upgrading import upgrade
+from celery_eda.outbox.capture.call_templates import CallTemplate, _shown
 
 FRESH = Identity(UUID("0191d1d0-7bdc-7000-8000-000000000001"))
 BROKERS = {"rabbitmq": "amqp://", "redis": "redis://", "other": "memory://"}

@@ -13,10 +13,11 @@ from celery.bin.base import CLIContext
 from click.testing import CliRunner, Result
 from sqlalchemy import Column, MetaData, String, Table, insert, select
 
-from celery_eda import EDA, upgrading
-from celery_eda.cli import eda as commands
-from celery_eda.identity import Identity
-from celery_eda.inbox import InboxStore
+from celery_eda import EDA
+from celery_eda.core.identity import Identity
+from celery_eda.databases import upgrade
+from celery_eda.inbox.store import InboxStore
+from celery_eda.ops.cli import eda as commands
 
 COPIES = Table(
     "copies", MetaData(), Column("id", String(20), primary_key=True), Column("s", String(50))
@@ -32,7 +33,7 @@ def eda(tmp_path: Path) -> EDA:
         eda_database_url=f"sqlite:///{tmp_path / 'service.db'}", eda_send_after_commit=False
     )
     eda = EDA(app)
-    upgrading.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.engine, eda.tables)
     COPIES.create(eda.engine)
 
     @eda.projection("order.*", table=COPIES, name="copy")

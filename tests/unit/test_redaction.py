@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from celery_eda import redaction
-from celery_eda.redaction import HIDDEN, is_secret, redact, secrets_of
+from celery_eda.core import redaction
+from celery_eda.core.redaction import HIDDEN, is_secret, redact, secrets_of
 
 PLANTED = "hunter2-Zq9"
 

@@ -11,14 +11,15 @@ import pytest
 from celery import Celery
 from sqlalchemy import select, update
 
-from celery_eda import EDA, upgrading
-from celery_eda.housekeeping import Round
-from celery_eda.identity import Identity
-from celery_eda.inbox import InboxStore, Outcome
-from celery_eda.message import Message
-from celery_eda.relay import Relay, RelayResult
-from celery_eda.results import Prerequisites
-from celery_eda.settings import DAY
+from celery_eda import EDA
+from celery_eda.core.identity import Identity
+from celery_eda.core.message import Message
+from celery_eda.core.settings import DAY
+from celery_eda.databases import upgrade
+from celery_eda.inbox.store import InboxStore, Outcome
+from celery_eda.outbox.housekeeping import Round
+from celery_eda.outbox.relay import Relay, RelayResult
+from celery_eda.outbox.result_backend import Prerequisites
 
 ROUNDS = 1100  # a delay that is doubled more often than that is no float any more
 #: Seconds between two rounds, and so many rounds that the housekeeping's turn has come.
@@ -59,7 +60,7 @@ def relay(tmp_path: Path) -> Relay:
     app.conf.eda_database_url = f"sqlite:///{tmp_path / 'service.db'}"
     app.conf.eda_relay_poll = 0.001
     eda = EDA(app)
-    upgrading.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.engine, eda.tables)
     return eda.relay()
 
 
@@ -112,7 +113,7 @@ def counting(tmp_path: Path, chores: Chores, **settings: float) -> Counting:
         eda_database_url=f"sqlite:///{tmp_path / 'service.db'}", eda_relay_poll=PAUSE, **settings
     )
     eda = EDA(app)
-    upgrading.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.engine, eda.tables)
     made = eda.relay()
     relay = Enough(
         made.engine,
@@ -186,7 +187,7 @@ def test_a_relay_of_an_app_keeps_its_tables_small(tmp_path: Path) -> None:
         eda_housekeeping_interval=0.1,
     )
     eda = EDA(app)
-    upgrading.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.engine, eda.tables)
     inbox = InboxStore(eda.tables.inbox, eda.dialect)
     with eda.engine.begin() as connection:
         inbox.record_failure(connection, "shop.charge", Identity.fresh(), Outcome.done)

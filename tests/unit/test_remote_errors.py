@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from celery_eda.errors import OutOfSequence, RemoteError
-from celery_eda.remote_errors import RemoteErrors
+from celery_eda.requests.remote_errors import RemoteErrors
 
 
 class Odd(Exception):

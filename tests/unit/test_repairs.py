@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from celery_eda import Failure, joining
-from celery_eda.audit import AuditEntry, Author
+from celery_eda import Failure
+from celery_eda.core.message import Message
+from celery_eda.dead_letters.audit import AuditEntry, Author
+from celery_eda.dead_letters.failure import RepairDecision
+from celery_eda.dead_letters.letter import Letter
 from celery_eda.errors import ConfigurationError, NoDelivery
-from celery_eda.failure import RepairDecision
-from celery_eda.letter import Letter
-from celery_eda.message import Message
+from celery_eda.outbox.transactions import join
 from tests.road.tables import effects
 from tests.support.worker_slot import Slot
 
@@ -309,7 +310,7 @@ def test_a_letter_that_somebody_treated_meanwhile_is_left_alone(slot: Slot, char
     slot.deliver(message)
     (repair,) = slot.sent()
     with slot.engine.begin() as connection:
-        slot.eda.repair.skip(joining.join(connection, slot.eda.store), slot.dead()[0].id, ADA)
+        slot.eda.repair.skip(join.join(connection, slot.eda.store), slot.dead()[0].id, ADA)
 
     assert slot.deliver(repair) is None
     assert slot.waiting() == []
@@ -324,7 +325,7 @@ def test_a_letter_that_somebody_treats_while_its_repairer_thinks_is_theirs(
     def mend(failure: Failure) -> RepairDecision:
         options = {"args": ["a", 9]} if how == "edit" else {}
         with slot.engine.begin() as connection:
-            transaction = joining.join(connection, slot.eda.store)
+            transaction = join.join(connection, slot.eda.store)
             getattr(slot.eda.repair, how)(transaction, failure.letter_id, ADA, **options)
         return failure.leave("odd") if how == "redrive" else failure.resubmit(amount=2)
 
@@ -362,7 +363,7 @@ def test_a_failed_first_message_of_an_epoch_can_be_treated(
     slot.work()
     mended.append(True)
     with slot.engine.begin() as connection:
-        transaction = joining.join(connection, slot.eda.store)
+        transaction = join.join(connection, slot.eda.store)
         getattr(slot.eda.repair, verb)(transaction, slot.dead()[0].id, ADA)
     slot.work()
 

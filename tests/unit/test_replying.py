@@ -11,12 +11,14 @@ from celery import chain, chord, group
 from celery.exceptions import Ignore, Reject
 from sqlalchemy import insert
 
-from celery_eda import RetryPolicy, addresses, results
-from celery_eda.addresses import REPLY_HEADER, REPLY_TASK
-from celery_eda.arguments import Arguments
+from celery_eda import RetryPolicy
+from celery_eda.core import addresses
+from celery_eda.core.addresses import REPLY_HEADER, REPLY_TASK
+from celery_eda.core.arguments import Arguments
+from celery_eda.core.message import Message
 from celery_eda.errors import RemoteError
-from celery_eda.message import Message
-from celery_eda.reading import ErrorOutcome
+from celery_eda.outbox import result_backend
+from celery_eda.requests.outcomes import ErrorOutcome
 from tests.support.worker_slot import Slot, unique
 
 ADDRESS = addresses.of_process()
@@ -39,7 +41,7 @@ def replies_to(slot: Slot, request: Message, rounds: int = 12) -> list[Message]:
     waiting, replies = [request], []
     for _ in range(rounds):
         for each in waiting:
-            results.run_prerequisites(slot.app, each.prerequisites)
+            result_backend.run_prerequisites(slot.app, each.prerequisites)
             slot.deliver(each)
         sent = slot.sent()
         replies += [each for each in sent if each.task == REPLY_TASK]

@@ -23,8 +23,10 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from celery_eda import EDA, mailbox, message_rows, reply_watcher, upgrading
-from celery_eda.addresses import REPLY_HEADER
+from celery_eda import EDA
+from celery_eda.core.addresses import REPLY_HEADER
+from celery_eda.core.message import Message
+from celery_eda.databases import message_rows, upgrade
 from celery_eda.errors import (
     ConfigurationError,
     OutsideTransaction,
@@ -33,8 +35,8 @@ from celery_eda.errors import (
     UnknownRequest,
     UnsentRequest,
 )
-from celery_eda.message import Message
-from celery_eda.reading import ErrorOutcome
+from celery_eda.requests import mailbox, watcher
+from celery_eda.requests.outcomes import ErrorOutcome
 from tests.support.waiting import BOUND, eventually
 
 #: A correlation id that nobody has been given.
@@ -70,7 +72,7 @@ class Shop:
             **settings,
         )
         self.eda = EDA(self.app)
-        upgrading.upgrade(self.eda.engine, self.eda.tables)
+        upgrade.upgrade(self.eda.engine, self.eda.tables)
 
         @self.eda.task(name="shop.quote")
         def quote(number: int) -> int:
@@ -667,7 +669,7 @@ def test_what_is_wrong_with_the_database_is_told_to_who_waits(shop: Shop) -> Non
 def test_a_forked_child_looks_for_durable_replies_by_a_thread_of_its_own(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reply_watcher, "POLL", (2.0, 2.0))
+    monkeypatch.setattr(watcher, "POLL", (2.0, 2.0))
     reply = shop.eda.request(shop.quote, (7,), address="durable")
     looked = threading.Event()
     event.listen(shop.eda.engine, "checkin", lambda *_: looked.set())

@@ -7,10 +7,10 @@ from celery import Celery
 from sqlalchemy import create_engine
 
 from celery_eda import EDA, Saga
-from celery_eda import saga_pictures as pictures
-from celery_eda.drawing import Edge
-from celery_eda.saga_definition import Data
-from celery_eda.saga_steps import Steps
+from celery_eda.ops.diagrams import sagas as pictures
+from celery_eda.ops.diagrams.graph import Edge
+from celery_eda.sagas.definition import Data
+from celery_eda.sagas.steps import Steps
 
 
 def large(data: Data) -> bool:

@@ -12,8 +12,8 @@ from sqlalchemy import create_engine, select
 
 from celery_eda import EDA, RetryPolicy, Saga
 from celery_eda.errors import ConfigurationError, SagaError, SagaTimeout
-from celery_eda.saga_steps import Steps
-from celery_eda.testing import End, SagaTest
+from celery_eda.sagas.steps import Steps
+from celery_eda.sagas.testing import End, SagaTest
 
 
 @pytest.fixture

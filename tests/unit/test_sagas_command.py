@@ -13,9 +13,10 @@ from celery.bin.base import CLIContext
 from click.testing import CliRunner, Result
 from sqlalchemy import select
 
-from celery_eda import EDA, upgrading
-from celery_eda.cli import eda as commands
-from celery_eda.saga_steps import Steps
+from celery_eda import EDA
+from celery_eda.databases import upgrade
+from celery_eda.ops.cli import eda as commands
+from celery_eda.sagas.steps import Steps
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def eda(tmp_path: Path) -> EDA:
         eda_database_url=f"sqlite:///{tmp_path / 'service.db'}", eda_send_after_commit=False
     )
     eda = EDA(app)
-    upgrading.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.engine, eda.tables)
 
     @eda.saga("order")
     def order(steps: Steps) -> None:

@@ -12,9 +12,9 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Column, Integer, MetaData, Table, create_engine, inspect, text
 
-from celery_eda import schema, upgrading
+from celery_eda.databases import schema, upgrade
+from celery_eda.databases.tables import Tables
 from celery_eda.errors import SchemaOutdated
-from celery_eda.tables import Tables
 from tests.databases import Database
 from tests.support import PROJECT
 
@@ -34,7 +34,7 @@ upgrading.upgrade(engine, tables)
 @pytest.fixture
 def database(empty_database: Database) -> Database:
     """A database of our own, with tables that we may change."""
-    upgrading.upgrade(empty_database.engine, empty_database.tables)
+    upgrade.upgrade(empty_database.engine, empty_database.tables)
     return empty_database
 
 
@@ -46,7 +46,7 @@ def differences(database: Database, metadata: MetaData) -> list[object]:
 
 
 def test_upgraded_tables_pass_the_check(empty_database: Database) -> None:
-    upgrading.upgrade(empty_database.engine, empty_database.tables)
+    upgrade.upgrade(empty_database.engine, empty_database.tables)
 
     schema.check(empty_database.engine, empty_database.tables)
 
@@ -76,10 +76,10 @@ def test_the_revisions_are_known_by_the_names_of_their_files() -> None:
 
 
 def test_a_process_that_changes_no_table_does_without_alembic() -> None:
-    code = "import celery_eda.cli, celery_eda.worker, sys; print(*sys.modules)"
+    code = "import celery_eda.ops.cli, celery_eda.app.worker, sys; print(*sys.modules)"
     modules = subprocess.check_output([sys.executable, "-c", code], cwd=PROJECT, text=True).split()
 
-    assert "celery_eda.app" in modules
+    assert "celery_eda.app.eda" in modules
     assert not {"alembic", "redis"} & set(modules)
 
 
@@ -96,7 +96,7 @@ def test_tables_of_an_unknown_version_are_not_upgraded(database: Database, versi
         connection.execute(database.tables.version.update().values(version_num=version))
 
     with pytest.raises(SchemaOutdated, match=rf"of version {version}, .* drop all tables eda_\*"):
-        upgrading.upgrade(database.engine, database.tables)
+        upgrade.upgrade(database.engine, database.tables)
 
 
 def test_a_missing_column_is_named(empty_database: Database) -> None:
@@ -109,7 +109,7 @@ def test_a_missing_column_is_named(empty_database: Database) -> None:
 
 
 def test_upgrading_twice_changes_nothing(database: Database) -> None:
-    upgrading.upgrade(database.engine, database.tables)
+    upgrade.upgrade(database.engine, database.tables)
 
     assert differences(database, database.tables.metadata) == []
 
@@ -119,7 +119,7 @@ def test_an_upgrade_that_was_killed_half_way_can_be_run_again(database: Database
         database.tables.dead_letters.drop(connection)
         connection.execute(database.tables.version.delete())
 
-    upgrading.upgrade(database.engine, database.tables)
+    upgrade.upgrade(database.engine, database.tables)
 
     assert differences(database, database.tables.metadata) == []
 
@@ -168,7 +168,7 @@ def test_a_project_may_make_the_tables_in_its_own_migrations(empty_database: Dat
 def test_the_prefix_names_every_table_and_index(empty_database: Database) -> None:
     tables = Tables.on(prefix="shop_")
 
-    upgrading.upgrade(empty_database.engine, tables)
+    upgrade.upgrade(empty_database.engine, tables)
 
     inspector = inspect(empty_database.engine)
     assert set(inspector.get_table_names()) == {
@@ -182,7 +182,7 @@ def test_the_prefix_names_every_table_and_index(empty_database: Database) -> Non
 def test_two_services_share_a_database_under_two_prefixes(database: Database) -> None:
     other = Tables.on(prefix="other_")
 
-    upgrading.upgrade(database.engine, other)
+    upgrade.upgrade(database.engine, other)
 
     schema.check(database.engine, other)
     schema.check(database.engine, database.tables)
@@ -193,7 +193,7 @@ def test_the_tables_may_live_in_a_schema_of_their_own(postgresql_url: str) -> No
     with engine.begin() as connection:
         connection.execute(text("CREATE SCHEMA messages"))
 
-    upgrading.upgrade(engine, tables)
+    upgrade.upgrade(engine, tables)
 
     schema.check(engine, tables)
     assert inspect(engine).get_table_names() == []
@@ -209,7 +209,7 @@ def test_postgresql_compresses_messages_by_its_faster_method(postgresql_url: str
     with engine.begin() as connection:
         connection.execute(text('CREATE SCHEMA "our shop"'))
 
-    upgrading.upgrade(engine, tables)
+    upgrade.upgrade(engine, tables)
 
     with engine.connect() as connection:
         found = {tuple(each) for each in connection.execute(compressed)}
@@ -221,7 +221,7 @@ def test_postgresql_compresses_messages_by_its_faster_method(postgresql_url: str
 
 
 def test_the_printed_ddl_makes_tables_that_pass_the_check(empty_database: Database) -> None:
-    ddl = upgrading.sql(empty_database.engine, empty_database.tables)
+    ddl = upgrade.sql(empty_database.engine, empty_database.tables)
 
     with empty_database.engine.connect() as connection:
         for statement in ddl.split(";\n"):
@@ -238,7 +238,7 @@ def test_the_printed_ddl_makes_tables_that_pass_the_check(empty_database: Databa
     ["postgresql+psycopg://nowhere/shop", "mysql+pymysql://nowhere/shop", "sqlite:///nowhere.db"],
 )
 def test_the_ddl_is_printed_without_a_database(url: str) -> None:
-    ddl = upgrading.sql(create_engine(url), Tables.on())
+    ddl = upgrade.sql(create_engine(url), Tables.on())
 
     assert ddl.count("CREATE TABLE") == 20
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from celery_eda import sender
-from celery_eda.relay import RelayResult
-from celery_eda.sender import CommitSender
-from celery_eda.settings import Settings
+from celery_eda.core.settings import Settings
+from celery_eda.outbox import sender
+from celery_eda.outbox.relay import RelayResult
+from celery_eda.outbox.sender import CommitSender
 from tests.support.waiting import BOUND, eventually
 
 
@@ -69,7 +69,7 @@ def test_what_is_committed_while_the_sender_rests_leaves_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It rests for half a second, in which a thread that did not would take them one by one."""
-    monkeypatch.setattr("celery_eda.sender.LONGEST_PAUSE", 10.0)
+    monkeypatch.setattr("celery_eda.outbox.sender.LONGEST_PAUSE", 10.0)
     relay: Any = Slow()
     sender = CommitSender(lambda: relay)
 

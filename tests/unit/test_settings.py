@@ -7,9 +7,9 @@ import pytest
 from celery import Celery
 from celery.app import defaults
 
-from celery_eda import settings
+from celery_eda.core import settings
+from celery_eda.core.settings import Settings
 from celery_eda.errors import ConfigurationError, UnknownSetting, UnsafeSetting
-from celery_eda.settings import Settings
 
 settings.register()
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from celery_eda.message import UNREADABLE
-from celery_eda.transports.rabbitmq_taking import tolerant
+from celery_eda.brokers.rabbitmq.consume import tolerant
+from celery_eda.core.message import UNREADABLE
 from tests.road.hostile import unreadable_octets
 
 DELIVER = pack(">HH", 60, 60)

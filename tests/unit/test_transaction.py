@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 from sqlalchemy import Connection
 
+from celery_eda.core.message import Message
 from celery_eda.errors import AutocommitTransaction
-from celery_eda.message import Message
-from celery_eda.transaction import Store, Transaction
+from celery_eda.outbox.transactions.base import Store, Transaction
 from tests.support.messages import message
 from tests.support.service import Service
 

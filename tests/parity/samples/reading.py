@@ -11,34 +11,29 @@ from typing import Any
 from kombu.utils.json import dumps
 from sqlalchemy import Connection, Table, select
 
-from celery_eda import (
-    EDA,
-    addresses,
-    checkpoints,
-    event,
-    identity,
-    message_rows,
-    refusals,
-    saga_engine,
-    upgrading,
-)
-from celery_eda.attempts import Attempts
-from celery_eda.dialects import postgresql_presence
-from celery_eda.event_queues import EXCHANGE
-from celery_eda.identity import Identity, Lane, Position
-from celery_eda.letter import LetterFilter
-from celery_eda.message import Message
-from celery_eda.remote_errors import RemoteErrors
-from celery_eda.snapshots import Snapshot, Snapshots
-from celery_eda.tables import Tables
-from celery_eda.transports import redis_taking, undelivered
+from celery_eda import EDA
+from celery_eda.brokers.database import postgresql_presence
+from celery_eda.brokers.rabbitmq import dead_letter_exchange
+from celery_eda.brokers.redis import consume
+from celery_eda.core import addresses, checkpoints, event, identity
+from celery_eda.core.identity import Identity, Lane, Position
+from celery_eda.core.message import Message
+from celery_eda.databases import message_rows, upgrade
+from celery_eda.databases.tables import Tables
+from celery_eda.dead_letters.letter import LetterFilter
+from celery_eda.events.queues import EXCHANGE
+from celery_eda.events.snapshots import Snapshot, Snapshots
+from celery_eda.inbox import refusals
+from celery_eda.inbox.attempts import Attempts
+from celery_eda.requests.remote_errors import RemoteErrors
+from celery_eda.sagas import engine
 
 # ── what a program's helpers do ─────────────────────────────────────────────────────────────
 
 
 def create_tables(eda: EDA) -> None:
     """Make the tables of a service."""
-    upgrading.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.engine, eda.tables)
 
 
 def tables_of(eda: EDA) -> tuple[Table, ...]:
@@ -271,17 +266,17 @@ def names(eda: EDA) -> dict[str, Any]:
         "tasks": {
             "event": event.EVENT_TASK,
             "reply": addresses.REPLY_TASK,
-            "saga news": saga_engine.WAKEUP_TASK,
+            "saga news": engine.WAKEUP_TASK,
             "all": sorted(name for name in eda.app.tasks if name.startswith("celery_eda.")),
         },
         "exchanges": {
             "events": [event.EVENT_EXCHANGE, EXCHANGE.name, EXCHANGE.type],
-            "undelivered": undelivered.EXCHANGE,
+            "undelivered": dead_letter_exchange.EXCHANGE,
         },
         "queues": {
             "undelivered": [
-                undelivered.queue_of("shop").name,
-                undelivered.queue_arguments(3, "shop"),
+                dead_letter_exchange.queue_of("shop").name,
+                dead_letter_exchange.queue_arguments(3, "shop"),
             ],
             "replies": eda.requests.address,
             "process": addresses.of_process()[:-32],
@@ -297,7 +292,7 @@ def names(eda: EDA) -> dict[str, Any]:
             addresses.REPLY_HEADER,
             addresses.SAGA_HEADER,
         ],
-        "redis keys": [redis_taking.MALFORMED],
+        "redis keys": [consume.MALFORMED],
         # Python's own differ from version to version.
         "errors": sorted(each for each in RemoteErrors()._types if each.startswith("celery")),
         "consumer of what nobody reads": refusals.CONSUMER,

@@ -1,0 +1,41 @@
+"""A check before a Celery worker starts, so that none runs that could not keep the promise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from celery import bootsteps
+
+from celery_eda.errors import UnsafeSetting
+from celery_eda.inbox.task import ReliableTask, is_asynchronous
+
+#: Pools that run greenlets.
+GREEN_POOLS = ("gevent", "eventlet")
+
+
+class Guard(bootsteps.Step):
+    """Refuses to start a worker that could not keep the promise."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        eda = worker.app.eda
+        pool = worker.pool_cls.__module__.rpartition(".")[2]
+        if why := eda.dialect.refused_pools.get(pool):
+            raise UnsafeSetting(f"The pool {pool} cannot be used with this database: {why}.")
+        eda.make_reliable(worker.app)
+        if pool in GREEN_POOLS and (names := _asynchronous(worker.app.tasks.values())):
+            raise UnsafeSetting(
+                f"The pool {pool} cannot run `async def` tasks ({', '.join(names)}): its greenlets "
+                "share one thread, which can run one event loop at a time. "
+                "Use prefork, threads or solo."
+            )
+        eda.check()
+        eda.note_subscriptions()
+
+
+def _asynchronous(tasks: Iterable[Any]) -> list[str]:
+    return sorted(
+        task.name for task in tasks if isinstance(task, ReliableTask) and is_asynchronous(task.run)
+    )

@@ -1,0 +1,110 @@
+"""The queues of events, repairs and durable replies that a worker consumes beside those of tasks.
+
+A worker consumes all of them unless its option ``-Q`` names others. Each queue has a channel of its
+own, so that messages prefetched from one do not delay those of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from celery import bootsteps
+from kombu import Queue
+from kombu.common import ignore_errors
+
+from celery_eda.events.queues import EXPIRES
+from celery_eda.events.subscriptions import Subscription
+
+#: How often a worker redeclares its queues within the time after which an unused one expires.
+RENEWALS = 4
+
+
+class WorkerQueues(bootsteps.StartStopStep):
+    """Consumes the queues of events, repairs and durable replies."""
+
+    requires = ("celery_eda.inbox.intake:Intake",)
+
+    def __init__(self, consumer: Any, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        app = consumer.app
+        self.subscriptions = app.eda.subscriptions
+        self.queues = [*_repairs_and_replies(app), *_subscribed(app)]
+        self.per_worker = list(_per_worker(app, consumer.hostname))
+        self.consumers: list[Any] = []
+        self.renewing: Any = None
+
+    def start(self, consumer: Any) -> None:
+        handle = consumer.create_task_handler()
+        for queue, subscription in (*self.queues, *self.per_worker):
+            beside = consumer.app.amqp.TaskConsumer(
+                consumer.connection.channel(),
+                queues=[queue],
+                on_message=self._addressing(queue.name, subscription, handle),
+                on_decode_error=consumer.on_decode_error,
+                prefetch_count=consumer.initial_prefetch_count,
+            )
+            self.consumers.append(beside)
+        # Messages may arrive at once, and the pool accepts none before the event loop runs.
+        consumer.call_soon(self._consume)
+        if self.per_worker:
+            self.renewing = consumer.timer.call_repeatedly(
+                EXPIRES / RENEWALS, consumer.call_soon, (self._renew,)
+            )
+
+    def _consume(self) -> None:
+        for beside in self.consumers:
+            beside.consume()
+
+    def _renew(self) -> None:
+        """Declare this worker's own queues again, lest a broker expires them as unused."""
+        for beside in self.consumers[len(self.queues) :]:
+            beside.declare()
+
+    def stop(self, consumer: Any) -> None:
+        if self.renewing is not None:
+            self.renewing.cancel()
+        for beside in self.consumers:
+            ignore_errors(consumer, beside.cancel)
+        self.consumers = []
+
+    def _addressing(
+        self, queue: str, subscription: Subscription | None, handle: Callable[[Any], Any]
+    ) -> Callable[[Any], Any]:
+        """*handle*; for a *subscription*, each event is first made a call of its task."""
+        if subscription is None:
+            return handle
+
+        def handle_addressed(message: Any) -> Any:
+            self.subscriptions.address(message, subscription, queue)
+            return handle(message)
+
+        return handle_addressed
+
+
+def _repairs_and_replies(app: Any) -> Iterator[tuple[Queue, None]]:
+    """The queues of repairs and replies that the worker would not consume anyway."""
+    queues, eda = app.amqp.queues, app.eda
+    if queues._consume_from is not None:
+        return
+    for name in sorted({*eda.repair_tasks.queues, *filter(None, [eda.requests.address])}):
+        if name not in queues:
+            queue = queues[name]
+            del queues[name]  # those that stay are consumed together with the tasks
+            yield queue, None
+
+
+def _subscribed(app: Any) -> Iterator[tuple[Queue, Subscription]]:
+    """The queues of the app's subscriptions; with ``-Q`` only the ones named there."""
+    queues, subscriptions = app.amqp.queues, app.eda.subscriptions
+    chosen = queues._consume_from
+    for name, subscription in sorted(subscriptions.by_queue.items()):
+        if chosen is None or chosen.pop(name, None) is not None:
+            queues.pop(name, None)  # made by Celery because of the option
+            yield app.eda.event_queues.queue_of(subscription), subscription
+
+
+def _per_worker(app: Any, worker: str) -> Iterator[tuple[Queue, Subscription]]:
+    """The queues that each worker has for itself, with or without ``-Q``."""
+    for subscription in app.eda.subscriptions.per_worker.values():
+        yield app.eda.event_queues.queue_for(subscription, worker), subscription

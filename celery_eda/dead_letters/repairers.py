@@ -1,0 +1,172 @@
+"""Repairers: functions that decide about messages that failed permanently.
+
+A repairer runs as a task of its own, so it does not delay the consumer that failed. Its decision
+takes effect once, in the transaction of its own message, with its name and reason in the audit
+trail.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from celery import Celery, Task
+from sqlalchemy import Connection
+
+from celery_eda.core.arguments import Arguments
+from celery_eda.core.context import Capture
+from celery_eda.dead_letters.audit import Action, Author
+from celery_eda.dead_letters.failure import Failure, Leave, RepairDecision, Resubmit, Skip
+from celery_eda.dead_letters.letter import Letter
+from celery_eda.dead_letters.repair import Repair
+from celery_eda.errors import ConfigurationError, UnreadableBody
+
+
+@dataclass(frozen=True)
+class Repairers:
+    """Execution of what repairers decide.
+
+    Attributes:
+        find_task: returns the task with a name, None if this process does not know it.
+        max_repairs: number of repairs of one message after which it is left to a person.
+    """
+
+    repair: Repair
+    find_task: Callable[[str], Task | None]
+    max_repairs: int
+
+    def attend(
+        self,
+        transaction: Capture,
+        id: int,
+        repairer: str,
+        decide: Callable[[Failure], RepairDecision],
+    ) -> str:
+        """Do with an open letter what *decide* returns.
+
+        A letter that changes while *decide* runs is left alone.
+
+        Args:
+            transaction: the one of the repairer's own message.
+            id: of the letter.
+            repairer: its name, for the audit trail.
+            decide: the user's function.
+
+        Returns:
+            What was done, e.g. ``redriven``, ``left``, ``already skipped``.
+
+        Raises:
+            RepairError: the decision cannot be executed.
+            TypeError: *decide* returned something else than a decision.
+        """
+        connection = transaction.connection
+        letter = self.repair.dead_letters.find(connection, id)
+        if letter is None or not letter.is_open:
+            return f"already {letter.state}" if letter else "gone"
+        message_id = letter.message.identity.id
+        repairs = self.repair.audit.count(connection, message_id, Action.repair)
+        if repairs >= self.max_repairs:
+            return self._leave(connection, letter, repairer, f"{repairs} repairs did not help")
+        try:
+            failure = self._failure(connection, letter)
+        except UnreadableBody as error:
+            return self._leave(connection, letter, repairer, str(error))
+        decision = decide(failure)
+        now = self.repair.dead_letters.find(connection, id, lock=True)
+        if now is None or not now.is_open:
+            return f"already {now.state}" if now else "gone"
+        if now.message != letter.message:
+            return self._leave(connection, now, repairer, "it was edited meanwhile")
+        return self._execute(transaction, letter, repairer, decision)
+
+    def _execute(
+        self, transaction: Capture, letter: Letter, repairer: str, decision: RepairDecision
+    ) -> str:
+        match decision:
+            case Resubmit(given, why):
+                arguments = given and Arguments(*given, Arguments.of(letter.message).embedded)
+                result = self.repair.redrive(
+                    transaction,
+                    letter.id,
+                    Author(repairer, why),
+                    arguments=arguments,
+                    out_of_order=self._may_be_overtaken(letter),
+                    action=Action.repair,
+                )
+                return str(result.state)
+            case Skip(why):
+                return str(self.repair.skip(transaction, letter.id, Author(repairer, why)).state)
+            case Leave(why):
+                return self._leave(transaction.connection, letter, repairer, why)
+            case None:
+                return self._leave(transaction.connection, letter, repairer, "")
+        raise TypeError(
+            f"{repairer} returned {type(decision).__qualname__}. Return failure.resubmit(…), "
+            "failure.skip(why), failure.leave(why) or None."
+        )
+
+    def _failure(self, connection: Connection, letter: Letter) -> Failure:
+        arguments = Arguments.of(letter.message)
+        task = self.find_task(letter.message.task)
+        return Failure(
+            letter=letter,
+            args=arguments.args,
+            kwargs=arguments.kwargs,
+            history=self.repair.history(connection, letter),
+            signature=task and inspect.signature(task.run),
+        )
+
+    def _leave(self, connection: Connection, letter: Letter, repairer: str, why: str) -> str:
+        self.repair.audit.add(connection, Author(repairer, why), Action.leave, letter)
+        return "left"
+
+    def _may_be_overtaken(self, letter: Letter) -> bool:
+        """True if a failed message of this task does not block its key."""
+        task = letter.consumer and self.find_task(letter.consumer)
+        return getattr(task, "when_dead", "block") == "skip"
+
+
+@dataclass(frozen=True)
+class RepairTasks:
+    """The repair tasks of one app.
+
+    Attributes:
+        app, queue: return the app, and the queue of repair tasks without one of their own.
+        known: repairers by the name of the task that they repair: the type of the errors, the name
+            of the repair task, and its own queue or None.
+    """
+
+    app: Callable[[], Celery]
+    queue: Callable[[], str]
+    known: dict[str, list[tuple[Any, str, str | None]]] = field(default_factory=dict)
+
+    def refuse_second(self, task: str, repairer: str) -> None:
+        """Raise if *task* has a repair task with the name *repairer*.
+
+        Raises:
+            ConfigurationError: the name is taken.
+        """
+        if repairer in (name for _, name, _ in self.known.get(task, ())):
+            raise ConfigurationError(
+                f"{task} has a repairer {repairer} already. Give this one a name of its own: "
+                "`@eda.repairs(…, name=…)`."
+            )
+
+    def add(self, task: str, on: Any, repairer: str, queue: str | None) -> None:
+        """Register *repairer* for errors of type *on* of *task*."""
+        self.known.setdefault(task, []).append((on, repairer, queue))
+
+    @property
+    def queues(self) -> set[str]:
+        """The queues of all repair tasks."""
+        everything = (each for repairers in self.known.values() for each in repairers)
+        return {queue or self.queue() for _, _, queue in everything}
+
+    def seek(self, task: Task, error: Exception, letter: int) -> None:
+        """Publish a call of the first repair task for *error* of *task*, if there is any."""
+        for on, name, queue in self.known.get(task.name, ()):
+            if isinstance(error, on):
+                self.app().tasks[name].apply_async((letter,), queue=queue or self.queue())
+                return

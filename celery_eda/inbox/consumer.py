@@ -1,0 +1,252 @@
+"""The delivery of a message to a reliable task: admit, handle, commit; then Celery acknowledges.
+
+The inbox row, the handler's rows and the messages it published are committed together, before
+the acknowledgement. A copy that arrives later finds the inbox row and has no effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn, TypeVar
+
+from celery import Task
+from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from celery_eda.core import checkpoints, context
+from celery_eda.core.delivery import Delivery
+from celery_eda.core.identity import VERDICT, Identity
+from celery_eda.core.retry import Policy
+from celery_eda.dead_letters.letter import Reason
+from celery_eda.errors import OutOfSequence, Unwanted
+from celery_eda.inbox import handler
+from celery_eda.inbox.attempts import TIME_LIMIT, Attempts
+from celery_eda.inbox.continuation import (
+    Continuation,
+    Dead,
+    Done,
+    NextAttempt,
+    Refuse,
+    Requeue,
+    RunAgain,
+    TryAgain,
+    classify,
+    lost,
+)
+from celery_eda.inbox.failures import Failures
+from celery_eda.inbox.handler import HandlerResult
+from celery_eda.inbox.ordering import TurnKeeper
+from celery_eda.inbox.store import InboxStore, Outcome, RecordedOutcome
+from celery_eda.inbox.transient import Transient, TransientErrors
+from celery_eda.inbox.unit_of_work import UnitOfWork, UnitsOfWork
+from celery_eda.ordering.cursor import Turn
+from celery_eda.requests.responder import Responder
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """The consuming side of one service: an idempotent consumer on the service's own database.
+
+    Attributes:
+        max_deliveries: redeliveries without an outcome after which a message is a dead letter.
+        policy: decides on further attempts of tasks without a policy of their own; None for no
+            further attempt.
+    """
+
+    engine: Engine
+    inbox: InboxStore
+    attempts: Attempts
+    units: UnitsOfWork
+    turns: TurnKeeper
+    failures: Failures
+    responder: Responder
+    transient_errors: TransientErrors
+    max_deliveries: int
+    policy: Policy | None = None
+
+    def deliver(self, task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Handle the message that *task* is called for; it takes effect once, whatever its copies.
+
+        Returns:
+            The handler's result, or the recorded one if an earlier copy took effect.
+
+        Raises:
+            Ignore: an earlier copy ended otherwise; nothing is left to do.
+            Retry: the attempt failed, its effects are rolled back, the next one is in the outbox.
+            Reject: the broker is to redeliver the message, because the handler says so or because
+                the database has been away for too long; or it is to drop it, a dead letter now.
+            Exception: the handler's own; it failed for good and the message is a dead letter.
+        """
+        checkpoints.reach("delivery.received")
+        try:
+            delivery = Delivery.of(task)
+        except ValueError as error:
+            delivery, malformed = Delivery.malformed(task), Dead(Reason.malformed, error)
+            self._despite_outages(delivery, self._conclude, error, malformed)
+        if delivery.redelivered:
+            self._despite_outages(delivery, self._count)
+        ending = self._despite_outages(delivery, self._attempt, args, kwargs)
+        return result_for_celery(delivery, ending)
+
+    def _attempt(
+        self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> HandlerResult | RecordedOutcome:
+        """Make one attempt: it takes effect, or it is rolled back and what follows is recorded."""
+        try:
+            return self._handle(delivery, args, kwargs)
+        except Exception as error:
+            policy = delivery.task.retry_policy or self.policy
+            progress = context.in_progress.get()
+            next_attempt = progress.next_attempt if progress else None
+            continuation = classify(
+                delivery,
+                error,
+                self.transient_errors,
+                policy=policy,
+                next_attempt=next_attempt,
+            )
+            self._conclude(delivery, error, continuation)
+
+    def _handle(
+        self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> HandlerResult | RecordedOutcome:
+        """Handle the message in one transaction: admit, handle, record, commit."""
+        with self.units.begin(delivery) as unit:
+            turn, cursor = self.turns.turn_of(unit)
+            if turn is Turn.later:
+                return HandlerResult(ignored=self.turns.park(unit))
+            connection, identity = unit.connection, delivery.identity
+            if recorded := self.inbox.admit(connection, delivery.consumer, identity):
+                self._reply_again(unit, recorded)
+                return recorded
+            if turn is Turn.past:
+                raise OutOfSequence("another message has been handled in its position")
+            if verdict := delivery.request.get(VERDICT):
+                raise Unwanted(verdict)
+            checkpoints.reach("inbox.admitted")
+            ending = handler.run(delivery.task, args, kwargs)
+            unit.flush()
+            self._reply(unit, ending)
+            checkpoints.reach("delivery.handled")
+            outcome = Outcome.skipped if ending.ignored else Outcome.done
+            self.inbox.record(connection, delivery.consumer, identity, outcome, ending.recorded)
+            self.turns.advance(unit, cursor)
+            unit.commit()
+        checkpoints.reach("delivery.committed")
+        unit.outgoing.hand_off()
+        return ending
+
+    def _conclude(
+        self, delivery: Delivery, error: Exception, continuation: Continuation
+    ) -> NoReturn:
+        """Record what follows from a failed attempt; raise what Celery has to know of it."""
+        match continuation:
+            case NextAttempt(message):
+                with self._or_else_dead(delivery):
+                    self.failures.retry(delivery, message)
+                raise error
+            case TryAgain(due):
+                with self._or_else_dead(delivery):
+                    self.failures.retry_at(delivery, due)
+                raise Retry(exc=error, when=due) from error
+            case RunAgain(cause):
+                raise Transient from cause
+            case Requeue():
+                raise Reject(error, requeue=True) from error
+            case Refuse(verdict):
+                delivery.request.errbacks = None  # as with Celery, which calls none of them
+                self.failures.dead_letter(delivery, Reason(verdict), TaskRevokedError(verdict))
+                handler.report_revocation(delivery.task, verdict)
+                raise Ignore(f"the message is {verdict}") from error
+            case Dead(reason, failure):
+                self.failures.dead_letter(delivery, reason, failure)
+                raise failure
+            case Done():
+                raise error
+
+    @contextmanager
+    def _or_else_dead(self, delivery: Delivery) -> Iterator[None]:
+        """A block that records a next attempt; without that record the message fails for good."""
+        try:
+            yield
+        except Exception as error:
+            self._conclude(delivery, error, classify(delivery, error, self.transient_errors))
+
+    def _reply(self, unit: UnitOfWork, ending: HandlerResult) -> None:
+        """Reply to a request with the handler's result, unless another task will reply."""
+        if unit.progress.replier:
+            return
+        if ending.ignored:
+            self.responder.fail(unit.delivery, ending.ignored)
+        else:
+            self.responder.succeed(unit.delivery, ending.result)
+
+    def _reply_again(self, unit: UnitOfWork, recorded: RecordedOutcome) -> None:
+        """Reply to a copy of a request as to the first one, if that has ended."""
+        delivery = unit.delivery
+        if delivery.reply_to is None or recorded.outcome not in (Outcome.done, Outcome.dead):
+            return
+        value = handler.decoded(delivery.task, recorded.result)
+        if recorded.outcome is Outcome.done:
+            self.responder.succeed(delivery, value)
+        elif isinstance(value, Exception):
+            self.responder.fail(delivery, value)
+        unit.commit()
+        unit.outgoing.hand_off()
+
+    def _count(self, delivery: Delivery) -> None:
+        """Count a redelivery, in a transaction of its own; one too many is a dead letter."""
+        with self.engine.begin() as connection:
+            if self.inbox.find(connection, delivery.consumer, delivery.identity):
+                return
+            cause = self.attempts.cause(connection, delivery.consumer, delivery.identity)
+            deliveries = self.attempts.count(connection, delivery.consumer, delivery.identity)
+        checkpoints.reach("delivery.started")
+        if deliveries > self.max_deliveries:
+            dead = lost(deliveries, cause)
+            self._conclude(delivery, dead.error, dead)
+
+    def record_time_limit(self, consumer: str, headers: Mapping[str, Any]) -> None:
+        """Record that the delivery in progress of a message ended with its hard time limit.
+
+        Should the message become a dead letter, this is its reason.
+        """
+        identity = Identity.of_headers(headers) or Identity.of_foreign(
+            headers["id"], headers.get("retries") or 0, headers.get("replaced_task_nesting") or 0
+        )
+        with suppress(SQLAlchemyError), self.engine.begin() as connection:
+            if not self.inbox.find(connection, consumer, identity):
+                self.attempts.record_cause(connection, consumer, identity, TIME_LIMIT)
+
+    def _despite_outages(self, delivery: Delivery, step: Callable[..., T], *arguments: Any) -> T:
+        """Take *step*, again and again while the database is busy or away."""
+        return self.transient_errors.retry(
+            partial(step, delivery, *arguments), forgive=partial(self._forgive, delivery)
+        )
+
+    def _forgive(self, delivery: Delivery) -> None:
+        """Forget the redeliveries counted so far: the next one is not due to a lost worker."""
+        with suppress(SQLAlchemyError), self.engine.begin() as connection:
+            self.attempts.forget(connection, delivery.consumer, delivery.identity)
+
+
+def result_for_celery(delivery: Delivery, ending: HandlerResult | RecordedOutcome) -> Any:
+    """The result of a delivery: the handler's, or for a copy what the first one ended with.
+
+    Raises:
+        Ignore: there is no result.
+        Exception: the recorded error, since the worker that should have reported it was lost.
+    """
+    if isinstance(ending, HandlerResult):
+        return ending.result_or_raise()
+    if ending.outcome is Outcome.done:
+        return handler.replay_recorded(delivery.task, ending.result)
+    if ending.outcome is Outcome.dead and delivery.redelivered and ending.result is not None:
+        raise handler.replay_recorded(delivery.task, ending.result)
+    raise Ignore(f"this attempt has been recorded as {ending.outcome.value}")

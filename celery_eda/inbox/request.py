@@ -1,0 +1,96 @@
+"""A message in the pool of a worker, as Celery's main process sees it.
+
+Celery would acknowledge some messages that no handler has handled: expired, revoked, over their
+time limit, or of a worker that was lost. Here none is acknowledged before its outcome is recorded.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from functools import partial
+from typing import Any
+
+from celery import signals
+from celery.utils.log import get_logger
+from celery.worker import state
+from celery.worker.request import Request
+from kombu.asynchronous import get_event_loop
+
+from celery_eda.core import checkpoints
+from celery_eda.core.identity import VERDICT, WIRE
+from celery_eda.core.message import Wire
+
+log = get_logger(__name__)
+
+
+class ReliableRequest(Request):
+    """Celery's request, with every ending that would lose the message replaced."""
+
+    def __init__(self, message: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(message, *arguments, **options)
+        # A parked message and a dead letter hold the message as it arrived.
+        self._request_dict[WIRE] = Wire.of(message)
+        # Only this process passes a verdict; a header of that name is not trusted.
+        self._request_dict[VERDICT] = None
+
+    def maybe_expire(self) -> bool:
+        """True if the message has expired.
+
+        Celery would also add its id to the revoked ones, which would defeat a later redrive.
+        """
+        return bool(self.expires) and self.expires < datetime.now(
+            timezone.utc if self.expires.tzinfo else None
+        )
+
+    def revoked(self) -> bool:
+        """False, always: for a revoked message Celery would acknowledge and call no handler.
+
+        A message that is expired or revoked goes on to the pool, marked as such, and becomes a
+        dead letter there.
+        """
+        if self._request_dict[VERDICT] is None:
+            super().revoked()
+        return False
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        """Announce a verdict; a terminated message is redelivered, to become a dead letter."""
+        self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
+        details = {"terminated": terminated, "signum": signum, "expired": expired}
+        signals.task_revoked.send(sender=self.task, request=self._context, **details)
+        if not terminated:
+            self._request_dict[VERDICT] = reason
+            return
+        state.task_ready(self)
+        self._already_revoked = True
+        self.reject(requeue=True)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """Have the broker redeliver a message whose handler exceeded its hard time limit.
+
+        Celery would report a failure and acknowledge, although nothing was committed. The
+        redelivery is counted; a message that exceeds the limit every time becomes a dead letter.
+        """
+        if soft:
+            super().on_timeout(soft, timeout)
+            return
+        state.task_ready(self)
+        log.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
+        self.reject(requeue=True)
+        record = partial(
+            self._app.eda.consumer.record_time_limit, self.task.name, self._request_dict
+        )
+        # The process still exists, and may hold the only write lock of its database.
+        call_soon = getattr(get_event_loop(), "call_soon", None)
+        call_soon(record) if call_soon else record()
+
+    def _success_was_stored(self) -> bool:
+        """False, always: Celery would acknowledge a lost worker's message once its result exists.
+
+        The steps after the result, the part in a chord among them, would then never be done; a
+        redelivery does them.
+        """
+        return False
+
+    def acknowledge(self) -> None:
+        super().acknowledge()
+        checkpoints.reach("delivery.acknowledged")

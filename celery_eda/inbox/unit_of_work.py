@@ -1,0 +1,117 @@
+"""The one transaction of a message: its inbox row, the handler's rows, and what it published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Engine, event
+
+from celery_eda.core import context
+from celery_eda.core.context import InProgress
+from celery_eda.core.delivery import Delivery
+from celery_eda.databases.dialect import Dialect
+from celery_eda.errors import BrokenTransaction
+from celery_eda.inbox.attempts import Attempts
+from celery_eda.inbox.transient import Transient
+from celery_eda.outbox.transactions import join
+from celery_eda.outbox.transactions.base import Store, Transaction
+
+
+@dataclass(frozen=True)
+class UnitsOfWork:
+    """Begins the transactions of messages.
+
+    Attributes:
+        store: the outbox, for what handlers publish.
+    """
+
+    engine: Engine
+    dialect: Dialect
+    attempts: Attempts
+    store: Store
+
+    @contextmanager
+    def begin(self, delivery: Delivery) -> Iterator[UnitOfWork]:
+        """Begin a transaction that captures what is published in it.
+
+        The block commits it by :meth:`UnitOfWork.commit`; else it is rolled back at the end.
+
+        Raises:
+            Transient: the connection to the database broke.
+        """
+        with self.engine.connect() as connection:
+            progress = InProgress(delivery, connection.begin())
+            context.in_progress.set(progress)
+            outgoing = join.join(connection, self.store)
+            try:
+                with context.scope_of(outgoing, inherited=True):
+                    yield UnitOfWork(delivery, progress, outgoing, self.dialect, self.attempts)
+            except Exception as error:
+                if connection.invalidated:
+                    raise Transient from error
+                raise
+            finally:
+                progress.finished = True
+
+
+@dataclass(frozen=True)
+class UnitOfWork:
+    """The transaction of one message.
+
+    Attributes:
+        outgoing: the messages published in the transaction.
+    """
+
+    delivery: Delivery
+    progress: InProgress
+    outgoing: Transaction
+    dialect: Dialect
+    attempts: Attempts
+
+    @property
+    def connection(self) -> Connection:
+        return self.progress.connection
+
+    def flush(self) -> None:
+        """Write the pending changes of the handler's session, in the message's transaction.
+
+        Raises:
+            BrokenTransaction: the handler's work can no longer commit together with the inbox row.
+        """
+        progress, consumer = self.progress, self.delivery.consumer
+        if self.dialect.is_aborted(self.connection):
+            raise BrokenTransaction(
+                f"A statement of {consumer} failed and the handler went on, but the database has "
+                "aborted the transaction. Put statements that may fail into "
+                "`with session.begin_nested():`."
+            )
+        if progress.session is not None and progress.transaction.is_active:
+            progress.session.commit()
+        if not progress.transaction.is_active:
+            raise BrokenTransaction(
+                f"{consumer} rolled back the transaction of its own message, or a failed flush "
+                "did. Put statements that may fail into `with session.begin_nested():`."
+            )
+
+    def commit(self) -> None:
+        """Commit the outcome, the handler's rows and its messages, all or nothing."""
+        if self.delivery.redelivered:
+            self.attempts.forget(self.connection, self.delivery.consumer, self.delivery.identity)
+        self.outgoing.write(self.connection)
+        self.progress.finished = True
+        self.connection.commit()
+
+
+@event.listens_for(Engine, "commit")
+def _refuse_commit(connection: Connection) -> None:
+    progress = context.in_progress.get()
+    if progress and progress.connection is connection and not progress.finished:
+        # SQLAlchemy takes this for a failed COMMIT, after which it sends no ROLLBACK.
+        connection.connection.rollback()
+        raise BrokenTransaction(
+            "A handler committed the transaction of its own message: if the worker died now, the "
+            "rest of the handler would never run. Remove the commit; the transaction is committed "
+            "when the handler returns."
+        )

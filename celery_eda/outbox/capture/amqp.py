@@ -1,0 +1,211 @@
+"""From ``.delay()`` to the outbox: the one seam in Celery's publishing.
+
+Every task message that Celery publishes passes through ``app.amqp.send_task_message``. Inside a
+transaction Celery's own function gets a producer that records instead of sending, so the captured
+message is exactly the one that Celery would have sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta, timezone
+from functools import cached_property, partial, wraps
+from typing import Any
+
+from celery import Celery
+from celery.app.amqp import AMQP
+from celery.utils.time import maybe_iso8601, maybe_make_aware
+from kombu import Queue
+from kombu.utils.imports import symbol_by_name
+
+from celery_eda.brokers import SafeConnection
+from celery_eda.brokers.rabbitmq import dead_letter_exchange
+from celery_eda.core import addresses, context
+from celery_eda.core.addresses import REPLY_HEADER
+from celery_eda.core.identity import HEADERS, Identity, Lane
+from celery_eda.core.message import Message
+from celery_eda.ordering import keys
+from celery_eda.outbox import result_backend
+from celery_eda.outbox.capture.call_templates import CallTemplates
+from celery_eda.outbox.capture.recorder import RecordingPool, RecordingProducer
+
+#: The longest delay of a message in the outbox; dates in databases end in the year 9999.
+LONGEST_DELAY = timedelta(days=36500)
+
+
+class CapturingAMQP(AMQP):
+    """Celery's ``app.amqp`` that captures messages, with connections that lose none."""
+
+    @cached_property
+    def Connection(self) -> Callable[..., SafeConnection]:  # noqa: N802  # Celery's name for it
+        """Makes connections to the broker; in a database, ``eda_*`` settings name its tables."""
+        return partial(SafeConnection.made, lambda: self.app.eda.tables)
+
+    @property
+    def queues_cls(self) -> Any:
+        """Celery's collection of queues, each with the limit ``eda_delivery_limit``."""
+        base, eda = super().queues_cls, self.app.eda
+        if not (limit := eda.settings.delivery_limit):
+            return base
+        return dead_letter_exchange.with_delivery_limit(base, limit, eda.service)
+
+    @property
+    def producer_pool(self) -> Any:
+        """A pool that needs no broker inside a transaction, and Celery's own outside."""
+        return RecordingPool() if context.current_transaction() else super().producer_pool
+
+    @cached_property
+    def send_task_message(self) -> Callable[..., Any]:
+        send = self._create_task_sender()
+
+        def send_task_message(
+            producer: Any,
+            name: str,
+            message: Any,
+            *,
+            key: Any = None,
+            eda_identity: Identity | None = None,
+            **options: Any,
+        ) -> Any:
+            transaction = context.current_transaction()
+            if transaction is None:
+                context.refuse_publishing_if_silenced(name)
+                _forget_identity(options)
+                return send(producer, name, message, **options)
+            replies = self._passes_reply_on(message)
+            recorder = RecordingProducer()
+            # The task-sent event reports a sending, which has not happened yet.
+            send(recorder, name, message._replace(sent_event=None), **options)
+            identity = eda_identity or self._identify(recorder.recorded["headers"])
+            lane = self.lane_of(name, key, message.body)
+            captured = self._captured(name, identity, lane, recorder)
+            if progress := context.in_progress.get():
+                progress.observe(captured, replies=replies)
+            transaction.capture(captured)
+            return None
+
+        return send_task_message
+
+    def _passes_reply_on(self, message: Any) -> bool:
+        """Write the reply address into *message* if it replaces the one in progress.
+
+        Returns:
+            True if its handling will send the reply.
+        """
+        progress = context.in_progress.get()
+        if progress is None or progress.finished:
+            return False
+        delivery = progress.delivery
+        return delivery.reply_to is not None and addresses.write_to_successor(
+            delivery.reply_to, delivery.task_id, message
+        )
+
+    def lane_of(self, task: str, key: Any, body: Any) -> Lane | None:
+        """The lane of a message; the caller names its key, or else the task computes it."""
+        if key is None:
+            key_of = getattr(self.app.tasks.get(task), "ordering_key", None)
+            key = key_of and key_of(*body[0], **body[1])
+        return None if key is None else keys.ordering_key(self.app.eda.service, task, key)
+
+    def _captured(
+        self, task: str, identity: Identity, lane: Lane | None, recorder: RecordingProducer
+    ) -> Message:
+        recorded = recorder.recorded
+        headers = recorded.pop("headers")
+        reliable = REPLY_HEADER in headers or self.app.eda.is_reliable(task)
+        if headers.get("expires") and reliable:
+            # The broker would drop it unseen. A worker that receives it makes it a dead letter.
+            recorded["properties"].pop("expiration", None)
+        declared = [each for each in recorder.declare if isinstance(each, Queue)]
+        unknown = [each for each in declared if self.queues.get(each.name) != each]
+        message = Message(
+            identity=identity,
+            task=task,
+            # A retry inherits the headers of the message it repeats. Ours are always new.
+            headers={**_without_ours(headers), **identity.headers},
+            due=self._due(headers.get("eta")),
+            queue=self._queue_of(declared, recorded["exchange"]),
+            prerequisites=(
+                *result_backend.take_prerequisites(),
+                *map(result_backend.declaration_of, unknown),
+            ),
+            lane=lane,
+            **recorded,
+        )
+        progress = context.in_progress.get()
+        if progress and identity == progress.delivery.identity.next:
+            return message.at(progress.delivery.position)
+        context.refuse_publishing_if_silenced(task)
+        return message
+
+    def _queue_of(self, declared: Sequence[Queue], exchange: str) -> str | None:
+        """The configured queue to declare before sending.
+
+        With an exchange given by name, Celery declares the default queue, which will not get the
+        message. Any queue on that exchange is declared instead, which makes the exchange too.
+        """
+        for queue in declared:
+            if exchange in ("", queue.exchange.name):
+                return queue.name if self.queues.get(queue.name) == queue else None
+        beside = (each.name for each in self.queues.values() if each.exchange.name == exchange)
+        return next(beside, None) if exchange else None
+
+    def _identify(self, headers: dict[str, Any]) -> Identity:
+        """The identity of a message to which its publisher gave none."""
+        if identity := context.next_identity():
+            return identity
+        progress = context.in_progress.get()
+        task = self.app.current_worker_task
+        if (
+            progress is not None
+            and task is not None
+            and (task.request.id == headers.get("id") == progress.delivery.task_id)
+            and headers.get("retries") == progress.delivery.retries + 1
+        ):
+            return progress.delivery.identity.next
+        return Identity.fresh()
+
+    def _due(self, eta: Any) -> datetime | None:
+        if not eta:
+            return None
+        due: datetime = maybe_make_aware(maybe_iso8601(eta), self.app.timezone)
+        return min(due, datetime.now(timezone.utc) + LONGEST_DELAY)
+
+
+def _forget_identity(options: dict[str, Any]) -> None:
+    """Remove our identity from the headers that a plain retry inherits from its message."""
+    if headers := options.get("headers"):
+        options["headers"] = _without_ours(headers)
+
+
+def _without_ours(headers: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in headers.items() if name not in HEADERS}
+
+
+def wrap_send_task(app: Celery) -> None:
+    """Route every ``send_task`` of *app* through the publisher.
+
+    Inside a transaction the call is captured; outside one, ``eda_outside`` decides.
+    """
+    send_task = app.send_task
+    templates = CallTemplates(app, send_task)
+
+    @wraps(send_task)
+    def send_task_or_capture(
+        name: str, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any
+    ) -> Any:
+        with app.eda.publisher.publishing(name):
+            transaction = context.current_transaction()
+            if transaction is None or rest:
+                return send_task(name, args, kwargs, *rest, **options)
+            return templates.send(transaction, name, args, kwargs, options)
+
+    app.send_task = send_task_or_capture
+
+
+def amqp_class(base: Any) -> type[CapturingAMQP]:
+    """A capturing subclass of *base*, which is a class or its import path."""
+    base = symbol_by_name(base)
+    if base is AMQP:
+        return CapturingAMQP
+    return type(base.__name__, (CapturingAMQP, base), {})

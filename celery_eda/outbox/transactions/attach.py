@@ -1,0 +1,299 @@
+"""Captures messages in every session of a factory, so that existing code need not change.
+
+Existing code publishes before, between and after its commits, and expects Celery to send. So a
+message *shares the fate of writes*: it belongs to the session's current transaction, or to the
+next one if none is open.
+
+1. The transaction commits: the message is written in it.
+2. The transaction wrote, or tried to, and does not commit: the message is dropped. An error is
+   logged if the session was only closed or garbage-collected.
+3. The transaction ends without having written: there is no fate to share, and the message is
+   stored in a short transaction of its own. But if a session that has never committed is rolled
+   back or closed by an exception, the message is dropped.
+
+A session that is made while a message is handled moves its messages to the transaction of that
+message. Its own work becomes part of that transaction too, if its engine is on the same database.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary, finalize, ref
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
+
+from celery_eda.core import context
+from celery_eda.outbox.transactions import connection as joined_connection
+from celery_eda.outbox.transactions import session as joined_session
+from celery_eda.outbox.transactions.base import Store
+from celery_eda.outbox.transactions.connection import JoinedConnection
+from celery_eda.outbox.transactions.session import JoinedSession
+
+# The types of sqlalchemy.ext.asyncio cannot be imported without greenlet.
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+else:
+    AsyncSession = object
+
+log = logging.getLogger(__name__)
+
+# Statements that begin like this write nothing. WITH may begin a query or a write.
+_READS = re.compile(
+    r"(?:\s|/\*.*?\*/|--[^\n]*\n)*"
+    r"(?:SELECT|SHOW|EXPLAIN|PRAGMA|VALUES|SET|BEGIN|SAVEPOINT|RELEASE|ROLLBACK"
+    r"|WITH(?!.*\b(?:INSERT|UPDATE|DELETE|MERGE)\b))\b",
+    re.IGNORECASE | re.DOTALL,
+)
+_users: WeakKeyDictionary[Connection, ref[AttachedSession]] = WeakKeyDictionary()
+
+
+def attach(target: Any, store: Store) -> None:
+    """Capture the messages that are published while a session of *target* is open.
+
+    Args:
+        target: a sessionmaker, async_sessionmaker or scoped_session on the database that holds
+            the outbox. Sessions made before this call are not attached.
+        store: where the messages go.
+
+    Raises:
+        TypeError: *target* is none of these.
+    """
+    listen()
+    match target:
+        case sessionmaker():
+            target.class_ = _attached(target.class_, store)
+        case _ if hasattr(getattr(target, "class_", None), "sync_session_class"):
+            sync = target.kw.get("sync_session_class") or target.class_.sync_session_class
+            target.kw["sync_session_class"] = _attached(sync, store)
+            if not issubclass(target.class_, AttachedAsyncSession):
+                target.class_ = _mixed(AttachedAsyncSession, target.class_)
+        case _ if hasattr(target, "session_factory"):
+            attach(target.session_factory, store)
+        case _:
+            raise TypeError(
+                f"{target!r} makes no sessions. Pass a sessionmaker, async_sessionmaker or "
+                "scoped_session."
+            )
+
+
+def _attached(base: type[Session], store: Store) -> type[Session]:
+    if issubclass(base, AttachedSession):
+        return base
+    return _mixed(AttachedSession, base, store=store)
+
+
+def _mixed(mixin: type[Any], base: type[Any], **attributes: Any) -> type[Any]:
+    return type(base.__name__, (mixin, base), attributes)
+
+
+class AttachedTransaction(JoinedSession):
+    """The messages published in an attached session.
+
+    Attributes:
+        outer: the transaction of the message that is being handled where the session is used.
+        wrote: True if the session's transaction wrote, or tried to.
+        has_committed: True if the session has committed since it was opened.
+        failed: True if the session is closed because of an exception.
+    """
+
+    def __init__(self, session: Session, store: Store) -> None:
+        super().__init__(session, store)
+        self.scope: context.Scope | None = None
+        self.outer: JoinedConnection | None = None
+        self.open()
+
+    def open(self) -> None:
+        """Capture publishes from here on, unless they are captured already.
+
+        A session may outlive the message that it was made for, and be used for the next one.
+        """
+        outer = self._transaction_in_progress()
+        if self.scope is not None and self.scope.open and outer is self.outer:
+            return
+        if self.scope is not None:
+            self.scope.open = False
+        self.outer = outer
+        self.scope = context.open_scope(self, attached=True)
+        self.has_committed = self.wrote = self.failed = False
+
+    def _transaction_in_progress(self) -> JoinedConnection | None:
+        """The transaction of the message that is being handled here; None outside of any."""
+        progress = context.in_progress.get()
+        if progress is None or progress.finished:
+            return None
+        return joined_connection.join(progress.connection, self.store)
+
+    def close(self) -> None:
+        """Settle the messages that no transaction has written: the session is closed or gone."""
+        if self.scope is not None:
+            self.scope.open = False
+        self.end()
+
+    def begin(self) -> None:
+        """Do nothing: existing code may begin after it has published."""
+
+    def enrol(self) -> None:
+        if self.outer is None:
+            super().enrol()
+
+    def note_pending(self, session: Session) -> None:
+        """Count pending changes, which the next flush would write, as written."""
+        self.wrote = self.wrote or bool(session.new or session.dirty or session.deleted)
+
+    def roll_back(self) -> None:
+        super().roll_back()
+        self.note_pending(self.session)
+
+    def finish(self, carrier: JoinedConnection | None) -> None:
+        super().finish(carrier)
+        self.has_committed = True
+        self.wrote = False
+
+    def drop(self) -> None:
+        """Drop the messages if the session wrote or failed, else store them apart."""
+        undone = (self.rolled_back or self.failed) and not self.has_committed
+        if self.captured and not self.wrote and not undone:
+            self.store_apart()
+        self.rolled_back = self.rolled_back or self.failed
+        super().drop()
+        self.wrote = False
+
+    def store_apart(self) -> None:
+        """Store the messages apart, unless the session is part of a transaction still open."""
+        outer, session = self.outer, self._session()
+        if session and isinstance(session.bind, Connection):
+            outer = joined_connection.join(session.bind, self.store)
+        if outer and outer.is_open:
+            outer.merge(self)
+        else:
+            super().store_apart()
+
+
+class AttachedSession(Session):
+    """A session that captures messages from its creation until it is closed."""
+
+    store: ClassVar[Store]
+    warned: ClassVar[bool] = False
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        if not isinstance(options.get("bind"), Connection):
+            # Only counts while a message is handled, whose transaction it must not end.
+            options["join_transaction_mode"] = "create_savepoint"
+        super().__init__(*arguments, **options)
+        # Held by the session, not by its transaction: a traceback may lead to the session.
+        self._handled_before = sys.exc_info()[1]
+        self._joined = AttachedTransaction(self, self.store)
+        finalize(self, self._joined.close)
+
+    def get_bind(self, *arguments: Any, **options: Any) -> Engine | Connection:
+        """The connection of the message in progress, if the engine is on the same database."""
+        bind = super().get_bind(*arguments, **options)
+        if (outer := self._joined.outer) is None or isinstance(bind, Connection):
+            return bind
+        if _is_same_database(bind, outer.connection.engine):
+            return outer.connection
+        if not type(self).warned:
+            type(self).warned = True
+            log.warning(
+                "%r is another database than that of the message in progress: a session commits "
+                "there apart from the message, so its writes may be repeated.",
+                bind.url,
+            )
+        return bind
+
+    def rollback(self) -> None:
+        """Roll back, as always; messages from before the first statement are dropped too."""
+        if not self.in_transaction():
+            self._joined.rolled_back = True
+            self._joined.end()
+        super().rollback()
+
+    def close(self) -> None:
+        self._close(super().close)
+
+    def reset(self) -> None:
+        self._close(super().reset)
+
+    def invalidate(self) -> None:
+        self._close(super().invalidate)
+
+    def _close(self, close: Callable[[], None]) -> None:
+        self.note_failure()
+        self._joined.note_pending(self)
+        try:
+            close()
+        finally:
+            self._joined.close()
+
+    def note_failure(self) -> None:
+        """Remember an exception that was not being handled when the session was made."""
+        error = sys.exc_info()[1]
+        if error is not None and error is not self._handled_before:
+            self._joined.failed = True
+
+
+class AttachedAsyncSession(AsyncSession):
+    """Reports exceptions to its session, which would not see them in its own greenlet."""
+
+    sync_session: AttachedSession
+
+    async def close(self) -> None:
+        self.sync_session.note_failure()
+        await super().close()
+
+    async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self.sync_session.note_failure()
+        await super().__aexit__(kind, error, traceback)
+
+
+def _is_same_database(one: Engine, other: Engine) -> bool:
+    def address(engine: Engine) -> tuple[Any, ...]:
+        url = engine.url
+        return url.get_backend_name(), url.host, url.port, url.database, url.username
+
+    return one.pool is other.pool or (bool(one.url.database) and address(one) == address(other))
+
+
+@event.listens_for(AttachedSession, "after_transaction_create")
+def on_after_transaction_create(session: AttachedSession, transaction: SessionTransaction) -> None:
+    """Capture from here on, since a closed session can be used again."""
+    if transaction.parent is None:
+        session._joined.open()
+
+
+@event.listens_for(AttachedSession, "after_begin")
+def on_after_begin(
+    session: AttachedSession, transaction: SessionTransaction, connection: Connection
+) -> None:
+    """Remember whose statements run on *connection*."""
+    _users[connection] = ref(session)
+
+
+@event.listens_for(AttachedSession, "before_flush")
+def on_before_flush(session: AttachedSession, *_: Any) -> None:
+    """Note that the session writes."""
+    session._joined.wrote = True
+
+
+@cache
+def listen() -> None:
+    """Listen to every session, engine and pool of this process from now on.
+
+    The statements of all engines pass through :func:`on_before_cursor_execute`, so it is not
+    installed before the first factory is attached.
+    """
+    joined_session.listen()
+    event.listen(Engine, "before_cursor_execute", on_before_cursor_execute)
+
+
+def on_before_cursor_execute(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
+    """Note that the session writes. Before the statement runs, since a failed write counts too."""
+    session = user() if (user := _users.get(connection)) else None
+    if session and session.in_transaction() and not _READS.match(statement):
+        session._joined.wrote = True

@@ -1,0 +1,119 @@
+"""Messages captured in a transaction, buffered until just before it commits.
+
+Nothing is sent from here. The messages are written to the outbox, or into queues in this database,
+by the caller's own commit. The sender is notified after that commit, of the ids of outbox rows
+only, so that it finds no message that was not committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from weakref import ref
+
+from sqlalchemy import Connection
+
+from celery_eda.core import checkpoints
+from celery_eda.core.context import Capture
+from celery_eda.core.identity import Identity
+from celery_eda.core.message import Message
+from celery_eda.errors import AutocommitTransaction
+
+RowId = int
+QueueName = str
+#: Where a message was written: the id of its row in the outbox, or the name of its queue in this
+#: database.
+Written = RowId | QueueName
+
+
+@dataclass(frozen=True)
+class Store:
+    """The destination of captured messages.
+
+    Attributes:
+        add: writes messages through a connection; returns where each was written.
+        hand_off: notifies the sender of messages that may have been committed.
+        add_apart: writes messages in a short transaction of its own, and hands them off.
+    """
+
+    add: Callable[[Connection, Sequence[Message]], Sequence[Written]]
+    hand_off: Callable[[list[Written]], None]
+    add_apart: Callable[[Sequence[Message]], None]
+
+
+class Transaction(Capture):
+    """The messages published in one database transaction.
+
+    Attributes:
+        captured: messages that are not written yet.
+        written: where messages were written that may not be committed yet.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.captured: list[Message] = []
+        self.written: list[Written] = []
+        self._merged_into: ref[Transaction] | None = None
+
+    def capture(self, message: Message) -> None:
+        self.captured.append(message)
+        checkpoints.reach("publish.captured")
+
+    def holds(self, identity: Identity) -> bool:
+        if any(each.identity == identity for each in self.captured):
+            return True
+        other = self._merged_into() if self._merged_into else None
+        return other is not None and other.holds(identity)
+
+    def write(self, connection: Connection) -> None:
+        """Write the captured messages, through the transaction's own connection.
+
+        The buffer is emptied only after the INSERT has succeeded: if the INSERT fails, a second
+        attempt to commit fails too instead of committing the work without its messages.
+
+        Raises:
+            AutocommitTransaction: there is no transaction to share.
+        """
+        if not self.captured:
+            return
+        refuse_autocommit(connection)
+        self.written += self.store.add(connection, tuple(self.captured))
+        self.captured.clear()
+        checkpoints.reach("outbox.written")
+
+    def merge(self, other: Transaction) -> None:
+        """Move the captured messages of *other* into this transaction."""
+        self.captured += other.captured
+        other._merged_into = ref(self)
+        other.captured.clear()
+
+    def forget(self) -> None:
+        """Drop all messages: the transaction did not commit."""
+        self.captured.clear()
+        self.written.clear()
+
+    def hand_off(self) -> None:
+        """Notify the sender of the written messages, now that the transaction is over."""
+        written, self.written = self.written, []
+        if written:
+            checkpoints.reach("publish.committed")
+            self.store.hand_off(written)
+
+
+def refuse_autocommit(connection: Connection) -> None:
+    """Make sure that *connection* has a transaction to share.
+
+    Raises:
+        AutocommitTransaction: the connection commits every statement by itself.
+    """
+    pooled = connection.connection
+    if pooled.dbapi_connection is None:
+        return
+    if not connection.dialect.detect_autocommit_setting(pooled.dbapi_connection):
+        return
+    # An engine that sends BEGIN itself switches its driver to autocommit to be able to.
+    if not getattr(pooled.driver_connection, "in_transaction", False):
+        raise AutocommitTransaction(
+            "This connection commits every statement by itself, so a message cannot share the "
+            "fate of your work. Use a connection without isolation_level='AUTOCOMMIT'."
+        )
