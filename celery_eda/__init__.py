@@ -3,12 +3,12 @@
 from celery_eda.app.eda import EDA
 from celery_eda.core.event import Event
 from celery_eda.core.retry import RetryPolicy
-from celery_eda.databases.tables import Tables
-from celery_eda.dead_letters.failure import Failure, RepairDecision
+from celery_eda.databases import Tables
+from celery_eda.dead_letters import Failure, RepairDecision
 from celery_eda.errors import EDAError
-from celery_eda.events.projections.projection import Projection
-from celery_eda.requests.reply import Replies, Reply
-from celery_eda.sagas.saga import Saga
+from celery_eda.events import Projection
+from celery_eda.requests import Replies, Reply
+from celery_eda.sagas import Saga
 
 __all__ = [
     "EDA",

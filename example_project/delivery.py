@@ -38,4 +38,4 @@ def deliver(session: Session, order_id: str, customer: str) -> None:
 
 def open_for_business() -> None:
     """Create the tables."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)

@@ -57,7 +57,7 @@ def make(session: Session, order_id: str, customer: str, drink: str) -> None:
 
 def open_for_business() -> None:
     """Create the tables and fill the stock."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)
     with eda.transaction() as session:
         for drink, seconds in SECONDS_TO_MAKE.items():
             session.merge(Stock(drink=drink, portions=OPENING_STOCK, seconds_to_make=seconds))

@@ -80,7 +80,7 @@ def delivered(session: Session, order_id: str) -> None:
 
 def open_for_business() -> None:
     """Create the tables and write the menu."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)
     with eda.transaction() as session:
         for name, price in MENU.items():
             session.merge(Drink(name=name, price=price))

@@ -56,7 +56,7 @@ def charge(session: Session, order_id: str, customer: str, drink: str, price: in
 
 def open_for_business() -> None:
     """Create the tables and open the customers' accounts."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)
     with eda.transaction() as session:
         for customer in CUSTOMERS:
             session.merge(Account(customer=customer, balance=OPENING_BALANCE))

@@ -77,7 +77,7 @@ def sagas(count: int, first: int) -> None:
 def subscribe() -> None:
     """Declare the queues of the subscriptions."""
     with app.connection_for_write() as connection:
-        eda.subscriptions.declare(connection.default_channel)
+        eda.events.subscriptions.declare(connection.default_channel)
 
 
 VERBS: dict[str, Any] = {each.__name__: each for each in (chains, events, sagas, subscribe)}

@@ -193,8 +193,8 @@ def occupy(first: int) -> None:
 
 def take_bare(count: int) -> None:
     """Take *count* messages out of the queue and acknowledge each, without a worker."""
-    with eda.app.connection_for_read() as connection:
-        queue = eda.app.amqp.queues[app.conf.task_default_queue](connection.default_channel)
+    with eda.service.app.connection_for_read() as connection:
+        queue = eda.service.app.amqp.queues[app.conf.task_default_queue](connection.default_channel)
         for _ in range(count):
             message = queue.get()
             assert message is not None, "the queue is empty"
@@ -204,7 +204,7 @@ def take_bare(count: int) -> None:
 def settle() -> None:
     """Wait until this process has sent everything it committed."""
     deadline = time.monotonic() + PATIENCE
-    while eda.sender._busy():  # ``finish`` gives up after two seconds
+    while eda.outbox.sender._busy():  # ``finish`` gives up after two seconds
         if time.monotonic() > deadline:
             raise TimeoutError(f"{waiting()} messages are still in the outbox")
         time.sleep(0.005)
@@ -212,8 +212,10 @@ def settle() -> None:
 
 def waiting() -> int:
     """The number of messages in the outbox."""
-    with eda.engine.connect() as connection:
-        return int(connection.scalar(select(func.count()).select_from(eda.tables.outbox)) or 0)
+    with eda.databases.engine.connect() as connection:
+        return int(
+            connection.scalar(select(func.count()).select_from(eda.databases.tables.outbox)) or 0
+        )
 
 
 # ── events ──────────────────────────────────────────────────────────────────────────────────────
@@ -239,22 +241,22 @@ def _emit(number: int) -> None:
 
 def subscribe() -> None:
     """Declare the queues of the subscriptions."""
-    with eda.app.connection_for_write() as connection:
-        eda.subscriptions.declare(connection.default_channel)
+    with eda.service.app.connection_for_write() as connection:
+        eda.events.subscriptions.declare(connection.default_channel)
 
 
 def heard() -> int:
     """The number of effects of events in subscriptions so far; deletes their rows."""
-    with eda.engine.begin() as connection:
+    with eda.databases.engine.begin() as connection:
         return connection.execute(delete(effects).where(effects.c.name == "heard")).rowcount
 
 
 def read_page() -> int:
     """Read the last thousand events in the order of their positions, all assigned."""
-    eda.event_store.assign_positions(eda.engine)
-    with eda.engine.connect() as connection:
-        last = connection.scalar(select(func.max(eda.tables.events.c.position))) or 0
-        return len(eda.event_store.read(connection, after=max(0, last - 1000)))
+    eda.events.store.assign_positions(eda.databases.engine)
+    with eda.databases.engine.connect() as connection:
+        last = connection.scalar(select(func.max(eda.databases.tables.events.c.position))) or 0
+        return len(eda.events.store.read(connection, after=max(0, last - 1000)))
 
 
 def fold_stream(key: int) -> int:
@@ -267,7 +269,7 @@ def fold_stream(key: int) -> int:
 
 def drain() -> int:
     """Send everything in the outbox, as ``celery eda relay --once`` does."""
-    return eda.relay().drain().confirmed
+    return eda.outbox.relay().drain().confirmed
 
 
 def claim_and_clear(count: int) -> int:
@@ -276,13 +278,13 @@ def claim_and_clear(count: int) -> int:
     Within a chain a batch is claimed after the last id of the batch before it; the first batch of
     a chain is claimed from the beginning of the outbox.
     """
-    left, batch, owner = count, eda.settings.relay_batch, "0" * 32
+    left, batch, owner = count, eda.service.settings.relay_batch, "0" * 32
     pending: Sequence[Pending] = ()
     for place in cycle(range(CHAIN)):
         after = pending[-1].id if place else 0
-        with eda.relay_engine.begin() as connection:
-            pending = eda.outbox.claim(connection, owner, min(batch, left), after=after)
-            eda.outbox.clear(connection, owner, [each.id for each in pending])
+        with eda.databases.relay_engine.begin() as connection:
+            pending = eda.outbox.store.claim(connection, owner, min(batch, left), after=after)
+            eda.outbox.store.clear(connection, owner, [each.id for each in pending])
         left -= len(pending)
         if not pending or left <= 0:
             break
@@ -291,7 +293,7 @@ def claim_and_clear(count: int) -> int:
 
 def relay_until_told() -> int:
     """Send messages, as ``celery eda relay`` does, until the next line arrives on stdin."""
-    relay = eda.relay()
+    relay = eda.outbox.relay()
     thread = threading.Thread(target=relay.run)
     thread.start()
     sys.stdin.readline()
@@ -319,9 +321,9 @@ def keep_order(count: int, keys: int) -> None:
     with eda.transaction():
         for number in range(count):
             keep.delay(f"key {number % keys}", number)
-    with eda.relay_engine.begin() as connection:
-        pending = eda.outbox.claim(connection, "0" * 32, count)
-        eda.outbox.clear(connection, "0" * 32, [each.id for each in pending])
+    with eda.databases.relay_engine.begin() as connection:
+        pending = eda.outbox.store.claim(connection, "0" * 32, count)
+        eda.outbox.store.clear(connection, "0" * 32, [each.id for each in pending])
     assert len(pending) == count, "some are not there"
     for each in pending:
         args, kwargs, _ = json.loads(each.message.body)

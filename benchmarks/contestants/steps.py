@@ -67,7 +67,7 @@ def capture_nothing(count: int) -> None:
 @contextmanager
 def _undone() -> Iterator[Connection]:
     """A transaction of the user's engine that is rolled back."""
-    with eda.engine.connect() as connection:
+    with eda.databases.engine.connect() as connection:
         yield connection
         connection.rollback()
 
@@ -82,12 +82,12 @@ def write_one(count: int) -> None:
     """INSERT one row of the outbox."""
     with _undone() as connection:
         for _ in range(count):
-            eda.dialect.add(connection, eda.tables.outbox, [_row()])
+            eda.databases.dialect.add(connection, eda.databases.tables.outbox, [_row()])
 
 
 def write_as_arrays(count: int) -> None:
     """As :func:`write_one`, with the statement for many rows: arrays, here of length one."""
-    statement = eda.dialect._adding(eda.tables.outbox, tuple(_row()))
+    statement = eda.databases.dialect._adding(eda.databases.tables.outbox, tuple(_row()))
     with _undone() as connection:
         for _ in range(count):
             arrays = tuple([value] for value in _row().values())
@@ -96,7 +96,7 @@ def write_as_arrays(count: int) -> None:
 
 def write_by_driver(count: int) -> None:
     """The INSERT of one row, executed by psycopg directly."""
-    statement = eda.dialect._adding_one(eda.tables.outbox, tuple(_row()))
+    statement = eda.databases.dialect._adding_one(eda.databases.tables.outbox, tuple(_row()))
     with _undone() as connection:
         cursor = connection.connection.cursor()
         for _ in range(count):
@@ -117,13 +117,13 @@ def _rows_of_text() -> list[dict[str, Any]]:
 
 def write_compressed(method: str, count: int) -> None:
     """INSERT rows of text in batches, compressed by this *method* of PostgreSQL."""
-    table = eda.tables.outbox
+    table = eda.databases.tables.outbox
     columns = ("headers", "properties", "body", "envelope")
     changes = (f"ALTER COLUMN {name} SET COMPRESSION {method}" for name in columns)
     with _undone() as connection:
         connection.execute(text(f"ALTER TABLE {table.name} {', '.join(changes)}"))
         for _ in range(count // BATCH):
-            eda.dialect.add(connection, table, _rows_of_text())
+            eda.databases.dialect.add(connection, table, _rows_of_text())
 
 
 def read(count: int) -> None:
@@ -133,8 +133,8 @@ def read(count: int) -> None:
 
 
 def _claimed() -> list[Message]:
-    with eda.relay_engine.connect() as connection:
-        pending = eda.outbox.claim(connection, "0" * 32, BATCH)
+    with eda.databases.relay_engine.connect() as connection:
+        pending = eda.outbox.store.claim(connection, "0" * 32, BATCH)
         connection.rollback()
     return [each.message for each in pending]
 
@@ -157,7 +157,7 @@ def make_frames(count: int) -> None:
 def _relay() -> Relay:
     with app.connection_for_write() as connection:
         app.amqp.queues[app.conf.task_default_queue](connection.default_channel).declare()
-    return eda.relay()
+    return eda.outbox.relay()
 
 
 def send_one_by_one(ids: list[int]) -> None:
@@ -169,8 +169,8 @@ def send_one_by_one(ids: list[int]) -> None:
 def published(count: int) -> list[int]:
     """Publish *count* messages; returns the ids of their rows."""
     fill(count)
-    table = eda.tables.outbox
-    with eda.engine.connect() as connection:
+    table = eda.databases.tables.outbox
+    with eda.databases.engine.connect() as connection:
         newest = select(table.c.id).order_by(table.c.id.desc()).limit(count)
         return sorted(connection.scalars(newest))
 

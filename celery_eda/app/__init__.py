@@ -1,1 +1,1 @@
-"""TITLE."""
+"""The composition root: the class EDA, and everything added to a Celery app."""

@@ -7,8 +7,9 @@ from typing import Any
 
 from celery import bootsteps
 
+from celery_eda.app.installation import make_reliable
 from celery_eda.errors import UnsafeSetting
-from celery_eda.inbox.task import ReliableTask, is_asynchronous
+from celery_eda.inbox import ReliableTask, is_asynchronous
 
 #: Pools that run greenlets.
 GREEN_POOLS = ("gevent", "eventlet")
@@ -22,9 +23,9 @@ class Guard(bootsteps.Step):
     def __init__(self, worker: Any, **options: Any) -> None:
         eda = worker.app.eda
         pool = worker.pool_cls.__module__.rpartition(".")[2]
-        if why := eda.dialect.refused_pools.get(pool):
+        if why := eda.databases.dialect.refused_pools.get(pool):
             raise UnsafeSetting(f"The pool {pool} cannot be used with this database: {why}.")
-        eda.make_reliable(worker.app)
+        make_reliable(worker.app)
         if pool in GREEN_POOLS and (names := _asynchronous(worker.app.tasks.values())):
             raise UnsafeSetting(
                 f"The pool {pool} cannot run `async def` tasks ({', '.join(names)}): its greenlets "
@@ -32,7 +33,7 @@ class Guard(bootsteps.Step):
                 "Use prefork, threads or solo."
             )
         eda.check()
-        eda.note_subscriptions()
+        eda.events.record_queues()
 
 
 def _asynchronous(tasks: Iterable[Any]) -> list[str]:

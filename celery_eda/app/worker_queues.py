@@ -13,8 +13,7 @@ from celery import bootsteps
 from kombu import Queue
 from kombu.common import ignore_errors
 
-from celery_eda.events.queues import EXPIRES
-from celery_eda.events.subscriptions import Subscription
+from celery_eda.events import EXPIRES, Subscription
 
 #: How often a worker redeclares its queues within the time after which an unused one expires.
 RENEWALS = 4
@@ -28,7 +27,7 @@ class WorkerQueues(bootsteps.StartStopStep):
     def __init__(self, consumer: Any, **options: Any) -> None:
         super().__init__(consumer, **options)
         app = consumer.app
-        self.subscriptions = app.eda.subscriptions
+        self.subscriptions = app.eda.events.subscriptions
         self.queues = [*_repairs_and_replies(app), *_subscribed(app)]
         self.per_worker = list(_per_worker(app, consumer.hostname))
         self.consumers: list[Any] = []
@@ -87,7 +86,9 @@ def _repairs_and_replies(app: Any) -> Iterator[tuple[Queue, None]]:
     queues, eda = app.amqp.queues, app.eda
     if queues._consume_from is not None:
         return
-    for name in sorted({*eda.repair_tasks.queues, *filter(None, [eda.requests.address])}):
+    for name in sorted(
+        {*eda.dead_letters.repair_tasks.queues, *filter(None, [eda.requests.store.address])}
+    ):
         if name not in queues:
             queue = queues[name]
             del queues[name]  # those that stay are consumed together with the tasks
@@ -96,15 +97,15 @@ def _repairs_and_replies(app: Any) -> Iterator[tuple[Queue, None]]:
 
 def _subscribed(app: Any) -> Iterator[tuple[Queue, Subscription]]:
     """The queues of the app's subscriptions; with ``-Q`` only the ones named there."""
-    queues, subscriptions = app.amqp.queues, app.eda.subscriptions
+    queues, subscriptions = app.amqp.queues, app.eda.events.subscriptions
     chosen = queues._consume_from
     for name, subscription in sorted(subscriptions.by_queue.items()):
         if chosen is None or chosen.pop(name, None) is not None:
             queues.pop(name, None)  # made by Celery because of the option
-            yield app.eda.event_queues.queue_of(subscription), subscription
+            yield app.eda.events.queues.queue_of(subscription), subscription
 
 
 def _per_worker(app: Any, worker: str) -> Iterator[tuple[Queue, Subscription]]:
     """The queues that each worker has for itself, with or without ``-Q``."""
-    for subscription in app.eda.subscriptions.per_worker.values():
-        yield app.eda.event_queues.queue_for(subscription, worker), subscription
+    for subscription in app.eda.events.subscriptions.per_worker.values():
+        yield app.eda.events.queues.queue_for(subscription, worker), subscription

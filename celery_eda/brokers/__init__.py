@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from celery_eda.brokers.base import (
+    EnvelopeTemplate,
+    KeepsMalformed,
+    Pipelined,
+    PublishResult,
+    ReplyConsumer,
+    Sendable,
+    Transport,
+    Verdict,
+)
 from celery_eda.brokers.connection import SafeConnection
+from celery_eda.brokers.database.publish import DirectEnqueue
+from celery_eda.brokers.rabbitmq import dead_letter_exchange
 from celery_eda.brokers.registry import (
     BROKERS,
-    Connector,
     declare_reply_queue,
-    direct_enqueue_of,
-    envelope_encoder_of,
     envelope_template_of,
     is_database,
-    reply_consumer_of,
-    transport_of,
 )
+from celery_eda.brokers.wiring import Brokers
 
 __all__ = [
     "BROKERS",
-    "Connector",
+    "Brokers",
+    "DirectEnqueue",
+    "EnvelopeTemplate",
+    "KeepsMalformed",
+    "Pipelined",
+    "PublishResult",
+    "ReplyConsumer",
     "SafeConnection",
+    "Sendable",
+    "Transport",
+    "Verdict",
+    "dead_letter_exchange",
     "declare_reply_queue",
-    "direct_enqueue_of",
-    "envelope_encoder_of",
     "envelope_template_of",
     "is_database",
-    "reply_consumer_of",
-    "transport_of",
 ]

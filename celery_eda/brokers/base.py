@@ -8,11 +8,9 @@ from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
 from celery import Celery
-from kombu.common import Broadcast
 from kombu.messaging import Producer
 
 from celery_eda.core import topics
-from celery_eda.core.event import EVENT_EXCHANGE
 from celery_eda.core.identity import Identity
 from celery_eda.core.message import Message
 
@@ -265,23 +263,6 @@ def publish_with(producer: Producer, message: Sendable) -> Any:
         routing_key=whole.routing_key,
         **whole.properties,
     )
-
-
-def declare(app: Any, channel: Any, name: str) -> None:
-    """Declare the queue that *app* knows as *name*, with its exchange and binding.
-
-    Of a broadcast only the exchange is declared: every consumer declares a queue of its own. The
-    name of the exchange of events declares that exchange and the subscriptions of *app*.
-
-    Raises:
-        KeyError: there is no such queue, and the app does not create missing ones.
-    """
-    if name == EVENT_EXCHANGE:
-        app.eda.event_queues.declare(channel)
-        return
-    queue = app.amqp.queues[name]
-    entity = queue.exchange if isinstance(queue, Broadcast) else queue
-    entity.bind(channel).declare()
 
 
 def subscribers(bindings: Iterable[tuple[str, Any, str]], name: str) -> list[str]:

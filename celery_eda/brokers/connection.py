@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kombu import Connection
 
 from celery_eda.brokers.registry import broker_of_type, is_database
-from celery_eda.databases.tables import Tables
+from celery_eda.core.service import Service
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,10 +20,14 @@ class SafeConnection(Connection):
     """
 
     @classmethod
-    def made(cls, tables: Callable[[], Tables], url: str, *args: Any, **options: Any) -> Self:
-        """A connection to the broker at *url*; if that is a database, with these *tables* in it."""
+    def made(cls, service: Service, url: str, *args: Any, **options: Any) -> Self:
+        """A connection of *service* to the broker at *url*.
+
+        If that is a database, the settings of the service name its tables.
+        """
         if is_database(url):
-            names = {"table_prefix": tables().prefix, "schema": tables().schema}
+            settings = service.settings
+            names = {"table_prefix": settings.table_prefix, "schema": settings.schema}
             options["transport_options"] = {**names, **(options.get("transport_options") or {})}
         return cls(url, *args, **options)
 

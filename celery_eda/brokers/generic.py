@@ -19,12 +19,12 @@ from celery_eda.brokers.base import (
     CONFIRMED,
     PublishResult,
     Sendable,
-    declare,
     publish_with,
     refused,
     unknown,
     unroutable,
 )
+from celery_eda.brokers.topology import declare
 
 
 class GenericTransport:

@@ -6,8 +6,6 @@ No module of a broker is imported before an app that uses the broker needs it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from celery import Celery
@@ -24,7 +22,7 @@ from celery_eda.brokers.base import (
     Transport,
 )
 from celery_eda.core.message import Message
-from celery_eda.databases.tables import Tables
+from celery_eda.databases import Tables
 from celery_eda.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -106,22 +104,6 @@ def _driver_type_of(app: Celery) -> str:
     return driver_type
 
 
-@dataclass(frozen=True)
-class Connector:
-    """Connects to the broker that one app writes to.
-
-    Attributes:
-        timeout: seconds that one batch may take.
-    """
-
-    app: Celery
-    timeout: float
-
-    def connect(self) -> Transport:
-        """A transport for one thread; it connects when it first sends."""
-        return transport_of(self.app, timeout=self.timeout)
-
-
 def transport_of(app: Celery, *, timeout: float) -> Transport:
     """A transport to the broker that *app* publishes to; it connects on its first batch.
 
@@ -169,13 +151,13 @@ def direct_enqueue_of(app: Celery, url: URL, tables: Tables) -> DirectEnqueue | 
     return publish.direct_enqueue_of(app, url, tables)
 
 
-def reply_consumer_of(app: Celery, *, expires: float) -> Callable[[], ReplyConsumer]:
-    """A factory of reply consumers; a queue is deleted after *expires* seconds without use.
+def reply_consumer_of(app: Celery, *, expires: float) -> ReplyConsumer:
+    """A consumer of replies, whose queues are deleted after *expires* seconds without use.
 
     Raises:
         ConfigurationError: the broker has no reply queues.
     """
-    return partial(_reply_queues_of(app).consumer, app, expires=expires)
+    return reply_queues_of(app).consumer(app, expires=expires)
 
 
 def declare_reply_queue(app: Celery, name: str, expires: float) -> None:
@@ -184,10 +166,15 @@ def declare_reply_queue(app: Celery, name: str, expires: float) -> None:
     Raises:
         ConfigurationError: the broker has no reply queues.
     """
-    _reply_queues_of(app).declare(app, name, expires)
+    reply_queues_of(app).declare(app, name, expires)
 
 
-def _reply_queues_of(app: Celery) -> ReplyQueues:
+def reply_queues_of(app: Celery) -> ReplyQueues:
+    """The reply queues of the broker of *app*.
+
+    Raises:
+        ConfigurationError: the broker has no reply queues.
+    """
     driver_type = _driver_type_of(app)
     if (replies := broker_of_type(driver_type).replies) is None:
         raise ConfigurationError(

@@ -1,1 +1,1 @@
-"""TITLE."""
+"""Code that all wings share: the message as a value, the context, the settings."""

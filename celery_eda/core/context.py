@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, RootTransaction
 from sqlalchemy.orm import Session
 
-from celery_eda.errors import PublishingForbidden, TwoSessions
+from celery_eda.errors import NoDelivery, PublishingForbidden, TwoSessions
 
 if TYPE_CHECKING:
     from celery_eda.core.delivery import Delivery
@@ -159,6 +159,12 @@ class InProgress:
     def connection(self) -> Connection:
         return self.transaction.connection
 
+    def open_session(self) -> Session:
+        """The session on its connection; made by the first call."""
+        if self.session is None:
+            self.session = Session(self.connection, join_transaction_mode="rollback_only")
+        return self.session
+
     def observe(self, captured: Message, *, replies: bool) -> None:
         """Remember a message that the handler has published, if it continues this one.
 
@@ -173,6 +179,21 @@ class InProgress:
 
 
 in_progress: ContextVar[InProgress | None] = ContextVar("celery_eda_in_progress", default=None)
+
+
+def current_session() -> Session:
+    """The session of the message in progress, committed together with its inbox row.
+
+    Raises:
+        NoDelivery: no reliable task is running here.
+    """
+    progress = in_progress.get()
+    if progress is None or progress.finished:
+        raise NoDelivery(
+            "eda.session belongs to the message in progress, and there is none. Outside a "
+            "reliable task use `with eda.transaction() as session:`."
+        )
+    return progress.open_session()
 
 
 #: The event that a subscription is handling: the cause of events emitted meanwhile.

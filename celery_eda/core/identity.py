@@ -21,7 +21,7 @@ REVISION_HEADER = "eda_revision"
 ORDER_HEADER = "eda_order"
 #: Marks a replayed event, whose handler must not publish anything.
 REPLAY_HEADER = "eda_replay"
-#: Attribute of Celery's request with the :class:`celery_eda.core.message.Wire`; never sent anywhere.
+#: Attribute of Celery's request with the :class:`celery_eda.core.message.Wire`; never sent.
 WIRE = "eda_wire"
 #: Attribute of Celery's request: ``expired`` or ``revoked`` if the message must not be handled.
 VERDICT = "eda_verdict"

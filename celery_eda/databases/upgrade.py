@@ -41,6 +41,6 @@ def sql(engine: Engine, tables: Tables) -> str:
 
 def _config(tables: Tables, *, output: io.StringIO | None = None, **attributes: Any) -> Config:
     config = Config(output_buffer=output, attributes={"tables": tables, **attributes})
-    config.set_main_option("script_location", "celery_eda:migrations")
+    config.set_main_option("script_location", "celery_eda.databases:migrations")
     config.set_main_option("path_separator", "os")
     return config

@@ -19,8 +19,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, exists, func, inse
 from celery_eda.core import redaction
 from celery_eda.core.clock import utc
 from celery_eda.core.limits import NAME_LENGTH
-from celery_eda.databases.dialect import Dialect
-from celery_eda.databases.retention import Retention
+from celery_eda.databases import Dialect, Retention
 from celery_eda.dead_letters.letter import Letter
 
 

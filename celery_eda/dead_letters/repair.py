@@ -17,13 +17,12 @@ from celery_eda.core.arguments import JSON, Arguments, as_json
 from celery_eda.core.context import Capture
 from celery_eda.core.identity import ORDER_HEADER, REPLAY_HEADER
 from celery_eda.core.message import Message
-from celery_eda.databases.dialect import LostRace
+from celery_eda.databases import LostRace
 from celery_eda.dead_letters.audit import Action, Audit, AuditEntry, Author
 from celery_eda.dead_letters.letter import Letter, LetterFilter, LetterState, Reason
 from celery_eda.dead_letters.store import DeadLetterStore
 from celery_eda.errors import NotItsTurn, UnreadableBody
-from celery_eda.ordering.cursor import Turn
-from celery_eda.ordering.cursors import Cursors
+from celery_eda.ordering import Cursors, Turn
 
 #: Prefixes of the headers that a broker adds when it dead-letters or redelivers a message.
 _OF_BROKERS = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count")

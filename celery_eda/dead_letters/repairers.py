@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from celery import Celery, Task
+from celery import Task
 from sqlalchemy import Connection
 
 from celery_eda.core.arguments import Arguments
 from celery_eda.core.context import Capture
+from celery_eda.core.service import Service
 from celery_eda.dead_letters.audit import Action, Author
 from celery_eda.dead_letters.failure import Failure, Leave, RepairDecision, Resubmit, Skip
 from celery_eda.dead_letters.letter import Letter
@@ -26,16 +27,10 @@ from celery_eda.errors import ConfigurationError, UnreadableBody
 
 @dataclass(frozen=True)
 class Repairers:
-    """Execution of what repairers decide.
-
-    Attributes:
-        find_task: returns the task with a name, None if this process does not know it.
-        max_repairs: number of repairs of one message after which it is left to a person.
-    """
+    """Execution of what repairers decide."""
 
     repair: Repair
-    find_task: Callable[[str], Task | None]
-    max_repairs: int
+    service: Service
 
     def attend(
         self,
@@ -67,7 +62,7 @@ class Repairers:
             return f"already {letter.state}" if letter else "gone"
         message_id = letter.message.identity.id
         repairs = self.repair.audit.count(connection, message_id, Action.repair)
-        if repairs >= self.max_repairs:
+        if repairs >= self.service.settings.max_repairs:
             return self._leave(connection, letter, repairer, f"{repairs} repairs did not help")
         try:
             failure = self._failure(connection, letter)
@@ -109,7 +104,7 @@ class Repairers:
 
     def _failure(self, connection: Connection, letter: Letter) -> Failure:
         arguments = Arguments.of(letter.message)
-        task = self.find_task(letter.message.task)
+        task = self.service.app.tasks.get(letter.message.task)
         return Failure(
             letter=letter,
             args=arguments.args,
@@ -124,7 +119,7 @@ class Repairers:
 
     def _may_be_overtaken(self, letter: Letter) -> bool:
         """True if a failed message of this task does not block its key."""
-        task = letter.consumer and self.find_task(letter.consumer)
+        task = letter.consumer and self.service.app.tasks.get(letter.consumer)
         return getattr(task, "when_dead", "block") == "skip"
 
 
@@ -133,13 +128,11 @@ class RepairTasks:
     """The repair tasks of one app.
 
     Attributes:
-        app, queue: return the app, and the queue of repair tasks without one of their own.
         known: repairers by the name of the task that they repair: the type of the errors, the name
             of the repair task, and its own queue or None.
     """
 
-    app: Callable[[], Celery]
-    queue: Callable[[], str]
+    service: Service
     known: dict[str, list[tuple[Any, str, str | None]]] = field(default_factory=dict)
 
     def refuse_second(self, task: str, repairer: str) -> None:
@@ -162,11 +155,13 @@ class RepairTasks:
     def queues(self) -> set[str]:
         """The queues of all repair tasks."""
         everything = (each for repairers in self.known.values() for each in repairers)
-        return {queue or self.queue() for _, _, queue in everything}
+        return {queue or self.service.settings.repair_queue for _, _, queue in everything}
 
     def seek(self, task: Task, error: Exception, letter: int) -> None:
         """Publish a call of the first repair task for *error* of *task*, if there is any."""
         for on, name, queue in self.known.get(task.name, ()):
             if isinstance(error, on):
-                self.app().tasks[name].apply_async((letter,), queue=queue or self.queue())
+                self.service.app.tasks[name].apply_async(
+                    (letter,), queue=queue or self.service.settings.repair_queue
+                )
                 return

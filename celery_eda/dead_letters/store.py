@@ -21,9 +21,7 @@ from celery_eda.core.clock import utc
 from celery_eda.core.error_text import text_of, traceback_of
 from celery_eda.core.limits import NAME_LENGTH
 from celery_eda.core.message import Message
-from celery_eda.databases import message_rows
-from celery_eda.databases.dialect import Dialect
-from celery_eda.databases.retention import Retention
+from celery_eda.databases import Dialect, Retention, message_rows
 from celery_eda.dead_letters.letter import Letter, LetterFilter, LetterState, Reason
 from celery_eda.errors import UnreadableBody
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kombu.utils import json
 from sqlalchemy import Connection, Table, delete, select
 
-from celery_eda.databases.dialect import Dialect
+from celery_eda.databases import Dialect
 from celery_eda.events.subscriptions import Subscription
 
 

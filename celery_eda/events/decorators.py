@@ -7,47 +7,24 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any, Protocol
+from typing import Any
 
 from celery import Celery
 from sqlalchemy import Table
-from sqlalchemy.orm import Session
 
 from celery_eda.core import context
 from celery_eda.core.event import Event
 from celery_eda.core.identity import ORDER_HEADER, REPLAY_HEADER
+from celery_eda.core.service import Service
 from celery_eda.errors import ConfigurationError
-from celery_eda.events.projections.projection import Apply, Projection, ProjectionRegistry
-from celery_eda.events.projections.rebuild import Rebuild
+from celery_eda.events.projections.projection import Apply, Projection
 from celery_eda.events.registry import EventRegistry
-from celery_eda.events.subscriptions import Subscription, Subscriptions
-from celery_eda.inbox.decorator import TaskDecorator
-from celery_eda.inbox.task import run_async
+from celery_eda.events.subscriptions import Subscription
+from celery_eda.events.wiring import Events
+from celery_eda.inbox import TaskDecorator, run_async
 
 #: Options of a task that a subscription sets itself.
 FIXED_OPTIONS = frozenset(["bind", "key", "ignore_result"])
-
-
-class Subscribes(Protocol):
-    """The part of :class:`celery_eda.EDA` that subscriptions use."""
-
-    app: Celery
-    task: TaskDecorator
-
-    @property
-    def subscriptions(self) -> Subscriptions: ...
-
-    @property
-    def event_types(self) -> EventRegistry: ...
-
-    @property
-    def projections(self) -> ProjectionRegistry: ...
-
-    @property
-    def projecting(self) -> Rebuild: ...
-
-    @property
-    def session(self) -> Session: ...
 
 
 @dataclass(frozen=True)
@@ -67,12 +44,12 @@ class EventHandler:
 class ProjectionHandler:
     """Applies an event to the table of a projection."""
 
-    eda: Subscribes
+    events: Events
     projection: Projection
 
     def __call__(self, event: Event) -> None:
         event = replace(event, order=_order_in_progress())
-        self.eda.projecting.apply(self.eda.session.connection(), self.projection, event)
+        self.events.rebuild.apply(context.current_session().connection(), self.projection, event)
 
 
 @dataclass(frozen=True)
@@ -109,8 +86,10 @@ class SubscriptionDecorator:
     subscription handles each event exactly once, with retries, repairs and dead letters of its own.
     """
 
-    def __init__(self, eda: Subscribes) -> None:
-        self._eda = eda
+    def __init__(self, service: Service, events: Events, task: TaskDecorator) -> None:
+        self._service = service
+        self._events = events
+        self._task = task
 
     def __call__(
         self,
@@ -141,13 +120,14 @@ class SubscriptionDecorator:
         """
 
         def decorate(function: Callable[..., Any]) -> Any:
-            eda = self._eda
             subscription = Subscription(
                 self._task_name(function, name), patterns, ordered, every_worker=every_worker
             )
             if every_worker:
                 _refuse_session(subscription, function)
-            handler = EventHandler(eda.event_types, run_async(eda.task.with_session(function)))
+            handler = EventHandler(
+                self._events.registry, run_async(self._task.with_session(function))
+            )
             return self._subscribe(subscription, handler, function, options)
 
         return decorate
@@ -159,16 +139,16 @@ class SubscriptionDecorator:
 
         def decorate(function: Apply) -> Projection:
             projection = Projection(self._task_name(function, name), table, function)
-            self._eda.projections.add(projection)
+            self._events.projections.add(projection)
             subscription = Subscription(projection.name, patterns, ordered=True, all=True)
-            handler = ProjectionHandler(self._eda, projection)
+            handler = ProjectionHandler(self._events, projection)
             self._subscribe(subscription, handler, function, options)
             return projection
 
         return decorate
 
     def _task_name(self, function: Callable[..., Any], name: str | None) -> str:
-        return name or str(self._eda.app.gen_task_name(function.__name__, function.__module__))
+        return name or str(self._service.app.gen_task_name(function.__name__, function.__module__))
 
     def _subscribe(
         self,
@@ -184,12 +164,14 @@ class SubscriptionDecorator:
                 "event, its order is that of the event's key, and it has no result. Remove the "
                 "option."
             )
-        self._eda.subscriptions.add(subscription)
-        receiver = EventReceiver(self._eda.app, subscription, handle)
+        self._events.subscriptions.add(subscription)
+        receiver = EventReceiver(self._service.app, subscription, handle)
         options = {"name": subscription.task, "ignore_result": True, **options}
         if subscription.every_worker:
-            return self._eda.app.task(shared=False, **options)(_task_function(receiver, function))
-        return self._eda.task(**options)(_task_function(receiver, function))
+            return self._service.app.task(shared=False, reliable=False, **options)(
+                _task_function(receiver, function)
+            )
+        return self._task(**options)(_task_function(receiver, function))
 
 
 def _task_function(receiver: EventReceiver, function: Callable[..., Any]) -> Callable[[Any], Any]:

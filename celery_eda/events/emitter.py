@@ -6,22 +6,20 @@ The emitter does not know the subscribers, and works without any.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
-
-from celery import Celery
 
 from celery_eda.core import context
 from celery_eda.core.event import EVENT_EXCHANGE, EVENT_TASK, Event, EventAppend, ordering_scope
 from celery_eda.core.identity import Identity
 from celery_eda.core.message import Message
+from celery_eda.core.service import Service
 from celery_eda.core.topics import checked_name
 from celery_eda.errors import InvalidEvent
 from celery_eda.events.registry import EventRegistry
 from celery_eda.ordering import keys
-from celery_eda.outbox.publisher import Publisher
+from celery_eda.outbox import Outbox, stored
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,12 @@ class Emitter:
     """Emits the events of one app.
 
     Attributes:
-        service: returns the name of this service, the source of its events.
-        types: the classes and versions of the events' data.
+        registry: the classes and versions of the events' data.
     """
 
-    app: Celery
-    publisher: Publisher
-    service: Callable[[], str]
-    types: EventRegistry
+    service: Service
+    outbox: Outbox
+    registry: EventRegistry
 
     def emit(
         self,
@@ -54,22 +50,22 @@ class Emitter:
                 f"{name} is emitted without a key, so it has no stream to compare expected_version "
                 "with. Give the key too, or leave expected_version out."
             )
-        service = self.service()
-        lane = None if key is None else keys.ordering_key(service, ordering_scope(name), key)
+        source = self.service.name
+        lane = None if key is None else keys.ordering_key(source, ordering_scope(name), key)
         identity = Identity.fresh()
         correlation, causation = self._origin()
         event = Event(
             id=identity.id,
             type=name,
-            source=service,
+            source=source,
             time=datetime.now(timezone.utc),
-            data=self.types.to_plain(name, data),
+            data=self.registry.to_plain(name, data),
             key=None if lane is None else lane.key,
-            data_version=self.types.version_of(name),
+            data_version=self.registry.version_of(name),
             correlation_id=correlation_id or correlation or str(identity.id),
             causation_id=causation,
         )
-        with self.publisher.stored(f"The event {name}", self.publisher.store):
+        with stored(self.outbox, f"The event {name}"):
             message = self.message_of(event, identity)
             draft = EventAppend(event, expected_version)
             transaction = context.current_transaction()
@@ -81,7 +77,7 @@ class Emitter:
         """Return the message of *event* to the exchange of events, with this *identity*."""
         collected = context.Collected()
         with context.scope_of(collected):
-            self.app.send_task(
+            self.service.app.send_task(
                 EVENT_TASK,
                 (event.to_cloud(),),
                 task_id=str(event.id),
@@ -101,7 +97,7 @@ class Emitter:
         """The correlation and causation ids of an event that is emitted here and now."""
         if (handled := context.handled_event.get()) is not None:
             return handled.correlation_id or str(handled.id), str(handled.id)
-        task = self.app.current_worker_task
+        task = self.service.app.current_worker_task
         if task is None or context.in_progress.get() is None:
             return None, None
         return task.request.root_id, task.request.id

@@ -20,7 +20,7 @@ from celery_eda.errors import ArchivedEvents
 from celery_eda.events.registry import EventRegistry
 from celery_eda.events.snapshots import Snapshot, Snapshots
 from celery_eda.events.store import EventStore, parts_of
-from celery_eda.ordering.sequences import Sequences
+from celery_eda.ordering import Sequences
 
 S = TypeVar("S")
 
@@ -36,7 +36,7 @@ class StreamFold:
     store: EventStore
     snapshots: Snapshots
     sequences: Sequences
-    types: EventRegistry
+    registry: EventRegistry
 
     def fold(
         self,
@@ -57,7 +57,7 @@ class StreamFold:
             for event in self.store.stream(connection, stream, after=begin.version, at=at):
                 if last is None:
                     self._require_next(stream, begin.version, event.version)
-                state, last = apply(state, self.types.restored(event)), event
+                state, last = apply(state, self.registry.restored(event)), event
             if last is None:
                 self._require_end(connection, stream, begin.version)
             elif snapshot is not None and (last.version or 0) - begin.version >= EVERY:

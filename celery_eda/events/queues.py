@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,9 @@ from amqp.exceptions import NotFound
 from kombu import Exchange, Queue, binding
 from kombu.transport import virtual
 
+from celery_eda.brokers import dead_letter_exchange
 from celery_eda.core.event import EVENT_EXCHANGE
+from celery_eda.core.service import Service
 from celery_eda.events.subscriptions import Subscription, Subscriptions
 
 #: Seconds without a consumer after which the queue of one worker is deleted.
@@ -20,14 +21,10 @@ EXCHANGE = Exchange(EVENT_EXCHANGE, type="topic")
 
 @dataclass(frozen=True)
 class EventQueues:
-    """The queues of one app's subscriptions.
+    """The queues of one app's subscriptions."""
 
-    Attributes:
-        arguments: returns the arguments with which the broker creates durable queues.
-    """
-
+    service: Service
     subscriptions: Subscriptions
-    arguments: Callable[[], dict[str, Any]]
 
     def queue_of(self, subscription: Subscription) -> Queue:
         """Return the durable queue of *subscription*.
@@ -37,7 +34,7 @@ class EventQueues:
         return Queue(
             self.subscriptions.name_of(subscription),
             bindings=_bindings(subscription),
-            queue_arguments=self.arguments(),
+            queue_arguments=self._arguments(),
         )
 
     def queue_for(self, subscription: Subscription, worker: str) -> Queue:
@@ -48,6 +45,14 @@ class EventQueues:
             auto_delete=True,
             expires=EXPIRES,
         )
+
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments of durable queues: the same as those of the app's own queues."""
+        if self.service.app.conf.task_default_queue_type != "quorum":
+            return {}
+        limit = self.service.settings.delivery_limit
+        limited = dead_letter_exchange.queue_arguments(limit, self.service.name) if limit else {}
+        return {**limited, "x-queue-type": "quorum"}
 
     def declare(self, channel: Any) -> None:
         """Declare the exchange and all durable queues. Idempotent."""

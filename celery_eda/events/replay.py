@@ -7,7 +7,7 @@ already, and live events of the same key wait for their turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sqlalchemy import Engine
@@ -19,6 +19,7 @@ from celery_eda.errors import InvalidEvent
 from celery_eda.events.emitter import Emitter
 from celery_eda.events.store import EventFilter, EventStore
 from celery_eda.events.subscriptions import PREFIX
+from celery_eda.outbox import Writer
 
 #: Events to write to the outbox in one transaction.
 AT_ONCE = 500
@@ -26,16 +27,12 @@ AT_ONCE = 500
 
 @dataclass(frozen=True)
 class Replay:
-    """Replays the events of one service.
-
-    Attributes:
-        send: writes messages to the outbox, in a transaction of its own.
-    """
+    """Replays the events of one service."""
 
     engine: Engine
     store: EventStore
     emitter: Emitter
-    send: Callable[[Sequence[Message]], None]
+    writer: Writer
 
     def replay(
         self, queue: str, wanted: EventFilter, *, after: int = 0, publish: bool = False
@@ -65,7 +62,7 @@ class Replay:
         self.store.assign_positions(self.engine)
         while events := self._read(wanted, after):
             messages = [self.message_to(queue, event) for event in events]
-            self.send(messages if publish else [silent(each) for each in messages])
+            self.writer.write_now(messages if publish else [silent(each) for each in messages])
             yield from events
             after = events[-1].position or after
 

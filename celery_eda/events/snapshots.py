@@ -10,7 +10,7 @@ from kombu.utils import json
 from sqlalchemy import Connection, Table, select
 
 from celery_eda.core.clock import utc
-from celery_eda.databases.dialect import Dialect
+from celery_eda.databases import Dialect
 from celery_eda.errors import InvalidEvent
 from celery_eda.events.store import parts_of
 

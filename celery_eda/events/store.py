@@ -35,7 +35,7 @@ from sqlalchemy import (
 
 from celery_eda.core.clock import utc
 from celery_eda.core.event import Event, EventAppend
-from celery_eda.databases.dialect import Dialect
+from celery_eda.databases import Dialect
 from celery_eda.errors import InvalidEvent, VersionConflict
 
 #: Events to read, or to assign positions to, in one statement.

@@ -7,7 +7,7 @@ lags and fails on its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid5
@@ -16,6 +16,7 @@ from celery_eda.core import topics
 from celery_eda.core.event import EVENT_TASK, OF_ONE_WORKER
 from celery_eda.core.identity import ORDER_HEADER
 from celery_eda.core.limits import NAME_LENGTH
+from celery_eda.core.service import Service
 from celery_eda.errors import ConfigurationError
 
 #: The prefix of the queues' names, before the service and the task.
@@ -67,12 +68,11 @@ class Subscriptions:
     """The subscriptions of one app.
 
     Attributes:
-        service: returns the name of the service.
         known: subscriptions with a durable queue, by task.
         per_worker: subscriptions with a queue for each worker, by task.
     """
 
-    service: Callable[[], str]
+    service: Service
     known: dict[str, Subscription] = field(default_factory=dict)
     per_worker: dict[str, Subscription] = field(default_factory=dict)
 
@@ -110,9 +110,9 @@ class Subscriptions:
         Raises:
             ConfigurationError: the name is longer than 255 bytes.
         """
-        name = f"{PREFIX}{self.service()}.{subscription.task}"
+        name = f"{PREFIX}{self.service.name}.{subscription.task}"
         if subscription.every_worker:
-            name = f"{OF_ONE_WORKER}{self.service()}.{subscription.task}.{worker}"
+            name = f"{OF_ONE_WORKER}{self.service.name}.{subscription.task}.{worker}"
         if len(name.encode()) > NAME_LENGTH:
             raise ConfigurationError(
                 f"{name} is too long for a queue: the limit is {NAME_LENGTH} bytes. "
@@ -124,6 +124,11 @@ class Subscriptions:
     def by_queue(self) -> dict[str, Subscription]:
         """The subscriptions with a durable queue, by the name of the queue."""
         return {self.name_of(each): each for each in self.known.values()}
+
+    def readdress(self, message: Any, queue: str) -> None:
+        """Rewrite *message*, kombu's, into a call, if *queue* belongs to a subscription."""
+        if subscription := self.by_queue.get(queue):
+            self.address(message, subscription, queue)
 
     def address(self, message: Any, subscription: Subscription, queue: str) -> None:
         """Rewrite *message*, from the *queue* of *subscription*, into a call of its task.

@@ -1,1 +1,16 @@
-"""TITLE."""
+"""The idempotent inbox: each message received takes effect once, and is then acknowledged."""
+
+from __future__ import annotations
+
+from celery_eda.inbox.decorator import TaskDecorator
+from celery_eda.inbox.task import ReliableTask, is_asynchronous, made_reliable, run_async
+from celery_eda.inbox.wiring import Inbox
+
+__all__ = [
+    "Inbox",
+    "ReliableTask",
+    "TaskDecorator",
+    "is_asynchronous",
+    "made_reliable",
+    "run_async",
+]

@@ -21,8 +21,7 @@ from sqlalchemy import (
 )
 
 from celery_eda.core.identity import Identity
-from celery_eda.databases.dialect import Dialect
-from celery_eda.databases.retention import Retention
+from celery_eda.databases import Dialect, Retention
 
 #: The cause of a delivery without an outcome: the handler exceeded its hard time limit.
 TIME_LIMIT = "time limit"

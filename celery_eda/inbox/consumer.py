@@ -21,7 +21,7 @@ from celery_eda.core import checkpoints, context
 from celery_eda.core.delivery import Delivery
 from celery_eda.core.identity import VERDICT, Identity
 from celery_eda.core.retry import Policy
-from celery_eda.dead_letters.letter import Reason
+from celery_eda.dead_letters import Reason
 from celery_eda.errors import OutOfSequence, Unwanted
 from celery_eda.inbox import handler
 from celery_eda.inbox.attempts import TIME_LIMIT, Attempts
@@ -43,8 +43,8 @@ from celery_eda.inbox.ordering import TurnKeeper
 from celery_eda.inbox.store import InboxStore, Outcome, RecordedOutcome
 from celery_eda.inbox.transient import Transient, TransientErrors
 from celery_eda.inbox.unit_of_work import UnitOfWork, UnitsOfWork
-from celery_eda.ordering.cursor import Turn
-from celery_eda.requests.responder import Responder
+from celery_eda.ordering import Turn
+from celery_eda.requests import Responder
 
 T = TypeVar("T")
 

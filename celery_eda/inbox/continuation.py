@@ -14,8 +14,8 @@ from celery_eda.core import redaction
 from celery_eda.core.delivery import Delivery
 from celery_eda.core.message import Message
 from celery_eda.core.retry import Policy
-from celery_eda.databases.dialect import LostRace
-from celery_eda.dead_letters.letter import Reason
+from celery_eda.databases import LostRace
+from celery_eda.dead_letters import Reason
 from celery_eda.errors import (
     NoNextAttempt,
     OutOfSequence,

@@ -7,14 +7,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
-from celery import Celery, Task
+from celery import Task
 from sqlalchemy.orm import Session
 
+from celery_eda.core.context import current_session
 from celery_eda.core.retry import Policy, checked_policy
+from celery_eda.core.service import Service
 from celery_eda.errors import ConfigurationError, UnsafeSetting
 from celery_eda.inbox.task import ReliableTask, reliable_class, run_async
-from celery_eda.ordering.keys import Key, key_function
-from celery_eda.requests.reply import Reply
+from celery_eda.ordering import Key, key_function
+from celery_eda.requests import Reply
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,15 +35,6 @@ class TypedTask(Protocol[P, R_co]):
     def s(self, *args: Any, **kwargs: Any) -> Any: ...
     def si(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
     def signature(self, args: Any = None, *starargs: Any, **options: Any) -> Any: ...
-
-
-class HasApp(Protocol):
-    """The app of a service, and the session of the message in progress."""
-
-    app: Celery
-
-    @property
-    def session(self) -> Session: ...
 
 
 class Decorating(Protocol):
@@ -78,8 +71,8 @@ class TaskDecorator:
     session of the message in progress there; callers leave it out.
     """
 
-    def __init__(self, eda: HasApp) -> None:
-        self._eda = eda
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     @overload
     def __call__(self, function: Callable[Concatenate[Session, P], R], /) -> TypedTask[P, R]: ...
@@ -121,7 +114,7 @@ class TaskDecorator:
             if key is not None:
                 key_of = key_function(_without_self(given) if bound else given, key)
                 options["ordering_key"] = staticmethod(key_of)
-            return self._eda.app.task(**options)(run_async(given))
+            return self._service.app.task(**options)(run_async(given))
 
         return decorate if function is None else decorate(function)
 
@@ -134,11 +127,10 @@ class TaskDecorator:
         position = 1 if bound else 0
         if names[position : position + 1] != ["session"]:
             return function
-        eda = self._eda
 
         @functools.wraps(function)
         def with_session(*args: Any, **kwargs: Any) -> Any:
-            return function(*args[:position], eda.session, *args[position:], **kwargs)
+            return function(*args[:position], current_session(), *args[position:], **kwargs)
 
         with_session.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[each for each in signature.parameters.values() if each.name != "session"]

@@ -11,16 +11,14 @@ from celery.exceptions import Ignore, Reject
 from celery_eda.core import redaction
 from celery_eda.core.delivery import Delivery
 from celery_eda.core.message import Message
-from celery_eda.dead_letters.letter import Reason
-from celery_eda.dead_letters.repairers import RepairTasks
-from celery_eda.dead_letters.store import DeadLetterStore
+from celery_eda.dead_letters import DeadLetterStore, Reason, RepairTasks
 from celery_eda.inbox import handler
 from celery_eda.inbox.ordering import TurnKeeper
 from celery_eda.inbox.store import InboxStore, Outcome
 from celery_eda.inbox.transient import TRANSIENT_DELAY, Transient, TransientErrors
 from celery_eda.inbox.unit_of_work import UnitOfWork, UnitsOfWork
-from celery_eda.outbox.transactions.base import Transaction
-from celery_eda.requests.responder import Responder
+from celery_eda.outbox import Transaction
+from celery_eda.requests import Responder
 
 log = redaction.logger(__name__)
 

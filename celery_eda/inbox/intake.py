@@ -19,16 +19,18 @@ from celery.worker import state
 from kombu import Consumer, Queue
 from kombu.common import ignore_errors
 
-from celery_eda.brokers.base import KeepsMalformed
-from celery_eda.brokers.rabbitmq import dead_letter_exchange
+from celery_eda.brokers import KeepsMalformed, dead_letter_exchange
 from celery_eda.core import compression
 from celery_eda.core.error_text import loggable
 from celery_eda.core.inspection import inspect
 from celery_eda.core.limits import Limits
 from celery_eda.core.retry import delays
-from celery_eda.dead_letters.letter import Reason
+from celery_eda.core.service import service_of
+from celery_eda.databases import Databases
+from celery_eda.dead_letters import Reason
 from celery_eda.errors import Malformed
 from celery_eda.inbox.refusals import Refusal, RefusedMessage, given_up, refused, unread
+from celery_eda.inbox.wiring import Inbox
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +51,12 @@ class Intake(bootsteps.StartStopStep):
 
     def __init__(self, consumer: Any, **options: Any) -> None:
         super().__init__(consumer, **options)
-        settings = consumer.app.eda.settings
+        self.service = service_of(consumer.app)
+        self.inbox = self.service.wing(Inbox)
+        settings = self.service.settings
         self.consumer = consumer
         self.limits = Limits(settings.max_message_bytes, settings.max_nesting)
-        self.refusals = consumer.app.eda.refusals
-        self.subscriptions = consumer.app.eda.subscriptions
-        self.is_outage = consumer.app.eda.dialect.is_outage
+        self.dialect = self.service.wing(Databases).dialect
         self.waiting: deque[tuple[Any, RefusedMessage]] = deque()
         self.delays = delays(*RETRY_DELAYS)
         self.polling: Any = None
@@ -73,9 +75,9 @@ class Intake(bootsteps.StartStopStep):
             self.polling = consumer.timer.call_repeatedly(
                 POLL_INTERVAL, consumer.call_soon, (self.dead_letter_unreadable, channel)
             )
-        eda = consumer.app.eda
-        if eda.settings.delivery_limit and consumer.connection.transport.driver_type == "amqp":
-            self.given_up = self._consume(dead_letter_exchange.queue_of(eda.service))
+        driver_type = consumer.connection.transport.driver_type
+        if self.service.settings.delivery_limit and driver_type == "amqp":
+            self.given_up = self._consume(dead_letter_exchange.queue_of(self.service.name))
 
     def stop(self, consumer: Any) -> None:
         """Forget the messages not acknowledged yet: the broker redelivers them."""
@@ -143,8 +145,9 @@ class Intake(bootsteps.StartStopStep):
     def on_given_up(self, message: Any, *_: Any) -> None:
         """Write the dead letter of a *message* that a queue of the broker has given up."""
         queue = dead_letter_exchange.queue_in(message.headers)
-        if queue and (subscription := self.subscriptions.by_queue.get(queue)):
-            self.subscriptions.address(message, subscription, queue)
+        if queue:
+            for each in self.inbox.readdressed:
+                each.readdress(message, queue)
         self._enqueue(message, given_up(message))
 
     def _enqueue(self, message: Any, what: RefusedMessage) -> None:
@@ -161,7 +164,7 @@ class Intake(bootsteps.StartStopStep):
             except Exception as error:
                 log.error("a dead letter cannot be written yet: %s", loggable(repr(error)))
                 self.waiting.append(each)
-                if self.is_outage(error):
+                if self.dialect.is_outage(error):
                     break
         if self.waiting:
             # The timer may be a thread of its own; call_soon runs where messages are received.
@@ -177,7 +180,7 @@ class Intake(bootsteps.StartStopStep):
         try:
             for payload in channel.malformed(BATCH_SIZE):
                 what = unread(payload)
-                if self.refusals.dead_letter(what):
+                if self.inbox.refusals.dead_letter(what):
                     _log(what)
                 channel.forget_malformed(payload)
         except Exception as error:
@@ -186,7 +189,7 @@ class Intake(bootsteps.StartStopStep):
             )
 
     def _dead_letter(self, message: Any, what: RefusedMessage) -> None:
-        fresh = self.refusals.dead_letter(what)
+        fresh = self.inbox.refusals.dead_letter(what)
         if fresh:
             _log(what)
         message.ack_log_error(log, self.consumer.connection_errors)

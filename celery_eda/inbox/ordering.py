@@ -12,12 +12,11 @@ from celery.exceptions import Ignore
 from sqlalchemy import Connection
 
 from celery_eda.core import redaction
-from celery_eda.databases.dialect import LostRace
+from celery_eda.databases import LostRace
 from celery_eda.errors import OutOfSequence
 from celery_eda.inbox.unit_of_work import UnitOfWork
-from celery_eda.ordering.cursor import Cursor, Turn
-from celery_eda.ordering.cursors import Cursors, PositionTaken
-from celery_eda.outbox.store import OutboxStore
+from celery_eda.ordering import Cursor, Cursors, PositionTaken, Turn
+from celery_eda.outbox import OutboxStore
 
 log = redaction.logger(__name__)
 

@@ -16,19 +16,18 @@ from uuid import UUID, uuid5
 from kombu.utils import json
 from sqlalchemy import Engine
 
-from celery_eda.brokers.rabbitmq import dead_letter_exchange
+from celery_eda.brokers import dead_letter_exchange
 from celery_eda.core.error_text import text_of
 from celery_eda.core.event import EVENT_EXCHANGE
 from celery_eda.core.identity import Identity
 from celery_eda.core.inspection import undecodable
 from celery_eda.core.limits import NAME_LENGTH
 from celery_eda.core.message import PROPERTIES, Message
-from celery_eda.dead_letters.letter import Reason
-from celery_eda.dead_letters.store import DeadLetterStore
+from celery_eda.dead_letters import DeadLetterStore, Reason
 from celery_eda.errors import Malformed, TooLarge, Undecodable, WorkersLost
 from celery_eda.inbox.store import InboxStore, Outcome
-from celery_eda.outbox.transactions.base import Store, Written
-from celery_eda.requests.responder import Responder
+from celery_eda.outbox import Writer, Written
+from celery_eda.requests import Responder
 
 #: The consumer of refused messages in the inbox.
 CONSUMER = "celery_eda.inspection"
@@ -101,14 +100,14 @@ class Refusals:
     """Stores refused messages.
 
     Attributes:
-        store: the outbox, for the reply to a refused request.
+        writer: writes the reply to a refused request.
     """
 
     engine: Engine
     inbox: InboxStore
     dead_letters: DeadLetterStore
     responder: Responder
-    store: Store
+    writer: Writer
 
     def dead_letter(self, refused: RefusedMessage) -> bool:
         """Write the dead letter of a message, unless the inbox has an outcome of it already.
@@ -132,8 +131,8 @@ class Refusals:
                     consumer=None if consumer == CONSUMER else consumer,
                 )
                 if reply := self.responder.refuse(letter, refusal.error):
-                    written += self.store.add(connection, reply)
-        self.store.hand_off(written)
+                    written += self.writer.write(connection, reply)
+        self.writer.dispatch(written)
         return fresh
 
 

@@ -19,6 +19,8 @@ from kombu.asynchronous import get_event_loop
 from celery_eda.core import checkpoints
 from celery_eda.core.identity import VERDICT, WIRE
 from celery_eda.core.message import Wire
+from celery_eda.core.service import service_of
+from celery_eda.inbox.wiring import Inbox
 
 log = get_logger(__name__)
 
@@ -76,9 +78,8 @@ class ReliableRequest(Request):
         state.task_ready(self)
         log.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
         self.reject(requeue=True)
-        record = partial(
-            self._app.eda.consumer.record_time_limit, self.task.name, self._request_dict
-        )
+        consumer = service_of(self._app).wing(Inbox).consumer
+        record = partial(consumer.record_time_limit, self.task.name, self._request_dict)
         # The process still exists, and may hold the only write lock of its database.
         call_soon = getattr(get_event_loop(), "call_soon", None)
         call_soon(record) if call_soon else record()

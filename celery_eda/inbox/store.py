@@ -27,8 +27,7 @@ from sqlalchemy import (
 )
 
 from celery_eda.core.identity import Identity
-from celery_eda.databases.dialect import Dialect, LostRace
-from celery_eda.databases.retention import Retention
+from celery_eda.databases import Dialect, LostRace, Retention
 from celery_eda.inbox.attempts import attempt, is_attempt
 
 

@@ -14,7 +14,9 @@ from celery.exceptions import Reject
 
 from celery_eda.core import context
 from celery_eda.core.retry import Policy
-from celery_eda.requests.reply import Reply
+from celery_eda.core.service import service_of
+from celery_eda.inbox.wiring import Inbox
+from celery_eda.requests import Reply, Requests
 
 
 class ReliableTask(Task):
@@ -25,6 +27,8 @@ class ReliableTask(Task):
     acks_on_failure = True
     acks_on_timeout = False
     reject_on_worker_lost = True
+    #: Read by :meth:`celery_eda.core.service.Service.is_reliable`.
+    reliable = True
     Request = "celery_eda.inbox.request:ReliableRequest"
     #: Gives the ordering key of a call, from its arguments; None if calls have no order.
     ordering_key: Callable[..., Any] | None = None
@@ -40,7 +44,7 @@ class ReliableTask(Task):
         if request.called_directly or request.is_eager or _is_running(request.id):
             return super().__call__(*args, **kwargs)
         try:
-            return self.app.eda.consumer.deliver(self, args, kwargs)
+            return service_of(self.app).wing(Inbox).consumer.deliver(self, args, kwargs)
         except SystemExit as exit_:
             if _ends_with(exit_):
                 raise
@@ -54,7 +58,7 @@ class ReliableTask(Task):
         Raises:
             OutsideTransaction: ``eda_outside`` forbids publishing here.
         """
-        reply: Reply[Any] = self.app.eda.request(self, args, kwargs)
+        reply: Reply[Any] = service_of(self.app).wing(Requests).client.ask(self, args, kwargs)
         return reply
 
     def before_start(self, *_: Any) -> None:

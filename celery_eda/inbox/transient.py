@@ -14,7 +14,7 @@ from celery.exceptions import Reject
 
 from celery_eda.core import redaction
 from celery_eda.core.retry import delays
-from celery_eda.databases.dialect import Dialect
+from celery_eda.databases import Dialect
 
 log = redaction.logger(__name__)
 

@@ -11,12 +11,11 @@ from sqlalchemy import Connection, Engine, event
 from celery_eda.core import context
 from celery_eda.core.context import InProgress
 from celery_eda.core.delivery import Delivery
-from celery_eda.databases.dialect import Dialect
+from celery_eda.databases import Dialect
 from celery_eda.errors import BrokenTransaction
 from celery_eda.inbox.attempts import Attempts
 from celery_eda.inbox.transient import Transient
-from celery_eda.outbox.transactions import join
-from celery_eda.outbox.transactions.base import Store, Transaction
+from celery_eda.outbox import Outbox, Transaction, join
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,13 @@ class UnitsOfWork:
     """Begins the transactions of messages.
 
     Attributes:
-        store: the outbox, for what handlers publish.
+        outbox: stores the messages that handlers publish.
     """
 
     engine: Engine
     dialect: Dialect
     attempts: Attempts
-    store: Store
+    outbox: Outbox
 
     @contextmanager
     def begin(self, delivery: Delivery) -> Iterator[UnitOfWork]:
@@ -44,7 +43,7 @@ class UnitsOfWork:
         with self.engine.connect() as connection:
             progress = InProgress(delivery, connection.begin())
             context.in_progress.set(progress)
-            outgoing = join.join(connection, self.store)
+            outgoing = join(connection, self.outbox)
             try:
                 with context.scope_of(outgoing, inherited=True):
                     yield UnitOfWork(delivery, progress, outgoing, self.dialect, self.attempts)

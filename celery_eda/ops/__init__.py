@@ -1,1 +1,1 @@
-"""TITLE."""
+"""Operations: commands, diagrams and documents of a running or a written system."""

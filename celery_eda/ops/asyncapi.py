@@ -15,8 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from uuid import UUID
 
 from celery_eda.core.event import EVENT_EXCHANGE, SPEC_VERSION
-from celery_eda.events.registry import EventRegistry
-from celery_eda.events.subscriptions import Subscription
+from celery_eda.events import EventRegistry, Subscription
 from celery_eda.ops.diagrams.flow import Flow
 
 VERSION = "3.0.0"

@@ -1,1 +1,22 @@
-"""TITLE."""
+"""Order of messages that share a key: keys, numbers given, numbers awaited, parked messages."""
+
+from __future__ import annotations
+
+from celery_eda.ordering import keys
+from celery_eda.ordering.cursor import Cursor, Turn
+from celery_eda.ordering.cursors import Cursors, PositionTaken
+from celery_eda.ordering.keys import Key, key_function
+from celery_eda.ordering.sequences import Sequences
+from celery_eda.ordering.wiring import Ordering
+
+__all__ = [
+    "Cursor",
+    "Cursors",
+    "Key",
+    "Ordering",
+    "PositionTaken",
+    "Sequences",
+    "Turn",
+    "key_function",
+    "keys",
+]

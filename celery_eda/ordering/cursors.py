@@ -32,8 +32,7 @@ from sqlalchemy import (
 
 from celery_eda.core.identity import Lane, Position
 from celery_eda.core.message import Message
-from celery_eda.databases import message_rows
-from celery_eda.databases.dialect import Dialect, LostRace
+from celery_eda.databases import Dialect, LostRace, message_rows
 from celery_eda.ordering.cursor import Cursor, Turn
 
 

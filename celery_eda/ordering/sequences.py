@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, Table, select, update
 
 from celery_eda.core.identity import ORDER_HEADER, Lane, Position
 from celery_eda.core.message import Message
-from celery_eda.databases.dialect import Dialect
+from celery_eda.databases import Dialect
 
 
 @dataclass(frozen=True)

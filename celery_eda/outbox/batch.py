@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Engine
 
-from celery_eda.brokers.base import PublishResult, Verdict
+from celery_eda.brokers import PublishResult, Verdict
 from celery_eda.core.message import Message
 from celery_eda.outbox.store import ClaimedMessage, Pending
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from celery import bootsteps
 
+from celery_eda.core.service import service_of
 from celery_eda.outbox.relay import Relay
+from celery_eda.outbox.wiring import Outbox
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +38,16 @@ class EmbeddedRelay(bootsteps.StartStopStep):
     requires = ("celery_eda.app.worker:Guard", "celery.worker.components:Timer")
 
     def __init__(self, worker: Any, **options: Any) -> None:
-        self.enabled = worker.app.eda.settings.embedded_relay
+        self.enabled = service_of(worker.app).settings.embedded_relay
         self.runner: RelayProcess | RelayThread | None = None
 
     def start(self, worker: Any) -> None:
+        outbox = service_of(worker.app).wing(Outbox)
         if worker.pool_cls.__module__.endswith("prefork"):
-            self.runner = process = RelayProcess(worker.app.eda)
+            self.runner = process = RelayProcess(outbox)
             worker.timer.call_repeatedly(REVIVAL, process.revive)
         else:
-            self.runner = RelayThread(worker.app.eda)
+            self.runner = RelayThread(outbox)
         self.runner.start()
 
     def stop(self, worker: Any) -> None:
@@ -57,8 +60,8 @@ class EmbeddedRelay(bootsteps.StartStopStep):
 class RelayThread:
     """A relay in a thread of this process."""
 
-    def __init__(self, eda: Any) -> None:
-        self.relay: Relay = eda.relay()
+    def __init__(self, outbox: Outbox) -> None:
+        self.relay = outbox.relay()
         self.thread = threading.Thread(target=self.relay.run, name="celery_eda relay", daemon=True)
 
     def start(self) -> None:
@@ -73,14 +76,14 @@ class RelayThread:
 class RelayProcess:
     """A relay in a process of its own, which ends when this one ends, in whatever way."""
 
-    def __init__(self, eda: Any) -> None:
-        self.eda = eda
+    def __init__(self, outbox: Outbox) -> None:
+        self.outbox = outbox
         self.stopping = False
 
     def start(self) -> None:
         self.process = multiprocessing.get_context("fork").Process(
             target=run_until_orphaned,
-            args=(self.eda, os.getpid()),
+            args=(self.outbox, os.getpid()),
             name="celery_eda relay",
             daemon=True,
         )
@@ -104,9 +107,9 @@ class RelayProcess:
         self.process.kill()
 
 
-def run_until_orphaned(eda: Any, parent: int) -> None:
+def run_until_orphaned(outbox: Outbox, parent: int) -> None:
     """Run a relay until this process gets SIGTERM or SIGQUIT, or *parent* has ended."""
-    relay: Relay = eda.relay()
+    relay = outbox.relay()
     for number in (signal.SIGTERM, signal.SIGQUIT):
         signal.signal(number, lambda *_: relay.stop())
     # Signals of the terminal reach this process too. The worker decides when the relay ends.

@@ -1,21 +1,30 @@
 """Deletes rows that are past their retention, and sends released messages that were left behind.
 
 Each batch is a short transaction of its own, with the oldest rows first, so that no other
-transaction waits long for it. :meth:`celery_eda.core.settings.Settings.check_retention` says why the
-retentions are long enough.
+transaction waits long for it. ``Settings.check_retention`` says why the retentions are long
+enough.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from sqlalchemy import Engine
 
-from celery_eda.databases.retention import Chore
+from celery_eda.databases import Chore
 
 #: Rows that one transaction treats.
 BATCH = 500
+
+
+class Retained(Protocol):
+    """A wing with rows that may be deleted some day."""
+
+    def retention(self) -> Sequence[Chore]:
+        """The rules of its stores, in the order in which housekeeping applies them."""
+        ...
 
 
 @dataclass(frozen=True)

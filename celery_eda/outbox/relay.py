@@ -21,13 +21,12 @@ from uuid import uuid4
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_eda.brokers.base import Pipelined, PublishResult, Transport, Verdict
+from celery_eda.brokers import Pipelined, PublishResult, Transport, Verdict
 from celery_eda.core import addresses, checkpoints, redaction
 from celery_eda.core.event import EVENT_EXCHANGE
 from celery_eda.core.retry import OUTAGE_DELAY, backoff
 from celery_eda.core.settings import Settings
-from celery_eda.dead_letters.letter import Reason
-from celery_eda.dead_letters.store import DeadLetterStore
+from celery_eda.dead_letters import DeadLetterStore, Reason
 from celery_eda.outbox.batch import Batch, ClaimedBatches
 from celery_eda.outbox.result_backend import ResultBackend
 from celery_eda.outbox.store import OutboxStore, Pending
@@ -126,6 +125,18 @@ class Relay:
         self._transport: Transport | None = None
         self._chores: Chores | None = None
         self._housekeeping_due = time.monotonic() + settings.housekeeping_interval
+
+    def another(self) -> Relay:
+        """A relay of the same outbox with connections of its own, for another thread or process."""
+        return Relay(
+            engine=self.engine,
+            outbox=self.outbox,
+            dead_letters=self.dead_letters,
+            broker=self.broker,
+            backend=self.backend,
+            settings=self.settings,
+            housekeeping=self.housekeeping,
+        )
 
     def run(self) -> None:
         """Send until :meth:`stop`. Waits for the end of outages, and raises nothing."""

@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -46,8 +46,8 @@ class CommitSender:
     leaves at once. The messages of a busy process leave in batches, which cost less.
     """
 
-    def __init__(self, make_relay: Callable[[], Relay]) -> None:
-        self.make_relay = make_relay
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
         self._thread: threading.Thread | None
         self._reset()
         os.register_at_fork(
@@ -96,7 +96,7 @@ class CommitSender:
         return self._thread is not None and (self._sending or not self._waiting.empty())
 
     def _run(self) -> None:
-        relay, failures, resume_at = self.make_relay(), 0, 0.0
+        relay, failures, resume_at = self._relay.another(), 0, 0.0
         while True:
             ids = self._waiting.get()
             self._sending = True

@@ -18,8 +18,7 @@ from sqlalchemy import Connection, Row, Table, select
 from celery_eda.core import redaction
 from celery_eda.core.identity import Identity
 from celery_eda.core.message import Encoded, Message
-from celery_eda.databases.dialect import Dialect
-from celery_eda.databases.message_rows import from_row, json_of, read_prerequisites, to_row
+from celery_eda.databases import Dialect, from_row, json_of, read_prerequisites, to_row
 
 log = logging.getLogger(__name__)
 

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
 
-from celery import Celery, Signature, Task
+from celery import Signature, Task
 
 from celery_eda.core import addresses, context
 from celery_eda.core.addresses import REPLY_HEADER, ReplyAddressKind
 from celery_eda.core.identity import Identity
 from celery_eda.core.message import Message
-from celery_eda.core.settings import Settings
+from celery_eda.core.service import Service
 from celery_eda.errors import RequestError, UnknownRequest
-from celery_eda.outbox import result_backend
-from celery_eda.outbox.publisher import Publisher
+from celery_eda.outbox import Outbox, result_backend, stored
 from celery_eda.requests.mailbox import Mailbox
 from celery_eda.requests.outcomes import ErrorOutcome
 from celery_eda.requests.reply import (
@@ -42,19 +41,12 @@ _RESERVED = ("task_id", "correlation_id", "reply_to")
 
 @dataclass(frozen=True)
 class RequestClient:
-    """Requester of replies on behalf of one app.
+    """Requester of replies on behalf of one service."""
 
-    Attributes:
-        mailbox: returns the mailbox of this process; called only for requests that need it.
-        service: returns the name of this service; called only for durable requests.
-    """
-
-    app: Celery
+    service: Service
+    outbox: Outbox
     watcher: ReplyWatcher
-    mailbox: Callable[[], Mailbox]
-    publisher: Publisher
-    service: Callable[[], str]
-    settings: Settings
+    mailbox: Mailbox
 
     def ask(
         self,
@@ -67,7 +59,7 @@ class RequestClient:
     ) -> Reply[Any]:
         """Request a reply to one call; see :meth:`celery_eda.EDA.request`."""
         kind = self._kind(address)
-        with self.publisher.stored(f"A request of {_name_of(call)}", self._store_of(kind)):
+        with stored(self.outbox, f"A request of {_name_of(call)}", self._store_of(kind)):
             return self._ask(call, args, kwargs, kind, options)
 
     def scatter(
@@ -86,9 +78,9 @@ class RequestClient:
                 "call, and a `need` between 1 and their number."
             )
         kind = self._kind(address)
-        with self.publisher.stored("A request to many", self._store_of(kind)):
+        with stored(self.outbox, "A request to many", self._store_of(kind)):
             each = [self._ask(call, (), None, kind, options) for call in several]
-        return Replies(each, need, self.settings.request_timeout)
+        return Replies(each, need, self.service.settings.request_timeout)
 
     def find(self, correlation_id: str) -> Reply[Any]:
         """The reply to a durable request; see :meth:`celery_eda.EDA.reply`."""
@@ -109,7 +101,7 @@ class RequestClient:
         options: dict[str, Any],
     ) -> Reply[Any]:
         self._check(call, options)
-        if self.app.conf.task_always_eager and not isinstance(call, str):
+        if self.service.app.conf.task_always_eager and not isinstance(call, str):
             return self._ask_here(call, args, kwargs)
         correlation_id = uuid4()
         where, pending = self._expect(correlation_id, kind)
@@ -124,7 +116,7 @@ class RequestClient:
         }
         try:
             if isinstance(call, str):
-                self.app.send_task(call, tuple(args), kwargs or {}, **options)
+                self.service.app.send_task(call, tuple(args), kwargs or {}, **options)
             else:
                 call.apply_async(tuple(args), kwargs or {}, **options)
         except BaseException:
@@ -143,7 +135,7 @@ class RequestClient:
 
     def _kind(self, address: str | None) -> ReplyAddressKind:
         try:
-            return ReplyAddressKind(address or self.settings.reply_address)
+            return ReplyAddressKind(address or self.service.settings.reply_address)
         except ValueError as error:
             kinds = ", ".join(repr(each.value) for each in ReplyAddressKind)
             raise RequestError(f"address must be one of {kinds}, not {address!r}.") from error
@@ -155,12 +147,12 @@ class RequestClient:
         just before it sends the request.
         """
         if kind is ReplyAddressKind.durable:
-            where = addresses.of_service(self.service())
+            where = addresses.of_service(self.service.name)
             result_backend.require_first(
-                *result_backend.declaration_of(self.app.amqp.queues[where])
+                *result_backend.declaration_of(self.service.app.amqp.queues[where])
             )
             return where, StoredReply(correlation_id, self.watcher)
-        mailbox = self.mailbox()
+        mailbox = self.mailbox
         future = mailbox.expect(str(correlation_id))
         if kind is ReplyAddressKind.correlation:
             where = mailbox.address
@@ -170,7 +162,9 @@ class RequestClient:
             weakref.finalize(future, mailbox.discard, where)
             future.add_done_callback(lambda _: mailbox.discard(where))
         if not mailbox.is_open(where):
-            result_backend.require_first("reply_queue", [where, self.settings.reply_expires])
+            result_backend.require_first(
+                "reply_queue", [where, self.service.settings.reply_expires]
+            )
         return where, MailboxReply(str(correlation_id), mailbox, future)
 
     def _check(self, call: str | Task | Signature, options: dict[str, Any]) -> None:
@@ -190,7 +184,7 @@ class RequestClient:
                 "correlation id, or choose where its reply goes. Leave the option out."
             )
         name = _name_of(call)
-        if name in self.app.tasks and not self.publisher.is_reliable(name):
+        if name in self.service.app.tasks and not self.service.is_reliable(name):
             raise RequestError(
                 f"{name} is an ordinary task, which sends no reply. Decorate it with `@eda.task`, "
                 "or name it in eda_tasks."
@@ -203,12 +197,14 @@ class RequestClient:
         guard = None
         if identity is not None:
             guard = CommitGuard(correlation_id, identity, context.current_transaction())
-        return Reply(correlation_id, pending, guard, self.settings.request_timeout)
+        return Reply(correlation_id, pending, guard, self.service.settings.request_timeout)
 
     def _store_of(self, kind: ReplyAddressKind) -> Callable[[Sequence[Message]], None]:
         """The function that stores requests made outside any transaction."""
         return (
-            self.publisher.store if kind is ReplyAddressKind.durable else self._store_in_background
+            self.outbox.writer.write_now
+            if kind is ReplyAddressKind.durable
+            else self._store_in_background
         )
 
     def _store_in_background(self, messages: Sequence[Message]) -> None:
@@ -219,13 +215,13 @@ class RequestClient:
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            self.publisher.store(messages)
+            self.outbox.writer.write_now(messages)
             return
-        mailbox = self.mailbox()
+        mailbox = self.mailbox
 
         def store_or_fail() -> None:
             try:
-                self.publisher.store(messages)
+                self.outbox.writer.write_now(messages)
             except Exception as error:
                 for each in messages:
                     mailbox.settle(each.headers["id"], ErrorOutcome(error))

@@ -10,13 +10,12 @@ import atexit
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
-from celery_eda.brokers.base import ReplyConsumer
+from celery_eda.brokers import Brokers, ReplyConsumer
 from celery_eda.core import addresses, redaction
 from celery_eda.core.retry import OUTAGE_DELAY, backoff
 from celery_eda.requests.outcomes import ReplyReader
@@ -39,8 +38,8 @@ class Mailbox:
         dropped: number of dropped replies by reason: late, copy, unknown, malformed.
     """
 
-    def __init__(self, make_queues: Callable[[], ReplyConsumer], reader: ReplyReader) -> None:
-        self._make_queues = make_queues
+    def __init__(self, brokers: Brokers, reader: ReplyReader) -> None:
+        self._brokers = brokers
         self._reader = reader
         self._reset()
         os.register_at_fork(after_in_child=self._reset)
@@ -67,7 +66,11 @@ class Mailbox:
         """A future of the result or :class:`ErrorOutcome`; it is referred to weakly.
 
         Once the caller drops the future, a reply to it is dropped too.
+
+        Raises:
+            ConfigurationError: the broker has no reply queues.
         """
+        self._brokers.check_replies()
         future: Future[Any] = Future()
         with self._lock:
             self._waiting[correlation_id] = future
@@ -131,7 +134,7 @@ class Mailbox:
         failures = 0
         while not self._closing.is_set():
             try:
-                self._queues = queues = self._make_queues()
+                self._queues = queues = self._brokers.consume_replies()
                 try:
                     while self._adjust(queues):
                         for message in queues.take(WAIT):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from celery import Celery
 from kombu import Queue
 
 from celery_eda.core import addresses, context, redaction
@@ -20,6 +19,7 @@ from celery_eda.core.context import Collected
 from celery_eda.core.delivery import Delivery
 from celery_eda.core.identity import Identity
 from celery_eda.core.message import Message
+from celery_eda.core.service import Service
 from celery_eda.requests.remote_errors import RemoteErrors
 
 
@@ -27,7 +27,7 @@ from celery_eda.requests.remote_errors import RemoteErrors
 class Responder:
     """Replies to requests, each by an ordinary message of the current transaction."""
 
-    app: Celery
+    service: Service
     errors: RemoteErrors
 
     def succeed(self, delivery: Delivery, result: Any) -> None:
@@ -70,7 +70,7 @@ class Responder:
         root_id: str | None,
         outcome: Mapping[str, Any],
     ) -> None:
-        amqp = self.app.amqp
+        amqp = self.service.app.amqp
         message = amqp.as_task_v2(
             str(identity.id),
             REPLY_TASK,
@@ -87,7 +87,7 @@ class Responder:
             message,
             queue=Queue(address),
             declare=[],
-            serializer=self.app.conf.result_serializer,
+            serializer=self.service.app.conf.result_serializer,
             eda_identity=identity,
         )
 

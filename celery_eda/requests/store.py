@@ -16,8 +16,7 @@ from sqlalchemy import Connection, Row, Table, select, update
 
 from celery_eda.core.addresses import REPLY_HEADER, SAGA_HEADER
 from celery_eda.core.message import Message
-from celery_eda.databases.dialect import Dialect
-from celery_eda.databases.retention import Retention
+from celery_eda.databases import Dialect, Retention
 from celery_eda.errors import UnknownRequest
 
 

@@ -19,9 +19,10 @@ from sqlalchemy import Connection
 from celery_eda.core import redaction
 from celery_eda.core.limits import KEY_BYTES
 from celery_eda.errors import SagaError, SagaTimeout
-from celery_eda.requests.remote_errors import RemoteErrors
+from celery_eda.requests import RemoteErrors
 from celery_eda.sagas.definition import MISSING, Definition, Wait
-from celery_eda.sagas.engine import SagaEngine, Wakeup
+from celery_eda.sagas.engine import SagaEngine
+from celery_eda.sagas.messages import Wakeup
 from celery_eda.sagas.record import Kind, Record, Status
 from celery_eda.sagas.store import SagaInstance, SagaStore, State
 from celery_eda.sagas.transition import Transition

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
-from celery import Celery
 from sqlalchemy import Connection
 
 from celery_eda.core import context, redaction
 from celery_eda.core.addresses import SAGA_HEADER
 from celery_eda.core.limits import KEY_BYTES
 from celery_eda.errors import SagaError
-from celery_eda.requests.reply import Reply
 from celery_eda.sagas.definition import Definitions, Lock, SubSaga
 from celery_eda.sagas.locks import SagaLocks
+from celery_eda.sagas.messages import Messages, Wakeup
 from celery_eda.sagas.plan import (
     AwaitSignal,
     CancelSubSaga,
@@ -37,17 +34,6 @@ from celery_eda.sagas.transition import Transition
 
 log = redaction.logger(__name__)
 
-#: The task that wakes a saga. Its arguments: a :class:`Wakeup`, the saga's id, a record's id.
-WAKEUP_TASK = "celery_eda.saga_news"
-
-
-class Wakeup(str, Enum):
-    """The reason to wake a saga. The values travel in messages."""
-
-    timer = "time"
-    lock_granted = "lock"
-    sub_saga_ended = "end"
-
 
 @dataclass(frozen=True)
 class SagaEngine:
@@ -55,18 +41,12 @@ class SagaEngine:
 
     All methods publish: a publishing scope of the caller's transaction has to be open. A
     transaction that has locked a saga may lock its sub-sagas, never the other way round.
-
-    Attributes:
-        request: sends a command whose reply comes into this service's database.
-        address: returns the queue of this service for such replies and for wake-ups.
     """
 
-    app: Celery
     definitions: Definitions
     store: SagaStore
     locks: SagaLocks
-    request: Callable[..., Reply[Any]]
-    address: Callable[[], str]
+    messages: Messages
 
     def begin(self, connection: Connection, saga: SagaInstance) -> bool:
         """Start *saga*; return False, without any effect, if its id is in use."""
@@ -116,14 +96,14 @@ class SagaEngine:
     def release(self, connection: Connection, owner: str) -> None:
         """Release the locks of a saga, and wake the sagas that hold them next."""
         for granted, record in self.locks.release(connection, owner):
-            self._wake(Wakeup.lock_granted, granted, record)
+            self.messages.send_wakeup(Wakeup.lock_granted, granted, record)
 
     def _notify_of_end(self, transition: Transition) -> None:
         """Wake the parent of a saga that has ended, or the sagas that queue for its locks."""
         saga, connection = transition.saga, transition.connection
         if saga.record is not None:
             parent = self.store.saga_of(connection, saga.record)
-            self._wake(Wakeup.sub_saga_ended, parent, saga.record)
+            self.messages.send_wakeup(Wakeup.sub_saga_ended, parent, saga.record)
         parts = transition.definition.parts.values()
         if saga.root is None and any(isinstance(each, Lock | SubSaga) for each in parts):
             self.release(connection, saga.id)
@@ -184,10 +164,9 @@ class SagaEngine:
         options = {**step.options, "headers": headers}
         if command.delay:
             options["countdown"] = command.delay
-        reply = self.request(task, command.args, dict(command.kwargs), address="durable", **options)
-        self._begin_waiting(
-            transition, _record_of(command), _timeout_of(command), UUID(reply.correlation_id)
-        )
+        assert task is not None, "a step without a compensation gets no undo"
+        request = self.messages.send_command(task, command.args, command.kwargs, **options)
+        self._begin_waiting(transition, _record_of(command), _timeout_of(command), request)
 
     def _send_to_sub_saga(
         self, transition: Transition, part: SubSaga, command: SendCommand
@@ -266,17 +245,8 @@ class SagaEngine:
         """Insert an open record, and have the saga woken after *seconds*, unless None."""
         begun = transition.begin(record, request=request, seconds=seconds)
         if seconds is not None:
-            self._wake(Wakeup.timer, transition.saga.id, begun.id, countdown=seconds)
+            self.messages.send_wakeup(Wakeup.timer, transition.saga.id, begun.id, countdown=seconds)
         return begun
-
-    def _wake(self, wakeup: Wakeup, saga: str, record: int, **options: Any) -> None:
-        self.app.send_task(
-            WAKEUP_TASK,
-            (wakeup.value, saga, record),
-            queue=self.address(),
-            ignore_result=True,
-            **options,
-        )
 
 
 def _record_of(command: SendCommand) -> Record:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Table, delete, insert, select, update
 
-from celery_eda.databases.dialect import Dialect
+from celery_eda.databases import Dialect
 
 #: The ticket of the holder. The ticket of a saga in the queue is the id of its waiting record.
 HELD = 0

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import Connection
 
-from celery_eda.sagas.coordinator import Coordinator
-from celery_eda.sagas.definition import Definition, Definitions
+from celery_eda.outbox import transaction
+from celery_eda.sagas.definition import Definition
 from celery_eda.sagas.steps import Steps, defined
 from celery_eda.sagas.store import SagaInstance
-
-
-class HasSagas(Protocol):
-    """The part of :class:`celery_eda.EDA` that a saga uses."""
-
-    @property
-    def sagas(self) -> Coordinator: ...
-
-    @property
-    def saga_definitions(self) -> Definitions: ...
-
-    def transaction(self, target: Any = None) -> AbstractContextManager[Any]: ...
+from celery_eda.sagas.wiring import Sagas
 
 
 @dataclass(frozen=True)
@@ -36,7 +25,7 @@ class Saga:
     the message in progress. Otherwise the call has a transaction of its own.
     """
 
-    eda: HasSagas
+    sagas: Sagas
     definition: Definition
 
     def start(self, data: Mapping[str, Any], *, id: str | None = None, session: Any = None) -> str:
@@ -53,7 +42,7 @@ class Saga:
         """
         id = id or str(uuid4())
         with self._connection(session) as connection:
-            self.eda.sagas.begin(connection, self.definition, id, data)
+            self.sagas.coordinator.begin(connection, self.definition, id, data)
         return id
 
     def signal(
@@ -65,7 +54,7 @@ class Saga:
             SagaError: the saga has no such wait, has received the signal, or has ended.
         """
         with self._connection(session) as connection:
-            self.eda.sagas.signal(connection, id, name, value, who)
+            self.sagas.coordinator.signal(connection, id, name, value, who)
 
     def cancel(self, id: str, *, who: str = "code", session: Any = None) -> None:
         """Compensate a running saga.
@@ -74,7 +63,7 @@ class Saga:
             SagaError: the saga has ended, or has passed its pivot.
         """
         with self._connection(session) as connection:
-            self.eda.sagas.cancel(connection, id, who)
+            self.sagas.coordinator.cancel(connection, id, who)
 
     def find(self, id: str, *, session: Any = None) -> SagaInstance:
         """Return the state and the data of a saga.
@@ -83,20 +72,22 @@ class Saga:
             SagaError: no saga has this id.
         """
         with self._connection(session) as connection:
-            return self.eda.sagas.store.find(connection, id)
+            return self.sagas.coordinator.store.find(connection, id)
 
     @contextmanager
     def _connection(self, session: Any) -> Iterator[Connection]:
-        with self.eda.transaction(session) as target:
+        with transaction(self.sagas.outbox, session) as target:
             yield target if isinstance(target, Connection) else target.connection()
 
 
-def decorator(eda: HasSagas, name: str, version: int) -> Callable[[Callable[[Steps], Any]], Saga]:
+def saga_decorator(
+    sagas: Sagas, name: str, version: int
+) -> Callable[[Callable[[Steps], Any]], Saga]:
     """Return the decorator that registers a described saga under *name* and *version*."""
 
     def decorate(describe: Callable[[Steps], Any]) -> Saga:
         definition = defined(name, version, describe)
-        eda.saga_definitions.add(definition)
-        return Saga(eda, definition)
+        sagas.definitions.add(definition)
+        return Saga(sagas, definition)
 
     return decorate

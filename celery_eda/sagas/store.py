@@ -16,10 +16,9 @@ from uuid import UUID
 from kombu.utils import json
 from sqlalchemy import Connection, Row, Select, Table, delete, insert, select, update
 
-from celery_eda.databases.dialect import Dialect
-from celery_eda.databases.retention import ago
+from celery_eda.databases import Dialect, ago
 from celery_eda.errors import SagaError
-from celery_eda.requests.remote_errors import RemoteErrors
+from celery_eda.requests import RemoteErrors
 from celery_eda.sagas.record import Kind, Record, Status
 
 

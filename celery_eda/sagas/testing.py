@@ -14,23 +14,22 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
 from sqlalchemy import Connection, StaticPool, create_engine
 
-from celery_eda.databases.registry import dialect_of
-from celery_eda.databases.tables import Tables
+from celery_eda.databases import Tables, dialect_of
 from celery_eda.errors import SagaError
-from celery_eda.requests.remote_errors import RemoteErrors
+from celery_eda.requests import RemoteErrors
 from celery_eda.sagas.coordinator import Coordinator
 from celery_eda.sagas.definition import Definition, Definitions, Step, SubSaga
 from celery_eda.sagas.engine import SagaEngine
 from celery_eda.sagas.locks import SagaLocks
+from celery_eda.sagas.messages import Wakeup
 from celery_eda.sagas.saga import Saga
 from celery_eda.sagas.store import HistoryEntry, SagaStore
 
@@ -84,15 +83,12 @@ class SagaTest:
         definitions = Definitions()
         for each in _with_parts(self.saga.definition):
             definitions.add(each)
-        app: Any = SimpleNamespace(send_task=self._wake_later)
         self._engine, self._errors = engine, errors
         saga_engine = SagaEngine(
-            app=app,
             definitions=definitions,
             store=SagaStore(tables.sagas, tables.saga_steps, dialect, errors),
             locks=SagaLocks(tables.saga_locks, dialect),
-            request=self._request,
-            address=lambda: "",
+            messages=self,
         )
         self._sagas = Coordinator(saga_engine, errors)
         self._failures: dict[str, deque[Exception | None]] = defaultdict(deque)
@@ -207,23 +203,24 @@ class SagaTest:
             for publish in self._captured:
                 publish()
 
-    def _request(self, task: str, args: Any, kwargs: Any, **options: Any) -> Any:
-        """Stand in for the request client."""
+    def send_command(
+        self, task: str, args: Sequence[Any], kwargs: Mapping[str, Any], **options: Any
+    ) -> UUID:
+        """Simulate a command. The engine calls it."""
         request = uuid4()
         step = self._tasks[task]
         self._captured.append(
             lambda: self._call(step, args[0] if args else kwargs, request, options)
         )
-        return SimpleNamespace(correlation_id=str(request))
+        return request
 
-    def _wake_later(
-        self, _: str, args: tuple[str, str, int], *, countdown: float = 0, **options: Any
+    def send_wakeup(
+        self, wakeup: Wakeup, saga: str, record: int, *, countdown: float = 0, **options: Any
     ) -> None:
-        """Stand in for ``app.send_task``, which sends the wake-ups."""
-        wakeup, id, record = args
+        """Simulate a wake-up. The engine calls it."""
 
         def wake(connection: Connection) -> None:
-            self._sagas.wake(connection, wakeup, id, record)
+            self._sagas.wake(connection, wakeup.value, saga, record)
 
         def send() -> None:
             if countdown:

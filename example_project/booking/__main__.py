@@ -76,7 +76,7 @@ def tell(town: Town) -> dict[str, object]:
         sold_out = True
         print(f"the airline's own error comes back: {type(error).__name__}({error})")
 
-    agency.eda.mailbox.close()
+    agency.eda.requests.mailbox.close()
     return {
         "order_id": order_id,
         "passengers": [each["passenger"] for each in confirmations],

@@ -70,4 +70,4 @@ def confirmation_of(customer: str) -> str:
 
 def open_for_business() -> None:
     """Create the agency's table."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)

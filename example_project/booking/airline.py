@@ -61,4 +61,4 @@ def book(session: Session, flight: str, passenger: str) -> dict[str, str]:
 
 def open_for_business() -> None:
     """Create the airline's table."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)

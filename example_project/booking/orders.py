@@ -48,4 +48,4 @@ def place(session: Session, customer: str, what: str) -> int:
 
 def open_for_business() -> None:
     """Create the table of orders."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)

@@ -87,7 +87,7 @@ def _open(town: Town, *services: str) -> None:
 
 
 def _states(order: Any) -> Counter[str]:
-    with Session(order.eda.engine) as session:
+    with Session(order.eda.databases.engine) as session:
         return Counter(session.scalars(select(order.Order.state)))
 
 
@@ -98,13 +98,13 @@ def _ended(order: Any) -> int:
 
 def _paid(payment: Any) -> int:
     """The cents missing from the accounts."""
-    with Session(payment.eda.engine) as session:
+    with Session(payment.eda.databases.engine) as session:
         left = session.scalar(select(func.sum(payment.Account.balance))) or 0
     return int(len(payment.CUSTOMERS) * payment.OPENING_BALANCE - left)
 
 
 def _points(loyalty: Any) -> int:
-    with Session(loyalty.eda.engine) as session:
+    with Session(loyalty.eda.databases.engine) as session:
         return int(session.scalar(select(func.sum(loyalty.Points.points))) or 0)
 
 

@@ -35,4 +35,4 @@ def deliver(session: Session, event: Event) -> None:
 
 def open_for_business() -> None:
     """Create the service's table."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)

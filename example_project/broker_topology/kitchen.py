@@ -40,7 +40,7 @@ def make(session: Session, event: Event) -> None:
 
 def open_for_business() -> None:
     """Create the table and fill the stock."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)
     with eda.transaction() as session:
         for drink in ("hot chocolate", "white chocolate"):
             session.merge(Stock(drink=drink, portions=OPENING_STOCK))

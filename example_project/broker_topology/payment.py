@@ -56,7 +56,7 @@ def _owed(state: tuple[int, str], event: Event) -> tuple[int, str]:
 
 def open_for_business() -> None:
     """Create the table and open the customers' accounts."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)
     with eda.transaction() as session:
         for customer in CUSTOMERS:
             session.merge(Account(customer=customer, balance=OPENING_BALANCE))

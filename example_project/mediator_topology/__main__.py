@@ -93,41 +93,41 @@ def tell(town: Town) -> dict[str, Any]:
 
 
 def _states(order: Any) -> Counter[str]:
-    with Session(order.eda.engine) as session:
+    with Session(order.eda.databases.engine) as session:
         return Counter(session.scalars(select(order.Order.state)))
 
 
 def _ended(order: Any) -> int:
     """The orders whose sagas have ended, late effects compensated."""
-    sagas = order.eda.tables.sagas
-    with Session(order.eda.engine) as session:
+    sagas = order.eda.databases.tables.sagas
+    with Session(order.eda.databases.engine) as session:
         ends = Counter(session.scalars(select(sagas.c.state)))
     return ends["completed"] + ends["compensated"]
 
 
 def _asks(order: Any, number: int) -> bool:
     """True if the saga of an order waits for the manager."""
-    with order.eda.engine.connect() as connection:
-        records = order.eda.sagas.store.records(connection, f"order {number}")
+    with order.eda.databases.engine.connect() as connection:
+        records = order.eda.sagas.coordinator.store.records(connection, f"order {number}")
     return any(each.kind is Kind.wait and each.status is Status.open for each in records)
 
 
 def _paid(payment: Any) -> int:
     """The cents missing from the accounts."""
-    with Session(payment.eda.engine) as session:
+    with Session(payment.eda.databases.engine) as session:
         left = session.scalar(select(func.sum(payment.Account.balance))) or 0
     return int(len(payment.CUSTOMERS) * payment.OPENING_BALANCE - left)
 
 
 def _apologies(notification: Any) -> int:
     note = notification.Note
-    with Session(notification.eda.engine) as session:
+    with Session(notification.eda.databases.engine) as session:
         query = select(func.count()).select_from(note).where(note.text == "we are sorry")
         return int(session.scalar(query) or 0)
 
 
 def _wasted(kitchen: Any) -> int:
-    with Session(kitchen.eda.engine) as session:
+    with Session(kitchen.eda.databases.engine) as session:
         return int(session.scalar(select(func.sum(kitchen.Stock.wasted))) or 0)
 
 

@@ -34,4 +34,4 @@ def deliver(session: Session, what: dict[str, Any]) -> None:
 
 def open_for_business() -> None:
     """Create the service's table."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)

@@ -45,7 +45,7 @@ def throw_away(session: Session, what: dict[str, Any]) -> None:
 
 def open_for_business() -> None:
     """Create the table and fill the stock."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)
     with eda.transaction() as session:
         for drink in ("hot chocolate", "white chocolate"):
             session.merge(Stock(drink=drink, portions=OPENING_STOCK, wasted=0))

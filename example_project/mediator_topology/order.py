@@ -103,4 +103,4 @@ def place(customer: str, drink: str) -> int:
 
 def open_for_business() -> None:
     """Create the service's table."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)

@@ -48,7 +48,7 @@ def refund(session: Session, what: dict[str, Any]) -> None:
 
 def open_for_business() -> None:
     """Create the table and open the customers' accounts."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)
     with eda.transaction() as session:
         for customer in CUSTOMERS:
             session.merge(Account(customer=customer, balance=OPENING_BALANCE))

@@ -71,4 +71,4 @@ def place(orders: list[tuple[str, int, str, str]]) -> None:
 
 def open_desk() -> None:
     """Create the desk's table."""
-    Base.metadata.create_all(eda.engine)
+    Base.metadata.create_all(eda.databases.engine)

@@ -27,6 +27,6 @@ def test_only_a_relay_commits_without_waiting_for_the_disk(empty_database: Datab
         with engine.connect() as connection:
             return connection.exec_driver_sql(question).scalar()
 
-    assert [answer(eda.relay_engine), answer(eda.engine)] == [hurries, waits]
-    eda.engine.dispose()
-    eda.relay_engine.dispose()
+    assert [answer(eda.databases.relay_engine), answer(eda.databases.engine)] == [hurries, waits]
+    eda.databases.engine.dispose()
+    eda.databases.relay_engine.dispose()

@@ -35,22 +35,22 @@ def add(total: int, event: Event) -> int:
 
 def moments(eda: EDA) -> list[datetime]:
     """When each event was appended."""
-    with eda.engine.connect() as connection:
+    with eda.databases.engine.connect() as connection:
         return [
-            each.recorded or datetime.max for each in eda.event_store.stream(connection, "count.a")
+            each.recorded or datetime.max for each in eda.events.store.stream(connection, "count.a")
         ]
 
 
 def snapshots(eda: EDA) -> list[tuple[int, str]]:
-    table = eda.tables.snapshots
-    with eda.engine.connect() as connection:
+    table = eda.databases.tables.snapshots
+    with eda.databases.engine.connect() as connection:
         found = connection.execute(select(table.c.version, table.c.state).order_by(table.c.version))
         return [tuple(row) for row in found]
 
 
 def forget(eda: EDA, *versions: int) -> None:
-    events = eda.tables.events
-    with eda.engine.begin() as connection:
+    events = eda.databases.tables.events
+    with eda.databases.engine.begin() as connection:
         connection.execute(delete(events).where(events.c.version.in_(versions)))
 
 
@@ -65,8 +65,8 @@ def test_a_state_is_the_fold_of_the_stream_at_any_time(eda: EDA) -> None:
 
 def test_it_is_read_in_the_transaction_that_is_given(eda: EDA) -> None:
     emit(eda, 1)
-    with Session(eda.engine) as session:
-        events = eda.tables.events
+    with Session(eda.databases.engine) as session:
+        events = eda.databases.tables.events
         session.execute(update(events).values(data='{"by": 5}'))
 
         assert eda.fold("count.a", 0, add, session=session) == 5
@@ -82,9 +82,11 @@ def test_a_snapshot_is_made_now_and_then_and_begun_with(eda: EDA) -> None:
     assert eda.fold("count.a", 0, add, snapshot="total") == 6
     assert snapshots(eda) == [(6, "6")]
     emit(eda, 1)
-    with eda.engine.begin() as connection:  # what is behind it is not read again
+    with eda.databases.engine.begin() as connection:  # what is behind it is not read again
         connection.execute(
-            update(eda.tables.events).where(eda.tables.events.c.version == 1).values(data="null")
+            update(eda.databases.tables.events)
+            .where(eda.databases.tables.events.c.version == 1)
+            .values(data="null")
         )
 
     assert eda.fold("count.a", 0, add, snapshot="total") == 7
@@ -113,8 +115,10 @@ def test_what_is_not_the_same_as_json_is_no_snapshot(eda: EDA) -> None:
     assert eda.fold("count.a", set(), collect) == set(range(5))
     with pytest.raises(InvalidEvent, match="changes when written as JSON"):
         eda.fold("count.a", frozenset(), lambda state, _: (1, 2), snapshot="pair")
-    with eda.engine.connect() as connection:
-        assert connection.scalar(select(func.count()).select_from(eda.tables.snapshots)) == 0
+    with eda.databases.engine.connect() as connection:
+        assert (
+            connection.scalar(select(func.count()).select_from(eda.databases.tables.snapshots)) == 0
+        )
 
 
 @pytest.mark.parametrize("gone", [(1,), (1, 2), (1, 2, 3)])
@@ -143,11 +147,11 @@ def test_from_a_snapshot_a_stream_without_its_beginning_has_its_state(eda: EDA) 
 def test_two_who_make_the_same_snapshot_make_one(eda: EDA) -> None:
     emit(eda, *[1] * 5)
     eda.fold("count.a", 0, add, snapshot="total")
-    table = eda.tables.snapshots
-    with eda.engine.begin() as connection:
+    table = eda.databases.tables.snapshots
+    with eda.databases.engine.begin() as connection:
         row = connection.execute(select(table)).mappings().one()
         connection.execute(delete(table))
-    with eda.engine.begin() as connection:
+    with eda.databases.engine.begin() as connection:
         begun = Session(connection)
         connection.execute(insert(table).values(**row))
         assert eda.fold("count.a", 0, add, snapshot="total", session=begun) == 5

@@ -62,19 +62,19 @@ class Shop:
 
     def log(self) -> list[Event]:
         """Every event, as another service reads it in an export."""
-        store = self.eda.event_store
-        store.assign_positions(self.eda.engine)
-        with self.eda.engine.connect() as connection:
+        store = self.eda.events.store
+        store.assign_positions(self.eda.databases.engine)
+        with self.eda.databases.engine.connect() as connection:
             return [Event.of_cloud(each.to_cloud()) for each in store.read(connection, limit=10**6)]
 
     def handle(self, event: Event) -> None:
         """What the road does with an event in its turn."""
-        cursors, place = self.eda.cursors, Position.of_event(event)
+        cursors, place = self.eda.ordering.cursors, Position.of_event(event)
         assert place is not None
-        with self.eda.engine.begin() as connection:
+        with self.eda.databases.engine.begin() as connection:
             cursor = cursors.lock(connection, "copy", place.lane)
             assert cursor.turn_of(place) is Turn.now
-            self.eda.projecting.apply(connection, self.copy, event)
+            self.eda.events.rebuild.apply(connection, self.copy, event)
             cursors.go_to(connection, "copy", place, cursor)
 
     def handle_all(self) -> None:
@@ -83,16 +83,16 @@ class Shop:
                 self.handle(event)
 
     def rebuild(self, shadow: Shadow = Shadow.following) -> None:
-        self.eda.projecting.begin(self.copy, shadow)
+        self.eda.events.rebuild.begin(self.copy, shadow)
         self.feed(self.log())
 
     def feed(self, events: list[Event], **options: Any) -> None:
-        for _ in self.eda.projecting.feed(self.copy, events, **options):
+        for _ in self.eda.events.rebuild.feed(self.copy, events, **options):
             pass
 
     def rows(self, table: Table | None = None) -> list[tuple[Any, ...]]:
         table = self.copies if table is None else table
-        with self.eda.engine.connect() as connection:
+        with self.eda.databases.engine.connect() as connection:
             return [tuple(row) for row in connection.execute(select(table).order_by(table.c.id))]
 
     def shadow(self) -> list[tuple[Any, ...]]:
@@ -102,10 +102,10 @@ class Shop:
         """The same from the log alone."""
         found = []
         for key in range(10):
-            with self.eda.engine.connect() as connection:
+            with self.eda.databases.engine.connect() as connection:
                 events = [
                     each
-                    for each in self.eda.event_store.stream(connection, f"order.{key}", at=at)
+                    for each in self.eda.events.store.stream(connection, f"order.{key}", at=at)
                     if each.type != "order.noted"
                 ]
             row = reduce(self.copy, events, None)
@@ -114,12 +114,12 @@ class Shop:
         return found
 
     def compare(self) -> rebuild.Difference:
-        with self.eda.engine.begin() as connection:
-            return self.eda.projecting.compare(connection, self.copy)
+        with self.eda.databases.engine.begin() as connection:
+            return self.eda.events.rebuild.compare(connection, self.copy)
 
     def spoil(self) -> None:
         """Make wrong rows: one changed, one lost, one too many."""
-        with self.eda.engine.begin() as connection:
+        with self.eda.databases.engine.begin() as connection:
             connection.execute(update(self.copies).where(self.copies.c.id == 0).values(items=99))
             connection.execute(self.copies.delete().where(self.copies.c.id == 1))
             connection.execute(self.copies.insert().values(id=77, items=0))
@@ -141,7 +141,7 @@ def shop(database: Database) -> Iterator[Shop]:
     shop = Shop(database)
     shop.copies.create(database.engine)
     yield shop
-    shop.eda.projecting.discard(shop.copy)
+    shop.eda.events.rebuild.discard(shop.copy)
     shop.copies.drop(database.engine)
 
 
@@ -169,7 +169,7 @@ def test_at_any_time_it_is_the_fold_of_what_was_there_by_then(shop: Shop) -> Non
     log = shop.log()
 
     for last in log[::7]:
-        shop.eda.projecting.begin(shop.copy, Shadow.frozen)
+        shop.eda.events.rebuild.begin(shop.copy, Shadow.frozen)
         shop.feed(log[: log.index(last) + 1])
         assert shop.shadow() == shop.folded(at=last.recorded)
 
@@ -184,7 +184,7 @@ def test_a_swap_mends_what_differs_and_leaves_no_shadow(shop: Shop) -> None:
     difference = shop.compare()
     assert (difference.missing, difference.extra, difference.changed) == (1, 1, 1)
     assert set(difference.examples) == {0, 1, 77}
-    assert shop.eda.projecting.swap(shop.copy) == difference
+    assert shop.eda.events.rebuild.swap(shop.copy) == difference
 
     assert shop.rows() == right
     with pytest.raises(RebuildError, match="no shadow"):
@@ -204,7 +204,7 @@ def test_a_shadow_follows_what_happens_meanwhile_in_whatever_order_the_two_come(
     orders = iter([each for each in log if each.category == "order"])
     for event in islice(orders, 10):
         shop.handle(event)
-    shop.eda.projecting.begin(shop.copy, Shadow.following)
+    shop.eda.events.rebuild.begin(shop.copy, Shadow.following)
 
     for event in islice(orders, 10):  # before the log has come that far: parked
         shop.handle(event)
@@ -213,14 +213,14 @@ def test_a_shadow_follows_what_happens_meanwhile_in_whatever_order_the_two_come(
         shop.handle(event)
     assert shop.compare().behind, "the live one has not handled all that the log says"
     with pytest.raises(RebuildError, match="not handled the same events"):
-        shop.eda.projecting.swap(shop.copy)
+        shop.eda.events.rebuild.swap(shop.copy)
     shop.feed(log)
     for event in orders:
         shop.handle(event)
 
     assert shop.shadow() == shop.rows() == shop.folded()
     assert not shop.compare().behind
-    shop.eda.projecting.swap(shop.copy)
+    shop.eda.events.rebuild.swap(shop.copy)
 
 
 def test_what_is_not_in_the_log_yet_comes_to_the_shadow_from_the_live_one(shop: Shop) -> None:
@@ -229,22 +229,22 @@ def test_what_is_not_in_the_log_yet_comes_to_the_shadow_from_the_live_one(shop: 
     for event in log:
         if event.category == "order":
             shop.handle(event)
-    shop.eda.projecting.begin(shop.copy, Shadow.following)
+    shop.eda.events.rebuild.begin(shop.copy, Shadow.following)
 
     shop.emit(20, seed=1, names=NAMES[:3])
     for event in shop.log()[len(log) :]:
         if event.category == "order":
             shop.handle(event)
-    with shop.eda.engine.connect() as connection:
-        assert shop.eda.cursors.count_parked(connection, shop.copy.follower) == 20, (
+    with shop.eda.databases.engine.connect() as connection:
+        assert shop.eda.ordering.cursors.count_parked(connection, shop.copy.follower) == 20, (
             "for what was before"
         )
     shop.feed(log)
 
     assert shop.shadow() == shop.rows() == shop.folded()
-    with shop.eda.engine.connect() as connection:
-        assert shop.eda.cursors.count_parked(connection, shop.copy.follower) == 0
-    shop.eda.projecting.swap(shop.copy)
+    with shop.eda.databases.engine.connect() as connection:
+        assert shop.eda.ordering.cursors.count_parked(connection, shop.copy.follower) == 0
+    shop.eda.events.rebuild.swap(shop.copy)
 
 
 def test_a_shadow_is_fed_and_exchanged_while_others_handle_events(shop: Shop) -> None:
@@ -263,12 +263,12 @@ def test_a_shadow_is_fed_and_exchanged_while_others_handle_events(shop: Shop) ->
 
     def exchanged() -> bool:
         try:
-            return bool(shop.eda.projecting.swap(shop.copy).extra)
+            return bool(shop.eda.events.rebuild.swap(shop.copy).extra)
         except RebuildError:  # the live one has not come as far as the log
             return False
 
     threads = [threading.Thread(target=handle, args=({str(n), str(n + 3)},)) for n in range(3)]
-    shop.eda.projecting.begin(shop.copy, Shadow.following)
+    shop.eda.events.rebuild.begin(shop.copy, Shadow.following)
     for thread in threads:
         thread.start()
     in_spite_of_losing(lambda: shop.feed(log[:20]))
@@ -294,12 +294,12 @@ def in_spite_of_losing(act: Callable[[], Any]) -> Any:
 def test_nobody_handles_an_event_while_a_projection_is_exchanged(shop: Shop) -> None:
     shop.emit(6, keys=1)
     first, second, *_ = [each for each in shop.log() if each.category == "order"]
-    shop.eda.projecting.begin(shop.copy, Shadow.following)
+    shop.eda.events.rebuild.begin(shop.copy, Shadow.following)
     shop.handle(first)
     handling = threading.Thread(target=shop.handle, args=(second,))
 
-    with shop.eda.engine.begin() as connection:
-        shop.eda.shadows.lock(connection, "copy")
+    with shop.eda.databases.engine.begin() as connection:
+        shop.eda.events.shadows.lock(connection, "copy")
         handling.start()
         handling.join(0.5)
         assert handling.is_alive(), "it waits for the lock"
@@ -313,8 +313,8 @@ def test_what_was_fed_already_is_passed_over(shop: Shop) -> None:
     shop.emit(40, names=NAMES[:3])  # of which none begins a row anew
     log = shop.log()
     shop.handle_all()
-    shop.eda.projecting.begin(shop.copy, Shadow.following)
-    feeding = shop.eda.projecting.feed(shop.copy, log[:30])
+    shop.eda.events.rebuild.begin(shop.copy, Shadow.following)
+    feeding = shop.eda.events.rebuild.feed(shop.copy, log[:30])
     assert next(feeding) == 30
     feeding.close()  # killed
 
@@ -327,7 +327,7 @@ def test_what_was_fed_already_is_passed_over(shop: Shop) -> None:
 def test_a_log_with_a_hole_is_refused(shop: Shop) -> None:
     shop.emit(10, keys=1)
     orders = [each for each in shop.log() if each.category == "order"]
-    shop.eda.projecting.begin(shop.copy, Shadow.following)
+    shop.eda.events.rebuild.begin(shop.copy, Shadow.following)
 
     with pytest.raises(RebuildError, match=r"order\.0 are missing before"):
         shop.feed([*orders[:4], *orders[5:]])
@@ -340,7 +340,7 @@ def test_an_event_that_it_fails_with_stops_it_and_can_be_left_out(shop: Shop) ->
     shop.eda.emit("order.placed", {"number": 1}, key=1)
     broken = shop.eda.emit("order.placed", {"no number": 2}, key=1)
     shop.eda.emit("order.item.added", {"number": 3}, key=1)
-    shop.eda.projecting.begin(shop.copy, Shadow.following)
+    shop.eda.events.rebuild.begin(shop.copy, Shadow.following)
 
     with pytest.raises(RebuildError, match=f"copy fails with order.placed {broken.id} .*KeyError"):
         shop.feed(shop.log())
@@ -358,7 +358,7 @@ def test_a_frozen_shadow_does_not_follow_and_is_not_exchanged(shop: Shop) -> Non
 
     assert shop.shadow() == then
     with pytest.raises(RebuildError, match="in the past"):
-        shop.eda.projecting.swap(shop.copy)
+        shop.eda.events.rebuild.swap(shop.copy)
 
 
 def test_a_shadow_is_begun_anew_in_place_of_one_that_was_left(shop: Shop) -> None:
@@ -386,7 +386,10 @@ def test_what_is_no_row_is_refused(shop: Shop) -> None:
     other = shop.eda.projection("order.#", table=copies("others"), name="other")(
         lambda row, event: "a row"  # type: ignore[arg-type, return-value]
     )
-    with shop.eda.engine.begin() as connection, pytest.raises(InvalidEvent, match="gave a str"):
+    with (
+        shop.eda.databases.engine.begin() as connection,
+        pytest.raises(InvalidEvent, match="gave a str"),
+    ):
         other.write(connection, shop.copies, 7, None, "a row")
 
 
@@ -398,14 +401,14 @@ def test_nothing_can_be_published_from_a_projection(shop: Shop) -> None:
         return row
 
     loud = shop.eda.projection("order.#", table=shop.copy.shadow, name="loud")(publish)
-    loud.table.create(shop.eda.engine, checkfirst=True)
+    loud.table.create(shop.eda.databases.engine, checkfirst=True)
     for number in (0, 1):
         event = Event.of_cloud(shop.eda.emit("order.placed", {"number": number}).to_cloud())
         with (
             pytest.raises(PublishingForbidden, match="The projection loud publishes"),
-            shop.eda.engine.begin() as connection,
+            shop.eda.databases.engine.begin() as connection,
         ):
-            shop.eda.projecting.apply(connection, loud, replace(event, key="7"))
+            shop.eda.events.rebuild.apply(connection, loud, replace(event, key="7"))
     assert [each.type for each in shop.log()] == ["order.placed"] * 2
 
 

@@ -26,9 +26,9 @@ from celery_eda.errors import NotItsTurn, UnreadableBody
 from celery_eda.ordering.cursors import Cursors
 from celery_eda.outbox.store import OutboxStore
 from celery_eda.outbox.transactions import join
-from celery_eda.outbox.transactions.base import Store
 from tests.databases import LOCKING, Database
 from tests.support.messages import BODY, message
+from tests.support.outboxes import stand_in_outbox
 
 ADA = Author("ada", "typo")
 BOB = Author("bob")
@@ -56,7 +56,7 @@ class Desk:
 
     def __post_init__(self) -> None:
         self.engine = self.database.engine
-        self.store = Store(self.outbox.add, self.handed_off.extend, lambda messages: None)
+        self.store = stand_in_outbox(self.outbox.add, self.handed_off.extend, lambda messages: None)
         self.repair = Repair(self.dead_letters, self.audit, self.cursors)
 
     def bury(self, letter: Message, consumer: str | None = CONSUMER, **details: Any) -> int:

@@ -17,8 +17,8 @@ from kombu.utils.imports import symbol_by_name
 from sqlalchemy import delete, select
 
 from celery_eda import EDA
-from celery_eda.brokers import transport_of
 from celery_eda.brokers.base import CONFIRMED
+from celery_eda.brokers.registry import transport_of
 from celery_eda.core.message import Message
 from celery_eda.databases import upgrade
 from celery_eda.databases.message_rows import from_row
@@ -166,7 +166,7 @@ class OutboxShop(Shop):
     def __init__(self, app: Celery) -> None:
         self.eda = EDA(app)
         super().__init__(app)
-        upgrade.upgrade(self.eda.engine, self.eda.tables)
+        upgrade.upgrade(self.eda.databases.engine, self.eda.databases.tables)
         self.transport = transport_of(app, timeout=10)
 
     def declare_tasks(self, task: Callable[..., Any]) -> None:
@@ -185,8 +185,8 @@ class OutboxShop(Shop):
 
     def empty_outbox(self) -> list[Message]:
         """What is in the outbox, in the order of publishing."""
-        table = self.eda.tables.outbox
-        with self.eda.engine.begin() as connection:
+        table = self.eda.databases.tables.outbox
+        with self.eda.databases.engine.begin() as connection:
             rows = connection.execute(select(table).order_by(table.c.id)).all()
             connection.execute(delete(table))
         return [from_row(row) for row in rows]

@@ -142,10 +142,10 @@ def celery_setup_app(
             "unacked_restore_throttle": 1,
         }
     eda = EDA(celery_setup_app)
-    upgrade.upgrade(eda.engine, eda.tables)
-    shop.metadata.create_all(eda.engine)
+    upgrade.upgrade(eda.databases.engine, eda.databases.tables)
+    shop.metadata.create_all(eda.databases.engine)
     yield celery_setup_app
-    eda.engine.dispose()
+    eda.databases.engine.dispose()
     celery_setup_app.close()
 
 
@@ -161,7 +161,7 @@ def effects(eda: EDA) -> Callable[[], Counter[tuple[str, int]]]:
     """How often each task took effect with each number."""
 
     def count() -> Counter[tuple[str, int]]:
-        with eda.engine.connect() as connection:
+        with eda.databases.engine.connect() as connection:
             rows = connection.execute(select(shop.effects.c.task, shop.effects.c.number))
             return Counter((row.task, row.number) for row in rows)
 

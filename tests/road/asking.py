@@ -31,7 +31,7 @@ def make(broker: str, folder: Any, **settings: Any) -> EDA:
     )
     app.conf.update(settings)
     eda = EDA(app)
-    upgrade.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.databases.engine, eda.databases.tables)
     return eda
 
 
@@ -40,8 +40,8 @@ def ask(eda: EDA, number: int, seconds: float = 0.0, **options: Any) -> Any:
 
 
 def unsent(eda: EDA) -> int:
-    with eda.engine.connect() as connection:
-        query = select(func.count()).select_from(eda.tables.outbox)
+    with eda.databases.engine.connect() as connection:
+        query = select(func.count()).select_from(eda.databases.tables.outbox)
         return connection.execute(query).scalar_one()
 
 
@@ -51,7 +51,7 @@ if __name__ == "__main__":
         from tests.road.system import eda
     else:
         eda = make(os.environ["ROAD_BROKER"], os.environ["ROAD_FOLDER"])
-    threading.Thread(target=eda.relay().run, daemon=True).start()
+    threading.Thread(target=eda.outbox.relay().run, daemon=True).start()
     with eda.transaction():
         replies = [ask(eda, number, address=address) for number in range(first, last + 1)]
     while address != "durable" and unsent(eda):

@@ -66,7 +66,7 @@ def transfer(steps: Steps) -> None:
 
 
 if __name__ == "__main__":
-    with eda.engine.begin() as connection:
+    with eda.databases.engine.begin() as connection:
         if not connection.execute(select(accounts)).all():
             connection.execute(insert(accounts), [{"id": n, "visits": 100} for n in (1, 2)])
     for number in range(1, int(sys.argv[1]) + 1):

@@ -90,7 +90,7 @@ def _first_time(what: str) -> bool:
 
 
 if __name__ == "__main__":
-    with Session(eda.engine) as reading:
+    with Session(eda.databases.engine) as reading:
         there = set(reading.scalars(select(orders.c.number)))
     for each in range(int(sys.argv[1]), int(sys.argv[2]) + 1):
         if each not in there:

@@ -102,8 +102,8 @@ def copy(row: Mapping[str, Any] | None, event: Event) -> Mapping[str, Any]:
 
 
 def open_for_business() -> None:
-    metadata.create_all(eda.engine)
-    with eda.engine.begin() as connection:
+    metadata.create_all(eda.databases.engine)
+    with eda.databases.engine.begin() as connection:
         if not connection.execute(select(accounts)).all():
             opening = {**dict.fromkeys(CUSTOMERS, OPENING), TILL: 0, SHELF: PORTIONS}
             rows = [{"id": id_, "visits": amount} for id_, amount in opening.items()]
@@ -118,4 +118,4 @@ if __name__ == "__main__":
         try:
             place(1000 * seed + number, chance.choice(CUSTOMERS))
         except DBAPIError:  # the database is away: nobody knows whether that one is placed
-            eda.engine.dispose()
+            eda.databases.engine.dispose()

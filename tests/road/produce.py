@@ -16,7 +16,7 @@ from tests.road.tables import orders
 
 
 def produce(first: int, last: int) -> None:
-    with Session(eda.engine) as session:
+    with Session(eda.databases.engine) as session:
         there = set(session.scalars(select(orders.c.number)))
     for number in range(first, last + 1):
         if number not in there:

@@ -220,7 +220,9 @@ if os.environ.get("ROAD_ASYNC", "1") == "1":
 @eda.task(name="road.where")
 def where(session: Session) -> None:
     """Writes down which connection of the database serves which process."""
-    identify = func.pg_backend_pid if eda.engine.name == "postgresql" else func.connection_id
+    identify = (
+        func.pg_backend_pid if eda.databases.engine.name == "postgresql" else func.connection_id
+    )
     name = f"process {os.getpid()}"
     session.execute(insert(effects).values(name=name, number=select(identify()).scalar_subquery()))
     time.sleep(0.05)

@@ -59,9 +59,9 @@ _relays: dict[EDA, RelayThread] = {}
 
 def leave(eda: EDA) -> None:
     _relays.pop(eda).stop()
-    eda.mailbox.close()
-    eda.engine.dispose()
-    eda.relay_engine.dispose()
+    eda.requests.mailbox.close()
+    eda.databases.engine.dispose()
+    eda.databases.relay_engine.dispose()
 
 
 def reply_queues(road: Road, broker: Server) -> list[str]:
@@ -106,8 +106,8 @@ def test_a_thousand_requests_of_many_threads_get_their_own_replies(
         results = list(threads.map(converse, range(0, 1000, 50)))
 
     assert [each for part in results for each in part] == [2 * n for n in range(1000)]
-    assert not eda.mailbox.dropped
-    eda.mailbox.close()
+    assert not eda.requests.mailbox.dropped
+    eda.requests.mailbox.close()
     assert reply_queues(road, broker) == []
 
 
@@ -134,9 +134,9 @@ def test_a_thousand_requests_of_one_event_loop_get_their_own_replies(
         return results
 
     assert asyncio.run(converse()) == [2 * n for n in range(1000)]
-    assert not eda.mailbox.dropped
+    assert not eda.requests.mailbox.dropped
     print(f"the loop was held up for {longest:.3f} s at the most")  # noqa: T201
-    eda.mailbox.close()
+    eda.requests.mailbox.close()
     assert reply_queues(road, broker) == []
 
 
@@ -149,7 +149,7 @@ def test_temporary_queues_are_gone_when_their_replies_have_come(
     replies = [ask(eda, number, address="temporary") for number in range(50)]
     assert [reply.get() for reply in replies] == [2 * number for number in range(50)]
 
-    own = {eda.mailbox.address, eda.mailbox.address + ".open"}
+    own = {eda.requests.mailbox.address, eda.requests.mailbox.address + ".open"}
     road.until(lambda: set(reply_queues(road, broker)) <= own, "the temporary queues gone", GONE)
 
 
@@ -178,7 +178,7 @@ assert waiting.get() == 4
 @first_of("rabbitmq-postgresql", "redis-mariadb")
 def test_several_answer_one(road: Road, eda: EDA) -> None:
     responders(road)
-    quote = eda.app.signature
+    quote = eda.service.app.signature
     calls = [quote("road.quote", (number, number / 2)) for number in range(3)]
 
     assert eda.scatter(calls, need=1).get(timeout=PATIENCE) == [0]
@@ -204,7 +204,7 @@ def test_whatever_step_its_responder_dies_at_a_request_gets_one_reply(
 
     assert [reply.get() for reply in replies] == [2 * number for number in range(10)]
     assert road.effects("quote") == Counter(range(10))
-    assert set(eda.mailbox.dropped) <= {"copy"}
+    assert set(eda.requests.mailbox.dropped) <= {"copy"}
 
 
 @first_of("rabbitmq-postgresql", "redis-mariadb")
@@ -223,7 +223,7 @@ def test_whatever_step_its_relay_dies_at_a_request_gets_one_reply(
 
     assert [reply.get() for reply in replies] == [2 * number for number in range(10)]
     assert road.effects("quote") == Counter(range(10))
-    assert set(eda.mailbox.dropped) <= {"copy"}
+    assert set(eda.requests.mailbox.dropped) <= {"copy"}
 
 
 def asked(road: Road, address: str, first: int, last: int) -> tuple[Process, list[str]]:
@@ -341,21 +341,33 @@ def test_a_reply_that_nobody_waits_for_is_counted_and_dropped(
     done = ask(eda, 3)
     assert done.get() == 6
 
-    put(road, eda.mailbox.address, done.correlation_id, {"result": "another"})
-    put(road, eda.mailbox.address, str(uuid4()), {"result": "forged"})
-    put(road, eda.mailbox.address, "124", {"result": "no id"})
-    put(road, eda.mailbox.address, waiting.correlation_id, {"neither": 1})
-    put(road, eda.mailbox.address, waiting.correlation_id, {"result": 1}, task="another.task")
-    put(road, eda.mailbox.address, waiting.correlation_id, {"error": {"type": 7}})
+    put(road, eda.requests.mailbox.address, done.correlation_id, {"result": "another"})
+    put(road, eda.requests.mailbox.address, str(uuid4()), {"result": "forged"})
+    put(road, eda.requests.mailbox.address, "124", {"result": "no id"})
+    put(road, eda.requests.mailbox.address, waiting.correlation_id, {"neither": 1})
+    put(
+        road,
+        eda.requests.mailbox.address,
+        waiting.correlation_id,
+        {"result": 1},
+        task="another.task",
+    )
+    put(road, eda.requests.mailbox.address, waiting.correlation_id, {"error": {"type": 7}})
     with Connection(road.broker) as connection:
         connection.Producer().publish(
-            b"\xff\x00", routing_key=eda.mailbox.address, content_type="application/x-python"
+            b"\xff\x00",
+            routing_key=eda.requests.mailbox.address,
+            content_type="application/x-python",
         )
 
     assert waiting.get() == 4
     assert done.get() == 6
     dropped = {"late": 1, "copy": 1, "unknown": 1, "malformed": 5}
-    road.until(lambda: eda.mailbox.dropped == dropped, f"counts: {eda.mailbox.dropped}", 10.0)
+    road.until(
+        lambda: eda.requests.mailbox.dropped == dropped,
+        f"counts: {eda.requests.mailbox.dropped}",
+        10.0,
+    )
     lines = [each for each in caplog.records if "a reply is dropped" in each.getMessage()]
     assert len(lines) == sum(dropped.values())
     assert all(len(each.getMessage()) < 300 and each.getMessage().isprintable() for each in lines)
@@ -368,7 +380,7 @@ def test_a_reply_to_an_address_that_nobody_has_is_dropped_and_its_work_done_once
     responders(road)
     nowhere = {"eda_reply_to": addresses.of_process()}
     with eda.transaction():
-        eda.app.send_task("road.quote", (1,), headers=nowhere)
+        eda.service.app.send_task("road.quote", (1,), headers=nowhere)
 
     road.until(lambda: road.logged("replies are dropped"), "the reply dropped")
     road.settle(1.0)
@@ -432,7 +444,7 @@ def test_unless_it_may_be_dropped_a_reply_to_nobody_stays_in_the_outbox(
     road.relay(ROAD_MUTATION="replies_need_no_queue")
     with eda.transaction():
         nowhere = {"eda_reply_to": addresses.of_process()}
-        eda.app.send_task("road.quote", (1,), headers=nowhere)
+        eda.service.app.send_task("road.quote", (1,), headers=nowhere)
 
     road.until(lambda: "NO_ROUTE" in (road.last_error() or ""), "the broker's words on the row")
 

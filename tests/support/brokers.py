@@ -12,8 +12,8 @@ from celery import Celery
 from kombu import Exchange, Queue
 from kombu.transport import memory
 
-from celery_eda.brokers import transport_of
 from celery_eda.brokers.base import Transport
+from celery_eda.brokers.registry import transport_of
 from tests.support import letters
 
 QUEUES = [

@@ -17,9 +17,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from celery_eda.core import context
 from celery_eda.core.message import Message
 from celery_eda.outbox.store import OutboxStore
-from celery_eda.outbox.transactions.base import Store
 from tests.databases import VENDORS, Database, connect
 from tests.support.messages import message
+from tests.support.outboxes import stand_in_outbox
 
 
 class Base(DeclarativeBase):
@@ -57,7 +57,7 @@ class Service:
     def __post_init__(self) -> None:
         self.engine = self.database.engine
         self.outbox = OutboxStore(self.database.tables.outbox, self.database.dialect)
-        self.store = Store(self._add, self._hand_off, self.store_apart)
+        self.store = stand_in_outbox(self._add, self._hand_off, self.store_apart)
         self._names: dict[int, str] = {}
 
     def publish(self, name: str) -> None:

@@ -15,7 +15,6 @@ from kombu.transport.redis import Channel
 from kombu.utils.json import dumps
 
 from celery_eda.brokers.base import publish_with
-from celery_eda.brokers.rabbitmq import envelopes
 from celery_eda.brokers.redis import envelopes
 from celery_eda.brokers.redis.envelopes import EnvelopeTemplate, Payloads, encode_envelope
 from celery_eda.core.message import Encoded, Message

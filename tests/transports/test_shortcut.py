@@ -35,7 +35,7 @@ def service(broker: str, database: str, **conf: Any) -> EDA:
     )
     eda = EDA(app)
     eda.task(name="shop.charge")(charge)
-    upgrade.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.databases.engine, eda.databases.tables)
     return eda
 
 
@@ -48,23 +48,23 @@ def eda(broker: Broker) -> Iterator[EDA]:
     """A service whose database is its broker."""
     eda = service(broker.url, broker.url.removeprefix("eda+"))
     yield eda
-    eda.engine.dispose()
-    eda.relay_engine.dispose()
+    eda.databases.engine.dispose()
+    eda.databases.relay_engine.dispose()
 
 
 def number(eda: EDA, table: Table) -> int:
-    with eda.engine.connect() as connection:
+    with eda.databases.engine.connect() as connection:
         return int(connection.scalar(select(func.count()).select_from(table)) or 0)
 
 
 def found(eda: EDA) -> tuple[int, int]:
     """How many messages are in queues, and how many in the outbox."""
-    return number(eda, eda.tables.queue), number(eda, eda.tables.outbox)
+    return number(eda, eda.databases.tables.queue), number(eda, eda.databases.tables.outbox)
 
 
 def send(eda: EDA, *numbers: int, **options: Any) -> None:
     for each in numbers:
-        eda.app.tasks["shop.charge"].apply_async((each,), **options)
+        eda.service.app.tasks["shop.charge"].apply_async((each,), **options)
 
 
 def test_a_message_is_in_its_queue_once_its_transaction_is_committed(eda: EDA) -> None:
@@ -104,8 +104,8 @@ def test_a_message_published_outside_any_transaction_is_put_there_too(eda: EDA) 
 def test_a_delayed_message_waits_in_its_queue(eda: EDA) -> None:
     send(eda, 1, countdown=600)
 
-    with eda.engine.connect() as connection:
-        row = connection.execute(select(eda.tables.queue)).one()
+    with eda.databases.engine.connect() as connection:
+        row = connection.execute(select(eda.databases.tables.queue)).one()
     assert (row.owner, row.due is None) == (0, False)
     assert found(eda) == (1, 0)
 
@@ -116,7 +116,7 @@ def test_a_message_that_an_exchange_has_to_route_goes_through_the_outbox(eda: ED
         send(eda, 2, exchange="news", routing_key="order.placed")
     assert found(eda) == (1, 1)
 
-    eda.relay().drain()
+    eda.outbox.relay().drain()
 
     assert found(eda) == (2, 0)
 
@@ -129,7 +129,7 @@ def test_a_broker_that_is_another_database_is_sent_to_by_a_relay(
     send(eda, 1)
 
     assert found(eda) == (0, 1)
-    assert eda.relay().drain().confirmed == 1
+    assert eda.outbox.relay().drain().confirmed == 1
     assert len(broker.empty("letters")) == 1
 
 
@@ -139,7 +139,7 @@ def test_the_broker_has_the_tables_that_the_settings_name(tmp_path: Path) -> Non
 
     send(eda, 1)
 
-    with eda.app.connection_for_read() as connection:
+    with eda.service.app.connection_for_read() as connection:
         taken = connection.default_channel.basic_get("letters", no_ack=True)
     assert taken.headers["task"] == "shop.charge"
     assert found(eda) == (0, 0)
@@ -149,5 +149,5 @@ def test_no_connection_is_made_that_the_transaction_does_not_have(eda: EDA) -> N
     with eda.transaction():
         send(eda, 1)
 
-    broker = eda.app.connection_for_write().transport.broker
+    broker = eda.service.app.connection_for_write().transport.broker
     assert broker.engine.pool.checkedin() == broker.engine.pool.checkedout() == 0

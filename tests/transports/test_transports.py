@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_eda.brokers import BROKERS, transport_of
+from celery_eda.brokers import BROKERS
 from celery_eda.brokers.base import PublishResult, Transport, Verdict
+from celery_eda.brokers.registry import transport_of
 from celery_eda.core.message import Message
 from tests.support.brokers import Broker, app_of
 from tests.support.letters import body_of, confirmed, ids, letter, letters, verdicts

@@ -35,7 +35,10 @@ class Mishap(Exception):
 
 
 LISTENING = """
-from celery_eda import EDA, attachment, joined_connection, joined_session
+from celery_eda import EDA
+from celery_eda.outbox.transactions import attach as attachment
+from celery_eda.outbox.transactions import connection as joined_connection
+from celery_eda.outbox.transactions import session as joined_session
 from celery import Celery
 from sqlalchemy import Engine, event
 from sqlalchemy.orm import Session, sessionmaker

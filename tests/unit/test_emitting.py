@@ -49,23 +49,23 @@ class Shop:
             **settings,
         )
         self.eda = EDA(self.app)
-        upgrade.upgrade(self.eda.engine, self.eda.tables)
+        upgrade.upgrade(self.eda.databases.engine, self.eda.databases.tables)
 
     def sent(self) -> list[Message]:
-        table = self.eda.tables.outbox
-        with self.eda.engine.connect() as connection:
+        table = self.eda.databases.tables.outbox
+        with self.eda.databases.engine.connect() as connection:
             rows = connection.execute(select(table).order_by(table.c.id)).all()
         return [message_rows.from_row(row) for row in rows]
 
     def stored(self) -> list[Event]:
-        store = self.eda.event_store
-        store.assign_positions(self.eda.engine)
-        with self.eda.engine.connect() as connection:
+        store = self.eda.events.store
+        store.assign_positions(self.eda.databases.engine)
+        with self.eda.databases.engine.connect() as connection:
             return store.read(connection)
 
     def counted(self) -> int:
-        table = self.eda.tables.sequences
-        with self.eda.engine.connect() as connection:
+        table = self.eda.databases.tables.sequences
+        with self.eda.databases.engine.connect() as connection:
             return connection.execute(select(func.count()).select_from(table)).scalar_one()
 
 
@@ -79,7 +79,7 @@ def make_shop(tmp_path: Path) -> Iterator[Callable[..., Shop]]:
 
     yield make
     for shop in shops:
-        shop.eda.engine.dispose()
+        shop.eda.databases.engine.dispose()
 
 
 @pytest.fixture
@@ -252,8 +252,8 @@ def test_the_queue_of_an_ordered_subscription_gets_the_whole_category(shop: Shop
     def unordered(event: Event) -> None: ...
 
     queues = {
-        queue: [each.routing_key for each in shop.eda.event_queues.queue_of(each).bindings]
-        for queue, each in shop.eda.subscriptions.by_queue.items()
+        queue: [each.routing_key for each in shop.eda.events.queues.queue_of(each).bindings]
+        for queue, each in shop.eda.events.subscriptions.by_queue.items()
     }
     assert {queue: sorted(keys) for queue, keys in queues.items()} == {
         "eda.on.shop.shop.ordered": ["order.#", "stock.#"],
@@ -297,11 +297,11 @@ def test_a_handler_in_every_worker_is_a_plain_task_whatever_the_settings_say(
 
     shop.app.finalize()
 
-    reliable = [shop.eda.is_reliable(each.name) for each in (one, other)]
+    reliable = [shop.eda.service.is_reliable(each.name) for each in (one, other)]
 
     assert reliable == [False, True]
     assert not isinstance(one, ReliableTask)
-    assert shop.eda.subscriptions.by_queue == {}
+    assert shop.eda.events.subscriptions.by_queue == {}
 
 
 def test_what_is_subscribed_needs_no_settings_before_the_app_is_configured() -> None:
@@ -315,7 +315,7 @@ def test_what_is_subscribed_needs_no_settings_before_the_app_is_configured() -> 
     eda.event("order.placed")(Placed)
 
     app.conf.update(eda_database_url="sqlite://", eda_service="late")
-    assert sorted(eda.subscriptions.by_queue) == [
+    assert sorted(eda.events.subscriptions.by_queue) == [
         *("eda.on.late.shop.copy", "eda.on.late.shop.take"),
     ]
 
@@ -324,7 +324,7 @@ def test_a_name_too_long_for_a_queue_is_refused_with_the_remedy(shop: Shop) -> N
     shop.eda.on("order.*", name="x" * 250)(lambda event: None)
 
     with pytest.raises(ConfigurationError, match=r"name=…"):
-        shop.eda.subscriptions.by_queue  # noqa: B018  # reading it makes the names
+        shop.eda.events.subscriptions.by_queue  # noqa: B018  # reading it makes the names
 
 
 def arrived(headers: Any, **info: Any) -> Any:
@@ -346,9 +346,9 @@ def test_an_event_becomes_a_call_of_the_subscription_it_came_to(shop: Shop) -> N
     headers = {"task": EVENT_TASK, "id": id_, ORDER_HEADER: ["shop", "order.#", "7", 1, 1]}
 
     ids = set()
-    for name, subscription in shop.eda.subscriptions.known.items():
+    for name, subscription in shop.eda.events.subscriptions.known.items():
         message = arrived(dict(headers), redelivered=True)
-        shop.eda.subscriptions.address(message, subscription, f"eda.on.shop.{name}")
+        shop.eda.events.subscriptions.address(message, subscription, f"eda.on.shop.{name}")
         assert message.headers["task"] == name
         assert (ORDER_HEADER in message.headers) == (name == "shop.two")
         route = {"exchange": "", "routing_key": f"eda.on.shop.{name}", "redelivered": True}
@@ -362,8 +362,8 @@ def test_what_is_no_event_is_left_to_the_inspection(shop: Shop, headers: Any) ->
     shop.eda.on("order.*", name="shop.one")(lambda event: None)
     message = arrived(headers)
 
-    known, queue = shop.eda.subscriptions.known, "eda.on.shop.shop.one"
-    shop.eda.subscriptions.address(message, known["shop.one"], queue)
+    known, queue = shop.eda.events.subscriptions.known, "eda.on.shop.shop.one"
+    shop.eda.events.subscriptions.address(message, known["shop.one"], queue)
 
     assert message.delivery_info["routing_key"] == "eda.on.shop.shop.one"
 

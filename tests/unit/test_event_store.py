@@ -27,7 +27,7 @@ def publish(number: int, expected: int | None = None) -> None:
 
 def stored(slot: Slot) -> list[tuple[object, int | None]]:
     with slot.engine.connect() as connection:
-        events = slot.eda.event_store.stream(connection, "order.7")
+        events = slot.eda.events.store.stream(connection, "order.7")
         return [(each.data, each.version) for each in events]
 
 

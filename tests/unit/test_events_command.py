@@ -30,7 +30,7 @@ def eda(tmp_path: Path) -> EDA:
         eda_database_url=f"sqlite:///{tmp_path / 'service.db'}", eda_send_after_commit=False
     )
     eda = EDA(app)
-    upgrade.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.databases.engine, eda.databases.tables)
     for key in (7, 8):
         for name in ("order.placed", "order.paid", "stock.taken"):
             eda.emit(name, {"order": key}, key=key)
@@ -38,7 +38,7 @@ def eda(tmp_path: Path) -> EDA:
 
 
 def run(eda: EDA, *arguments: str) -> Result:
-    context = CLIContext(app=eda.app, no_color=True, workdir=None)
+    context = CLIContext(app=eda.service.app, no_color=True, workdir=None)
     words = ["events", *arguments]
     return CliRunner().invoke(commands, words, obj=context, catch_exceptions=False)
 
@@ -112,8 +112,8 @@ def test_what_cannot_be_done_is_said_with_exit_code_1(
 
 
 def outbox(eda: EDA) -> list[Any]:
-    table = eda.tables.outbox
-    with eda.engine.connect() as connection:
+    table = eda.databases.tables.outbox
+    with eda.databases.engine.connect() as connection:
         return list(connection.execute(select(table).order_by(table.c.id)).all())
 
 

@@ -134,7 +134,7 @@ def test_the_parts_of_several_services_make_one_picture(tmp_path: Path) -> None:
 
 
 def test_the_picture_shows_every_box_and_arrow() -> None:
-    flow = Flow.of(app, "shop", eda.subscriptions.known.values())
+    flow = Flow.of(app, "shop", eda.events.subscriptions.known.values())
 
     mermaid = graph([flow]).to_mermaid()
 

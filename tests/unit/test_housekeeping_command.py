@@ -25,17 +25,17 @@ def eda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EDA:
     app = Celery("shop", broker="memory://", set_as_current=False)
     app.conf.eda_database_url = f"sqlite:///{tmp_path / 'service.db'}"
     eda = EDA(app)
-    upgrade.upgrade(eda.engine, eda.tables)
-    inbox = InboxStore(eda.tables.inbox, eda.dialect)
-    with eda.engine.begin() as connection:
+    upgrade.upgrade(eda.databases.engine, eda.databases.tables)
+    inbox = InboxStore(eda.databases.tables.inbox, eda.databases.dialect)
+    with eda.databases.engine.begin() as connection:
         inbox.record_failure(connection, "shop.charge", Identity.fresh(), Outcome.done)
-        connection.execute(update(inbox.table).values(at=eda.dialect.later(-30 * DAY)))
+        connection.execute(update(inbox.table).values(at=eda.databases.dialect.later(-30 * DAY)))
     return eda
 
 
 def run(eda: EDA, *arguments: str) -> str:
     """What ``celery -A shop eda …`` prints."""
-    context = CLIContext(app=eda.app, no_color=True, workdir=None)
+    context = CLIContext(app=eda.service.app, no_color=True, workdir=None)
     return CliRunner().invoke(commands, arguments, obj=context, catch_exceptions=False).output
 
 

@@ -57,13 +57,13 @@ class Shop:
             channel.basic_publish(message, exchange="celery", routing_key="celery")
 
     def dead(self) -> list[Any]:
-        with self.eda.engine.connect() as connection:
-            return list(connection.execute(select(self.eda.tables.dead_letters)).all())
+        with self.eda.databases.engine.connect() as connection:
+            return list(connection.execute(select(self.eda.databases.tables.dead_letters)).all())
 
     def waiting(self) -> list[Message]:
         """What waits in the outbox."""
-        with self.eda.engine.connect() as connection:
-            rows = connection.execute(select(self.eda.tables.outbox)).all()
+        with self.eda.databases.engine.connect() as connection:
+            rows = connection.execute(select(self.eda.databases.tables.outbox)).all()
         return [message_rows.from_row(row) for row in rows]
 
     def until(self, condition: Any) -> None:
@@ -107,12 +107,12 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
     def keyed(session: Session, number: int) -> None:
         shop.handled.append(number)
 
-    upgrade.upgrade(shop.eda.engine, shop.eda.tables)
+    upgrade.upgrade(shop.eda.databases.engine, shop.eda.databases.tables)
     decoders = dict(compression._decoders)
     with start_worker(app, perform_ping_check=False, shutdown_timeout=30.0):
         yield shop
     compression._decoders.update(decoders)
-    shop.eda.engine.dispose()
+    shop.eda.databases.engine.dispose()
 
 
 def test_what_cannot_be_handled_is_kept_and_the_next_message_handled(shop: Shop) -> None:
@@ -210,25 +210,25 @@ def in_order(number: int, **headers: Any) -> Letter:
 
 
 def count(shop: Shop, table: Table) -> int:
-    with shop.eda.engine.connect() as connection:
+    with shop.eda.databases.engine.connect() as connection:
         return connection.scalar(select(func.count()).select_from(table)) or 0
 
 
 def test_an_expired_message_of_a_key_is_buried_at_its_turn(shop: Shop) -> None:
     shop.put(in_order(2, expires=PAST))
-    shop.until(lambda: count(shop, shop.eda.tables.parked))
+    shop.until(lambda: count(shop, shop.eda.databases.tables.parked))
 
     assert shop.dead() == []
 
 
 def test_behind_an_expired_message_of_a_key_its_successor_goes_on(shop: Shop) -> None:
     shop.put(in_order(2))
-    shop.until(lambda: count(shop, shop.eda.tables.parked))
+    shop.until(lambda: count(shop, shop.eda.databases.tables.parked))
     shop.put(in_order(1, expires=PAST))
     shop.until(shop.dead)
 
     assert [row.reason for row in shop.dead()] == ["expired"]
-    assert count(shop, shop.eda.tables.outbox) == 1
+    assert count(shop, shop.eda.databases.tables.outbox) == 1
 
 
 @pytest.mark.parametrize("name", ["eda_verdict", "eda_wire"])
@@ -254,7 +254,7 @@ def test_who_asks_for_an_unknown_task_gets_a_reply(shop: Shop) -> None:
     shop.expect_service()
 
     (reply,) = shop.waiting()
-    correlation_id, outcome = shop.eda.reading.outcome_in(list(Arguments.of(reply).args))
+    correlation_id, outcome = shop.eda.requests.reader.outcome_in(list(Arguments.of(reply).args))
 
     assert reply.routing_key == headers["eda_reply_to"]
     assert correlation_id == headers["id"]

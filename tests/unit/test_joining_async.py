@@ -23,23 +23,23 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
 )
 
+from celery_eda.outbox import Outbox
 from celery_eda.outbox.transactions import join
-from celery_eda.outbox.transactions.base import Store
 from tests.support.service import AsyncService, Order
 from tests.unit.test_joining import publish_on
 
-AsyncOpening = Callable[[AsyncEngine, Store], AbstractAsyncContextManager[Any]]
+AsyncOpening = Callable[[AsyncEngine, Outbox], AbstractAsyncContextManager[Any]]
 
 
 @asynccontextmanager
-async def joined_async_session(engine: AsyncEngine, store: Store) -> AsyncIterator[AsyncSession]:
+async def joined_async_session(engine: AsyncEngine, store: Outbox) -> AsyncIterator[AsyncSession]:
     async with AsyncSession(engine) as session, join.scope(session, store):
         yield session
 
 
 @asynccontextmanager
 async def joined_async_connection(
-    engine: AsyncEngine, store: Store
+    engine: AsyncEngine, store: Outbox
 ) -> AsyncIterator[AsyncConnection]:
     async with engine.connect() as connection, join.scope(connection, store):
         yield connection

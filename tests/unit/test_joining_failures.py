@@ -75,7 +75,10 @@ def test_work_is_not_committed_without_its_messages(service: Service, opening: O
     def fail(connection: Connection, messages: Sequence[Message]) -> list[int]:
         raise OSError("the disk is full")
 
-    store, service.store = service.store, replace(service.store, add=fail)
+    store, service.store = (
+        service.store,
+        replace(service.store, writer=replace(service.store.writer, write=fail)),
+    )
     with opening(service) as target:
         order(target, "a")
         service.publish("a")

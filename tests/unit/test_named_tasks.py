@@ -11,6 +11,7 @@ from celery.exceptions import Reject
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from celery_eda.app.installation import make_reliable
 from celery_eda.errors import NoDelivery, UnsafeSetting
 from celery_eda.inbox.task import ReliableTask
 from tests.databases import Database
@@ -64,7 +65,7 @@ def test_tasks_named_by_a_pattern_are_reliable_however_they_were_made(
     def late(number: int) -> None:
         named.write(number)
 
-    named.eda.make_reliable(named.app)
+    make_reliable(named.app)
     for number, name in enumerate(("plain", "shared", "based", "async", "late")):
         named.app.send_task(f"named.{name}", (10 * number,))
     messages = named.sent()

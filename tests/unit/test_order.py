@@ -353,7 +353,7 @@ def test_a_handler_whose_turn_is_taken_while_it_runs_has_no_effect(slot: Slot, l
     first, _ = slot.sent()
     place = position(first)
     with slot.engine.begin() as connection:
-        slot.eda.cursors.lock(connection, "overtaken", place.lane)
+        slot.eda.ordering.cursors.lock(connection, "overtaken", place.lane)
         connection.execute(update(slot.database.tables.cursors).values(epoch=place.epoch))
 
     assert isinstance(slot.deliver(first), Reject)

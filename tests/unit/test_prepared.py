@@ -122,7 +122,7 @@ def filled(publishing: Publishing, routed: list[str], act: Callable[[], Any]) ->
 
 def rows(publishing: Publishing, messages: list[Message]) -> list[dict[str, Any]]:
     """What the outbox would keep of *messages*."""
-    envelope_of = publishing.eda.outbox._envelope
+    envelope_of = publishing.eda.outbox.store._envelope
     return [{**to_row(each), "envelope": envelope_of(each)} for each in messages]
 
 
@@ -427,15 +427,15 @@ def test_what_is_stored_outside_any_transaction_is_made_so_too(
     tmp_path: Path, routed: list[str]
 ) -> None:
     it = Publishing("amqp://", tmp_path)
-    upgrade(it.eda.engine, it.eda.tables)
+    upgrade(it.eda.databases.engine, it.eda.databases.tables)
     it.app.conf.eda_send_after_commit = False
 
     for number in range(3):
         it.order.delay(number)
 
     assert routed == ["order", "order"], "the first one has Celery set itself up"
-    with it.eda.engine.connect() as connection:
-        rows = connection.execute(select(it.eda.tables.outbox).order_by("id")).all()
+    with it.eda.databases.engine.connect() as connection:
+        rows = connection.execute(select(it.eda.databases.tables.outbox).order_by("id")).all()
         assert [json_of(row.body)[0] for row in rows] == [[0], [1], [2]]
 
 

@@ -33,8 +33,8 @@ def eda(tmp_path: Path) -> EDA:
         eda_database_url=f"sqlite:///{tmp_path / 'service.db'}", eda_send_after_commit=False
     )
     eda = EDA(app)
-    upgrade.upgrade(eda.engine, eda.tables)
-    COPIES.create(eda.engine)
+    upgrade.upgrade(eda.databases.engine, eda.databases.tables)
+    COPIES.create(eda.databases.engine)
 
     @eda.projection("order.*", table=COPIES, name="copy")
     def copy(row: Any, event: Any) -> Any:
@@ -49,7 +49,7 @@ def eda(tmp_path: Path) -> EDA:
 
 
 def run(eda: EDA, *arguments: str, log: str | None = None) -> Result:
-    context = CLIContext(app=eda.app, no_color=True, workdir=None)
+    context = CLIContext(app=eda.service.app, no_color=True, workdir=None)
     return CliRunner().invoke(commands, arguments, input=log, obj=context, catch_exceptions=False)
 
 
@@ -59,12 +59,12 @@ def projections(eda: EDA, *arguments: str, log: str | None = None) -> Result:
 
 def rows(eda: EDA, table: Table | None = None) -> list[tuple[Any, ...]]:
     query = select(COPIES if table is None else table)
-    with eda.engine.connect() as connection:
+    with eda.databases.engine.connect() as connection:
         return sorted(tuple(row) for row in connection.execute(query))
 
 
 def shadow(eda: EDA) -> list[tuple[Any, ...]]:
-    return rows(eda, eda.projections.known["copy"].shadow)
+    return rows(eda, eda.events.projections.known["copy"].shadow)
 
 
 def test_a_shadow_is_made_of_the_own_store_and_compared(eda: EDA) -> None:
@@ -87,8 +87,8 @@ def test_a_shadow_is_made_of_the_own_store_and_compared(eda: EDA) -> None:
 
 def test_it_is_made_of_what_another_service_exports(eda: EDA) -> None:
     log = run(eda, "events", "export").stdout
-    elsewhere = eda.event_store.table
-    with eda.engine.begin() as connection:
+    elsewhere = eda.events.store.table
+    with eda.databases.engine.begin() as connection:
         connection.execute(elsewhere.delete())
 
     made = projections(eda, "rebuild", "copy", "--from", "-", log=log)
@@ -160,11 +160,11 @@ def test_an_event_that_it_fails_with_is_named_and_can_be_skipped(eda: EDA) -> No
 
 
 def test_a_swap_lets_the_live_table_say_what_the_shadow_says(eda: EDA) -> None:
-    with eda.engine.begin() as connection:  # as if the live one had handled all, wrongly
+    with eda.databases.engine.begin() as connection:  # as if the live one had handled all, wrongly
         connection.execute(insert(COPIES).values(id="7", s="wrong"))
     assert projections(eda, "rebuild", "copy").exit_code == 0
-    cursors = eda.tables.cursors
-    with eda.engine.begin() as connection:
+    cursors = eda.databases.tables.cursors
+    with eda.databases.engine.begin() as connection:
         known = connection.execute(select(cursors)).mappings().all()
         connection.execute(insert(cursors), [{**row, "consumer": "copy"} for row in known])
 
@@ -197,8 +197,8 @@ def test_a_shadow_is_dropped(eda: EDA) -> None:
 def test_the_list_tells_how_far_each_is_behind(eda: EDA) -> None:
     (fresh,) = json.loads(projections(eda, "list", "--json").stdout)
     assert (fresh["newest"], fresh["lag_seconds"]) == (None, 0.0)
-    with eda.engine.begin() as connection:
-        inbox = InboxStore(eda.tables.inbox, eda.dialect)
+    with eda.databases.engine.begin() as connection:
+        inbox = InboxStore(eda.databases.tables.inbox, eda.databases.dialect)
         inbox.admit(connection, "copy", identity := Identity.fresh())
         inbox.record(connection, "copy", identity)
     projections(eda, "rebuild", "copy")

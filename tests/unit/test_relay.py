@@ -60,8 +60,8 @@ def relay(tmp_path: Path) -> Relay:
     app.conf.eda_database_url = f"sqlite:///{tmp_path / 'service.db'}"
     app.conf.eda_relay_poll = 0.001
     eda = EDA(app)
-    upgrade.upgrade(eda.engine, eda.tables)
-    return eda.relay()
+    upgrade.upgrade(eda.databases.engine, eda.databases.tables)
+    return eda.outbox.relay()
 
 
 def test_a_relay_outlives_whatever_goes_wrong_in_a_round(relay: Relay) -> None:
@@ -113,8 +113,8 @@ def counting(tmp_path: Path, chores: Chores, **settings: float) -> Counting:
         eda_database_url=f"sqlite:///{tmp_path / 'service.db'}", eda_relay_poll=PAUSE, **settings
     )
     eda = EDA(app)
-    upgrade.upgrade(eda.engine, eda.tables)
-    made = eda.relay()
+    upgrade.upgrade(eda.databases.engine, eda.databases.tables)
+    made = eda.outbox.relay()
     relay = Enough(
         made.engine,
         made.outbox,
@@ -187,17 +187,17 @@ def test_a_relay_of_an_app_keeps_its_tables_small(tmp_path: Path) -> None:
         eda_housekeeping_interval=0.1,
     )
     eda = EDA(app)
-    upgrade.upgrade(eda.engine, eda.tables)
-    inbox = InboxStore(eda.tables.inbox, eda.dialect)
-    with eda.engine.begin() as connection:
+    upgrade.upgrade(eda.databases.engine, eda.databases.tables)
+    inbox = InboxStore(eda.databases.tables.inbox, eda.databases.dialect)
+    with eda.databases.engine.begin() as connection:
         inbox.record_failure(connection, "shop.charge", Identity.fresh(), Outcome.done)
-        connection.execute(update(inbox.table).values(at=eda.dialect.later(-30 * DAY)))
-    relay = eda.relay()
+        connection.execute(update(inbox.table).values(at=eda.databases.dialect.later(-30 * DAY)))
+    relay = eda.outbox.relay()
     relay.__class__ = Enough
 
     relay.run()
 
-    with eda.engine.connect() as connection:
+    with eda.databases.engine.connect() as connection:
         assert connection.execute(select(inbox.table)).all() == []
 
 

@@ -310,7 +310,9 @@ def test_a_letter_that_somebody_treated_meanwhile_is_left_alone(slot: Slot, char
     slot.deliver(message)
     (repair,) = slot.sent()
     with slot.engine.begin() as connection:
-        slot.eda.repair.skip(join.join(connection, slot.eda.store), slot.dead()[0].id, ADA)
+        slot.eda.dead_letters.repair.skip(
+            join.join(connection, slot.eda.outbox), slot.dead()[0].id, ADA
+        )
 
     assert slot.deliver(repair) is None
     assert slot.waiting() == []
@@ -325,8 +327,10 @@ def test_a_letter_that_somebody_treats_while_its_repairer_thinks_is_theirs(
     def mend(failure: Failure) -> RepairDecision:
         options = {"args": ["a", 9]} if how == "edit" else {}
         with slot.engine.begin() as connection:
-            transaction = join.join(connection, slot.eda.store)
-            getattr(slot.eda.repair, how)(transaction, failure.letter_id, ADA, **options)
+            transaction = join.join(connection, slot.eda.outbox)
+            getattr(slot.eda.dead_letters.repair, how)(
+                transaction, failure.letter_id, ADA, **options
+            )
         return failure.leave("odd") if how == "redrive" else failure.resubmit(amount=2)
 
     charge.delay("a", "bad")
@@ -357,14 +361,14 @@ def test_a_failed_first_message_of_an_epoch_can_be_treated(
     trade.delay("a", 1)
     slot.work()
     with slot.engine.begin() as connection:
-        slot.eda.sequences.begin_epoch(connection)
+        slot.eda.ordering.sequences.begin_epoch(connection)
     trade.delay("a", 2)
     trade.delay("a", 3)
     slot.work()
     mended.append(True)
     with slot.engine.begin() as connection:
-        transaction = join.join(connection, slot.eda.store)
-        getattr(slot.eda.repair, verb)(transaction, slot.dead()[0].id, ADA)
+        transaction = join.join(connection, slot.eda.outbox)
+        getattr(slot.eda.dead_letters.repair, verb)(transaction, slot.dead()[0].id, ADA)
     slot.work()
 
     assert slot.effects() == effects

@@ -52,7 +52,7 @@ def replies_to(slot: Slot, request: Message, rounds: int = 12) -> list[Message]:
 
 def outcomes(slot: Slot, request: Message, replies: list[Message]) -> list[Any]:
     """What *replies* to *request* say."""
-    said = [slot.eda.reading.outcome_in(list(Arguments.of(each).args)) for each in replies]
+    said = [slot.eda.requests.reader.outcome_in(list(Arguments.of(each).args)) for each in replies]
     assert {correlation_id for correlation_id, _ in said} <= {request.headers["id"]}
     return [outcome for _, outcome in said]
 
@@ -293,7 +293,7 @@ def test_a_request_that_is_redriven_is_answered_again(slot: Slot) -> None:
     replies = replies_to(slot, request)
     mended.append(True)
     with slot.engine.begin() as connection:
-        letter = slot.eda.dead_letters.find(connection, slot.dead()[0].id)
+        letter = slot.eda.dead_letters.store.find(connection, slot.dead()[0].id)
     assert letter is not None
     replies += replies_to(slot, letter.message.revised())
 

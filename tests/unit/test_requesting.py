@@ -72,7 +72,7 @@ class Shop:
             **settings,
         )
         self.eda = EDA(self.app)
-        upgrade.upgrade(self.eda.engine, self.eda.tables)
+        upgrade.upgrade(self.eda.databases.engine, self.eda.databases.tables)
 
         @self.eda.task(name="shop.quote")
         def quote(number: int) -> int:
@@ -85,24 +85,24 @@ class Shop:
         self.quote, self.plain = quote, plain
 
     def sent(self) -> list[Message]:
-        with self.eda.engine.connect() as connection:
-            rows = connection.execute(select(self.eda.tables.outbox)).all()
+        with self.eda.databases.engine.connect() as connection:
+            rows = connection.execute(select(self.eda.databases.tables.outbox)).all()
         return [message_rows.from_row(row) for row in rows]
 
     def noted(self) -> int:
         """How many durable requests are noted."""
-        with self.eda.engine.connect() as connection:
-            query = select(func.count()).select_from(self.eda.tables.requests)
+        with self.eda.databases.engine.connect() as connection:
+            query = select(func.count()).select_from(self.eda.databases.tables.requests)
             return connection.execute(query).scalar_one()
 
     def answer(self, correlation_id: str, outcome: Any) -> None:
         """Let the reply to a durable request come in."""
-        with self.eda.engine.begin() as connection:
-            self.eda.requests.record(connection, UUID(correlation_id), outcome)
+        with self.eda.databases.engine.begin() as connection:
+            self.eda.requests.store.record(connection, UUID(correlation_id), outcome)
 
     def close(self) -> None:
-        self.eda.mailbox.close()
-        self.eda.engine.dispose()
+        self.eda.requests.mailbox.close()
+        self.eda.databases.engine.dispose()
 
 
 @pytest.fixture(autouse=True)
@@ -342,7 +342,7 @@ def test_waiting_ends_in_time(make_shop: Callable[..., Shop], address: Any) -> N
 def test_an_outcome_finds_whoever_waits_for_it(shop: Shop) -> None:
     replies = [shop.quote.ask(number) for number in range(3)]
     for number, reply in reversed([*enumerate(replies)]):
-        assert shop.eda.mailbox.settle(reply.correlation_id, number)
+        assert shop.eda.requests.mailbox.settle(reply.correlation_id, number)
 
     assert [reply.done for reply in replies] == [True] * 3
     assert [reply.get(timeout=0) for reply in replies] == [0, 1, 2]
@@ -358,7 +358,7 @@ def test_the_time_out_of_a_responder_is_no_lack_of_a_reply(shop: Shop, ask: str)
     else:
         waiting = shop.eda.scatter([shop.quote.s(7), shop.quote.s(8)])
         correlation_id = waiting.each[0].correlation_id
-    shop.eda.mailbox.settle(correlation_id, ErrorOutcome(TimeoutError("the bank is slow")))
+    shop.eda.requests.mailbox.settle(correlation_id, ErrorOutcome(TimeoutError("the bank is slow")))
 
     with pytest.raises(TimeoutError, match="bank"):
         waiting.get(timeout=1)
@@ -398,7 +398,7 @@ def test_where_every_task_is_eager_the_reply_is_there_at_once(
 
 def test_an_error_is_raised_where_it_is_waited_for(shop: Shop) -> None:
     reply = shop.quote.ask(7)
-    shop.eda.mailbox.settle(reply.correlation_id, ErrorOutcome(LookupError("no")))
+    shop.eda.requests.mailbox.settle(reply.correlation_id, ErrorOutcome(LookupError("no")))
 
     with pytest.raises(LookupError, match="no"):
         reply.get()
@@ -409,7 +409,7 @@ def test_all_threads_of_a_process_have_one_mailbox(shop: Shop) -> None:
 
     def mailbox(_: int) -> Any:
         ready.wait()
-        return shop.eda.mailbox
+        return shop.eda.requests.mailbox
 
     with ThreadPoolExecutor(20) as threads:
         assert len(set(threads.map(mailbox, range(20)))) == 1
@@ -418,12 +418,12 @@ def test_all_threads_of_a_process_have_one_mailbox(shop: Shop) -> None:
 def test_a_handle_that_is_dropped_leaves_nothing_behind(shop: Shop) -> None:
     reply = shop.eda.request(shop.quote, (7,), address="temporary")
     correlation_id = reply.correlation_id
-    assert len(shop.eda.mailbox._wanted) == 2
+    assert len(shop.eda.requests.mailbox._wanted) == 2
     del reply
     gc.collect()
 
-    assert not shop.eda.mailbox.settle(correlation_id, 7)
-    assert len(shop.eda.mailbox._wanted) == 1
+    assert not shop.eda.requests.mailbox.settle(correlation_id, 7)
+    assert len(shop.eda.requests.mailbox._wanted) == 1
 
 
 def test_a_handle_may_be_collected_wherever_garbage_is(shop: Shop) -> None:
@@ -433,7 +433,7 @@ def test_a_handle_may_be_collected_wherever_garbage_is(shop: Shop) -> None:
         reply = shop.eda.request(shop.quote, (7,), address="temporary")
         knot: list[Any] = [reply]
         knot.append(knot)
-        with shop.eda.mailbox._lock:
+        with shop.eda.requests.mailbox._lock:
             del reply, knot
             gc.collect()
         ended.set()
@@ -450,7 +450,7 @@ def test_whatever_fails_replies_are_tried_again(shop: Shop) -> None:
         tried.release()
         raise OSError("too many open files")
 
-    shop.eda.mailbox._make_queues = make_queues
+    shop.eda.requests.mailbox._brokers.consume_replies = make_queues
     shop.quote.ask(7)
 
     assert tried.acquire(timeout=BOUND)
@@ -467,8 +467,8 @@ async def test_cancellation_leaves_nothing_behind(shop: Shop, address: Any) -> N
     with pytest.raises(asyncio.CancelledError):
         await task
 
-    assert not shop.eda.mailbox.settle(reply.correlation_id, 7)
-    assert len(shop.eda.mailbox._wanted) == 1
+    assert not shop.eda.requests.mailbox.settle(reply.correlation_id, 7)
+    assert len(shop.eda.requests.mailbox._wanted) == 1
 
 
 @in_a_loop
@@ -477,12 +477,12 @@ async def test_a_wait_that_times_out_leaves_nothing_behind(shop: Shop) -> None:
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(_await(reply), 0.05)
 
-    assert not shop.eda.mailbox.settle(reply.correlation_id, 7)
+    assert not shop.eda.requests.mailbox.settle(reply.correlation_id, 7)
 
 
 @in_a_loop
 async def test_what_cannot_be_stored_is_told_to_who_awaits_it(shop: Shop) -> None:
-    shop.eda.tables.outbox.drop(shop.eda.engine)
+    shop.eda.databases.tables.outbox.drop(shop.eda.databases.engine)
 
     with pytest.raises(Exception, match="no such table"):
         await shop.quote.ask(7)
@@ -499,7 +499,7 @@ def settle(shop: Shop, replies: Any, *outcomes: Any) -> None:
     """Settle the replies, the last one first; None for one that does not come."""
     for each, outcome in reversed([*zip(replies.each, outcomes, strict=True)]):
         if outcome is not None:
-            shop.eda.mailbox.settle(each.correlation_id, outcome)
+            shop.eda.requests.mailbox.settle(each.correlation_id, outcome)
 
 
 FAILED = ErrorOutcome(LookupError("no"))
@@ -529,7 +529,9 @@ def test_enough_replies_are_enough(
 
     assert replies.done
     assert both_ways(replies, shop, way) == expected
-    assert not any(shop.eda.mailbox.settle(each.correlation_id, 9) for each in replies.each)
+    assert not any(
+        shop.eda.requests.mailbox.settle(each.correlation_id, 9) for each in replies.each
+    )
 
 
 @pytest.mark.parametrize("way", ["get", "await"])
@@ -551,7 +553,9 @@ def test_too_few_replies_are_an_error(
 
     with pytest.raises(error):
         both_ways(replies, shop, way)
-    assert not any(shop.eda.mailbox.settle(each.correlation_id, 9) for each in replies.each)
+    assert not any(
+        shop.eda.requests.mailbox.settle(each.correlation_id, 9) for each in replies.each
+    )
 
 
 # ── durable ─────────────────────────────────────────────────────────────────────────────────
@@ -570,7 +574,7 @@ def test_a_durable_reply_is_found_by_its_correlation_id_again_and_again(shop: Sh
 
 def test_a_durable_error_is_raised_each_time(shop: Shop) -> None:
     reply = shop.eda.request(shop.quote, (7,), address="durable")
-    described = shop.eda.remote_errors.to_wire(LookupError("no"))
+    described = shop.eda.requests.remote_errors.to_wire(LookupError("no"))
     shop.answer(reply.correlation_id, {"error": described})
 
     for _ in range(2):
@@ -591,9 +595,11 @@ async def test_a_thousand_durable_replies_are_awaited_by_one_thread(
     awaiting = [asyncio.ensure_future(_await(each)) for each in replies]
     await asyncio.sleep(0.2)
     threads = threading.active_count() - before
-    with shop.eda.engine.begin() as connection:
+    with shop.eda.databases.engine.begin() as connection:
         for number, each in enumerate(replies):
-            shop.eda.requests.record(connection, UUID(each.correlation_id), {"result": number})
+            shop.eda.requests.store.record(
+                connection, UUID(each.correlation_id), {"result": number}
+            )
 
     assert await asyncio.gather(*awaiting) == list(range(1000))
     assert threads == 1
@@ -627,9 +633,9 @@ def test_a_durable_reply_that_cannot_be_read_fails_nobody_else(shop: Shop) -> No
     broken, fine = replies.each
     with ThreadPoolExecutor(2) as threads:
         waiting = [threads.submit(each.get, 30) for each in (broken, fine)]
-        with shop.eda.engine.begin() as connection:
+        with shop.eda.databases.engine.begin() as connection:
             for each, outcome in ((broken, {"neither": 1}), (fine, {"result": 2})):
-                shop.eda.requests.record(connection, UUID(each.correlation_id), outcome)
+                shop.eda.requests.store.record(connection, UUID(each.correlation_id), outcome)
 
         with pytest.raises(ValueError, match="neither"):
             waiting[0].result()
@@ -646,7 +652,7 @@ def test_waiting_for_a_durable_reply_survives_an_outage_of_the_database(shop: Sh
             tried.release()
             raise OperationalError("SELECT 1", {}, OSError(), connection_invalidated=True)
 
-    event.listen(shop.eda.engine, "before_cursor_execute", refuse)
+    event.listen(shop.eda.databases.engine, "before_cursor_execute", refuse)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(reply.get, BOUND)
         for _ in range(2):
@@ -659,7 +665,7 @@ def test_waiting_for_a_durable_reply_survives_an_outage_of_the_database(shop: Sh
 
 def test_what_is_wrong_with_the_database_is_told_to_who_waits(shop: Shop) -> None:
     reply = shop.eda.request(shop.quote, (7,), address="durable")
-    shop.eda.tables.requests.drop(shop.eda.engine)
+    shop.eda.databases.tables.requests.drop(shop.eda.databases.engine)
 
     with pytest.raises(Exception, match="no such table"):
         reply.get(timeout=BOUND)
@@ -672,12 +678,12 @@ def test_a_forked_child_looks_for_durable_replies_by_a_thread_of_its_own(
     monkeypatch.setattr(watcher, "POLL", (2.0, 2.0))
     reply = shop.eda.request(shop.quote, (7,), address="durable")
     looked = threading.Event()
-    event.listen(shop.eda.engine, "checkin", lambda *_: looked.set())
+    event.listen(shop.eda.databases.engine, "checkin", lambda *_: looked.set())
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(reply.get, BOUND)
         assert looked.wait(BOUND)
         shop.answer(reply.correlation_id, {"result": 7})
-        shop.eda.engine.dispose()
+        shop.eda.databases.engine.dispose()
         if not (child := os.fork()):  # while the thread rests: SQLite must not be in use
             try:
                 os._exit(shop.eda.reply(reply.correlation_id).get(timeout=BOUND))
@@ -717,7 +723,7 @@ def test_a_durable_reply_that_nobody_asked_for_is_dropped(
     shop: Shop, arguments: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "celery_eda"), shop.eda.transaction() as session:
-        shop.eda._take_reply(session, *arguments)
+        shop.eda.requests.receive_reply(session, *arguments)
 
     assert shop.noted() == 0
     assert len([each for each in caplog.records if "is dropped" in each.message]) == 1

@@ -566,7 +566,7 @@ def test_another_saga_of_the_same_name_needs_the_next_version(eda: EDA) -> None:
     second = eda.saga("saga", version=2)(decision)
 
     assert isinstance(first, Saga)
-    assert sorted(eda.saga_definitions.known["saga"]) == [1, 2]
+    assert sorted(eda.sagas.definitions.known["saga"]) == [1, 2]
     assert second.definition.version == 2
 
 

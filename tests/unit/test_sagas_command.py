@@ -27,7 +27,7 @@ def eda(tmp_path: Path) -> EDA:
         eda_database_url=f"sqlite:///{tmp_path / 'service.db'}", eda_send_after_commit=False
     )
     eda = EDA(app)
-    upgrade.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.databases.engine, eda.databases.tables)
 
     @eda.saga("order")
     def order(steps: Steps) -> None:
@@ -43,18 +43,18 @@ def eda(tmp_path: Path) -> EDA:
 
 
 def run(eda: EDA, *arguments: str) -> Result:
-    context = CLIContext(app=eda.app, no_color=True, workdir=None)
+    context = CLIContext(app=eda.service.app, no_color=True, workdir=None)
     words = ["sagas", *arguments]
     return CliRunner().invoke(commands, words, obj=context, catch_exceptions=False)
 
 
 def answer(eda: EDA, saga: str, outcome: dict[str, Any]) -> None:
     """What the reply to the last command of a saga does."""
-    steps = eda.tables.saga_steps
+    steps = eda.databases.tables.saga_steps
     query = select(steps.c.request).where(steps.c.saga == saga, steps.c.request.is_not(None))
     with eda.transaction() as session:
         request: UUID = session.scalars(query.order_by(steps.c.id.desc()).limit(1)).one()
-        assert eda.sagas.receive_reply(session.connection(), request, outcome)
+        assert eda.sagas.coordinator.receive_reply(session.connection(), request, outcome)
 
 
 def state(eda: EDA, saga: str) -> str:
@@ -83,15 +83,15 @@ def test_a_person_decides_and_helps_on_what_is_parked(eda: EDA) -> None:
     again = run(eda, "signal", "one", "approved")
     assert again.exit_code == 1
     assert "does not wait for 'approved' any more" in again.stderr
-    answer(eda, "one", {"error": eda.remote_errors.to_wire(ValueError("no road"))})
+    answer(eda, "one", {"error": eda.requests.remote_errors.to_wire(ValueError("no road"))})
     assert state(eda, "one") == "parked"
     assert run(eda, "cancel", "one", "--yes").exit_code == 1, "it has passed its pivot"
 
     assert run(eda, "retry-step", "one", "pay").exit_code == 1, "nothing failed there"
     assert run(eda, "retry-step", "one", "deliver").exit_code == 0
-    answer(eda, "one", {"error": eda.remote_errors.to_wire(ValueError("no road"))})
+    answer(eda, "one", {"error": eda.requests.remote_errors.to_wire(ValueError("no road"))})
     assert run(eda, "resume", "one").exit_code == 0
-    answer(eda, "one", {"error": eda.remote_errors.to_wire(ValueError("no road"))})
+    answer(eda, "one", {"error": eda.requests.remote_errors.to_wire(ValueError("no road"))})
     assert run(eda, "skip-step", "one", "deliver", "--yes").exit_code == 0
 
     assert state(eda, "one") == "completed"
@@ -112,7 +112,9 @@ def test_a_cancelled_one_is_undone(eda: EDA) -> None:
 
 
 def test_an_error_is_shown_without_its_secrets(eda: EDA) -> None:
-    answer(eda, "one", {"error": eda.remote_errors.to_wire(ValueError("password=hunter2"))})
+    answer(
+        eda, "one", {"error": eda.requests.remote_errors.to_wire(ValueError("password=hunter2"))}
+    )
 
     shown = run(eda, "show", "one").stdout
 

@@ -21,13 +21,12 @@ from tests.support import PROJECT
 UPGRADE = """
 import sys
 from sqlalchemy import create_engine
-from celery_eda import upgrading
-from celery_eda.tables import Tables
+from celery_eda.databases import Tables, upgrade
 
 engine, tables = create_engine(sys.argv[1]), Tables.on()
 print("ready", flush=True)
 sys.stdin.read()
-upgrading.upgrade(engine, tables)
+upgrade.upgrade(engine, tables)
 """
 
 
@@ -70,7 +69,9 @@ def test_tables_of_an_older_version_are_refused(
 
 
 def test_the_revisions_are_known_by_the_names_of_their_files() -> None:
-    history = ScriptDirectory(str(PROJECT / "celery_eda" / "migrations")).walk_revisions()
+    history = ScriptDirectory(
+        str(PROJECT / "celery_eda" / "databases" / "migrations")
+    ).walk_revisions()
 
     assert schema.revisions() == [script.revision for script in history][::-1]
 

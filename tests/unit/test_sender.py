@@ -30,13 +30,17 @@ class Stumbling:
             raise AttributeError("a mistake of ours")
         return RelayResult(confirmed=len(ids))
 
+    def another(self) -> Any:
+        """The same one: there are no connections."""
+        return self
+
     def close(self) -> None:
         """Nothing is connected."""
 
 
 def test_what_is_committed_after_a_mistake_is_sent_all_the_same() -> None:
     relay: Any = Stumbling()
-    sender = CommitSender(lambda: relay)
+    sender = CommitSender(relay)
 
     sender.hand_off([1])
     eventually(lambda: relay.asked)
@@ -61,6 +65,10 @@ class Slow:
         self.done.set()
         return RelayResult(confirmed=len(ids))
 
+    def another(self) -> Any:
+        """The same one: there are no connections."""
+        return self
+
     def close(self) -> None:
         """Nothing is connected."""
 
@@ -71,7 +79,7 @@ def test_what_is_committed_while_the_sender_rests_leaves_together(
     """It rests for half a second, in which a thread that did not would take them one by one."""
     monkeypatch.setattr("celery_eda.outbox.sender.LONGEST_PAUSE", 10.0)
     relay: Any = Slow()
-    sender = CommitSender(lambda: relay)
+    sender = CommitSender(relay)
 
     sender.hand_off([1])
     assert relay.done.wait(BOUND)

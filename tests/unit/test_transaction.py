@@ -9,8 +9,9 @@ from sqlalchemy import Connection
 
 from celery_eda.core.message import Message
 from celery_eda.errors import AutocommitTransaction
-from celery_eda.outbox.transactions.base import Store, Transaction
+from celery_eda.outbox.transactions.base import Transaction
 from tests.support.messages import message
+from tests.support.outboxes import stand_in_outbox
 from tests.support.service import Service
 
 
@@ -21,7 +22,9 @@ def test_everything_captured_is_written_in_one_go(service: Service) -> None:
         batches.append(len(messages))
         return service.outbox.add(connection, messages)
 
-    transaction = Transaction(Store(add, service.store.hand_off, service.store_apart))
+    transaction = Transaction(
+        stand_in_outbox(add, service.store.writer.dispatch, service.store_apart)
+    )
     transaction.capture(message("a"))
     transaction.capture(message("b"))
     with service.engine.begin() as connection:
@@ -37,7 +40,9 @@ def test_a_failed_write_keeps_the_messages_so_that_a_second_commit_fails_too(
     def fail(connection: Connection, messages: Sequence[Message]) -> list[int]:
         raise OSError("the disk is full")
 
-    transaction = Transaction(Store(fail, service.store.hand_off, service.store_apart))
+    transaction = Transaction(
+        stand_in_outbox(fail, service.store.writer.dispatch, service.store_apart)
+    )
     transaction.capture(message("a"))
 
     with service.engine.begin() as connection:

@@ -1,1 +1,1 @@
-"""TITLE."""
+"""The service's own database as the broker: PostgreSQL and SQLite."""

@@ -21,10 +21,7 @@ from celery_eda.brokers.database.queueing import RANKS, Queueing
 from celery_eda.brokers.database.queues import Lease, Queued, Queues
 from celery_eda.brokers.database.sqlite import SQLiteQueues
 from celery_eda.brokers.database.sqlite_presence import file_of, refuse_remote
-from celery_eda.databases.postgresql import PostgreSQL
-from celery_eda.databases.registry import Dialect, dialect_of
-from celery_eda.databases.sqlite import SQLite
-from celery_eda.databases.tables import Tables
+from celery_eda.databases import Dialect, PostgreSQL, SQLite, Tables, dialect_of
 from celery_eda.errors import ConfigurationError
 
 #: The scheme before the ``+`` in the URL of a database as the broker: ``eda+sqlite:///queue.db``.

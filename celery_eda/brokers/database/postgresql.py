@@ -31,9 +31,7 @@ from sqlalchemy import (
 from celery_eda.brokers.database.postgresql_heartbeat import Heartbeat
 from celery_eda.brokers.database.postgresql_presence import Listening, channel_of, key_of, note_of
 from celery_eda.brokers.database.queueing import NOT_DUE, Passed, Presence, Queueing
-from celery_eda.databases.dialect import Values
-from celery_eda.databases.statements import cached_statement, quoted_name
-from celery_eda.databases.tables import Tables
+from celery_eda.databases import Tables, Values, cached_statement, quoted_name
 
 #: The columns of a message in a queue, and their types.
 _COLUMNS = {

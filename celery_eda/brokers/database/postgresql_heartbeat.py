@@ -19,7 +19,7 @@ from uuid import uuid4
 from sqlalchemy import Connection, Engine, func, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_eda.databases.tables import Tables
+from celery_eda.databases import Tables
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from zlib import crc32
 
 from sqlalchemy import Connection, func, select, text
 
-from celery_eda.databases.tables import Tables
+from celery_eda.databases import Tables
 from celery_eda.errors import ConfigurationError
 
 

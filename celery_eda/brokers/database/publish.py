@@ -18,7 +18,6 @@ from celery_eda.brokers.base import (
     CONFIRMED,
     PublishResult,
     Sendable,
-    declare,
     refused,
     subscribers,
     unknown,
@@ -26,10 +25,11 @@ from celery_eda.brokers.base import (
 )
 from celery_eda.brokers.database.broker import DatabaseBroker, kombu_message, queued
 from celery_eda.brokers.database.queues import Queued
+from celery_eda.brokers.topology import declare
 from celery_eda.core import addresses, checkpoints
 from celery_eda.core.event import EVENT_EXCHANGE
 from celery_eda.core.message import Message
-from celery_eda.databases.tables import Tables
+from celery_eda.databases import Tables
 
 OUTAGES = (SQLAlchemyError, OSError, OperationalError)
 

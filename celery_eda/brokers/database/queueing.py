@@ -21,9 +21,7 @@ from sqlalchemy import (
     update,
 )
 
-from celery_eda.databases.dialect import Dialect, Values
-from celery_eda.databases.statements import cached_statement
-from celery_eda.databases.tables import Tables
+from celery_eda.databases import Dialect, Tables, Values, cached_statement
 
 #: Ranks of messages: 0 comes first; within a rank, the lowest id does.
 RANKS = 10

@@ -25,7 +25,7 @@ from sqlalchemy import (
 
 from celery_eda.brokers.database.queueing import NOT_DUE, Passed, Presence, Queueing, lowest
 from celery_eda.core.clock import utc
-from celery_eda.databases.tables import Tables
+from celery_eda.databases import Tables
 
 #: The exchange that routes to every queue by the queue's name.
 BY_NAME = ""

@@ -20,9 +20,7 @@ from sqlalchemy import (
 
 from celery_eda.brokers.database.queueing import Passed, Presence, Queueing
 from celery_eda.brokers.database.sqlite_presence import Doorbell, folder_of, is_gone, wake_all
-from celery_eda.databases.dialect import Values
-from celery_eda.databases.statements import cached_statement
-from celery_eda.databases.tables import Tables
+from celery_eda.databases import Tables, Values, cached_statement
 
 
 class SQLiteQueues(Queueing):

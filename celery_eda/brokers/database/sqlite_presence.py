@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from sqlalchemy import URL, Connection, Engine
 
-from celery_eda.databases.tables import Tables
+from celery_eda.databases import Tables
 from celery_eda.errors import ConfigurationError
 
 #: File systems whose locks and pipes do not reach other machines, or cannot be relied on.

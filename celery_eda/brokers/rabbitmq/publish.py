@@ -18,8 +18,9 @@ from amqp.exceptions import AMQPError, Blocked, ConnectionForced
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from celery_eda.brokers.base import PublishResult, Sendable, Verdict, declare, refused, unknown
+from celery_eda.brokers.base import PublishResult, Sendable, Verdict, refused, unknown
 from celery_eda.brokers.rabbitmq.confirm_channel import ConfirmChannel, left, readable
+from celery_eda.brokers.topology import declare
 
 WINDOW = 1000  # messages in flight at the same time
 GOODBYE = 1.0  # seconds for an orderly close

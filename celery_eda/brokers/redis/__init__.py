@@ -1,1 +1,1 @@
-"""TITLE."""
+"""Redis and Valkey."""

@@ -17,9 +17,10 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis import exceptions
 
-from celery_eda.brokers.base import PublishResult, Sendable, Verdict, declare, unknown
+from celery_eda.brokers.base import PublishResult, Sendable, Verdict, unknown
 from celery_eda.brokers.redis.commands import Commands, first_failure, result_of_error, results_of
 from celery_eda.brokers.redis.envelopes import Payloads
+from celery_eda.brokers.topology import declare
 from celery_eda.core import checkpoints
 
 # Not kombu's own list: it contains KeyError, which here means a queue unknown to the app.

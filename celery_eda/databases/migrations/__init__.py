@@ -1,1 +1,1 @@
-"""The history of the tables, as Alembic revisions; :mod:`celery_eda.databases.upgrade` runs them."""
+"""The history of the tables, as Alembic revisions; ``databases.upgrade`` runs them."""

@@ -1,1 +1,1 @@
-"""TITLE."""
+"""Projections: tables that are maintained from events, and rebuilt from them."""

@@ -13,7 +13,7 @@ from sqlalchemy import Column, Connection, MetaData, Table, delete, insert, sele
 
 from celery_eda.core.event import Event
 from celery_eda.core.limits import NAME_LENGTH
-from celery_eda.databases.dialect import LostRace
+from celery_eda.databases import LostRace
 from celery_eda.errors import ConfigurationError, InvalidEvent
 
 #: A row of the table, by column.

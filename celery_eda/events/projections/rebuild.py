@@ -37,15 +37,14 @@ from celery_eda.core.arguments import Arguments
 from celery_eda.core.event import Event
 from celery_eda.core.identity import ORDER_HEADER, Lane, Position
 from celery_eda.core.message import Message
-from celery_eda.databases.types import LongText
+from celery_eda.databases import LongText
 from celery_eda.errors import InvalidEvent, RebuildError
 from celery_eda.events.projections.projection import Projection, Values
 from celery_eda.events.projections.shadows import Shadow, Shadows
 from celery_eda.events.registry import EventRegistry
 from celery_eda.events.replay import Replay
 from celery_eda.events.subscriptions import Subscriptions
-from celery_eda.ordering.cursor import Cursor, Turn
-from celery_eda.ordering.cursors import Cursors
+from celery_eda.ordering import Cursor, Cursors, Turn
 
 #: Events to feed in one transaction.
 AT_ONCE = 500
@@ -84,7 +83,7 @@ class Rebuild:
     engine: Engine
     shadows: Shadows
     subscriptions: Subscriptions
-    types: EventRegistry
+    registry: EventRegistry
     cursors: Cursors
     replay: Replay
 
@@ -112,7 +111,7 @@ class Rebuild:
     def _after(self, projection: Projection, row: Values | None, event: Event) -> Values | None:
         """Return the row after *event*; the function cannot publish."""
         with context.silenced(f"The projection {projection.name}"):
-            return projection(row, self.types.restored(event))
+            return projection(row, self.registry.restored(event))
 
     # ── the shadow ──────────────────────────────────────────────────────────────────────────
 

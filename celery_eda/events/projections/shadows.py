@@ -7,7 +7,7 @@ from enum import Enum
 
 from sqlalchemy import ColumnElement, Connection, Table, select, update
 
-from celery_eda.databases.dialect import Dialect
+from celery_eda.databases import Dialect
 
 
 class Shadow(str, Enum):

@@ -34,19 +34,19 @@ class Command(CeleryCommand):
             raise click.ClickException(printable(error)) from error
 
 
-def service_of(context: click.Context) -> EDA:
+def eda_of(context: click.Context) -> EDA:
     """The :class:`celery_eda.EDA` of the app that the command line names with ``-A``.
 
     Raises:
         ClickException: the app has none.
     """
     app = context.obj.app
-    service: EDA | None = getattr(app, "eda", None)
-    if service is None:
+    eda: EDA | None = getattr(app, "eda", None)
+    if eda is None:
         raise click.ClickException(
             f"The app {app.main or ''!r} is not extended. Add `eda = EDA(app)` to its module."
         )
-    return service
+    return eda
 
 
 @contextmanager

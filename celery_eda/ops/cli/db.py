@@ -7,7 +7,7 @@ from types import ModuleType
 
 import click
 
-from celery_eda.ops.cli.console import Command, service_of
+from celery_eda.ops.cli.console import Command, eda_of
 
 
 @click.group()
@@ -19,8 +19,8 @@ def db() -> None:
 @click.pass_context
 def upgrade(context: click.Context) -> None:
     """Create the tables, or bring them up to date."""
-    service = service_of(context)
-    _upgrading().upgrade(service.engine, service.tables)
+    eda = eda_of(context)
+    _upgrading().upgrade(eda.databases.engine, eda.databases.tables)
     click.echo("The tables are up to date.")
 
 
@@ -28,7 +28,7 @@ def upgrade(context: click.Context) -> None:
 @click.pass_context
 def check(context: click.Context) -> None:
     """Exit with 1 if the tables are missing or out of date."""
-    service_of(context).check()
+    eda_of(context).check()
     click.echo("The tables are up to date.")
 
 
@@ -36,8 +36,8 @@ def check(context: click.Context) -> None:
 @click.pass_context
 def sql(context: click.Context) -> None:
     """Print the DDL, for a DBA to run."""
-    service = service_of(context)
-    click.echo(_upgrading().sql(service.engine, service.tables))
+    eda = eda_of(context)
+    click.echo(_upgrading().sql(eda.databases.engine, eda.databases.tables))
 
 
 def _upgrading() -> ModuleType:

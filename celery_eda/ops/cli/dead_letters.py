@@ -26,14 +26,20 @@ from celery_eda.core import redaction
 from celery_eda.core.context import Capture
 from celery_eda.core.error_text import printable
 from celery_eda.core.identity import ORDER_HEADER
-from celery_eda.dead_letters.audit import Author
-from celery_eda.dead_letters.letter import Letter, LetterFilter, LetterState
-from celery_eda.dead_letters.repair import RepairResult, edited, in_order
+from celery_eda.dead_letters import (
+    Author,
+    Letter,
+    LetterFilter,
+    LetterState,
+    RepairResult,
+    edited,
+    in_order,
+)
 from celery_eda.errors import RepairError
 from celery_eda.ops.cli import letters_view as view
-from celery_eda.ops.cli.console import Command, confirm, report, service_of
+from celery_eda.ops.cli.console import Command, confirm, eda_of, report
 from celery_eda.ops.cli.options import MOMENT, JSONValue, Rate, as_json, options
-from celery_eda.outbox.transactions import join
+from celery_eda.outbox import join
 
 #: Letters read by one query.
 PAGE = 500
@@ -131,11 +137,11 @@ def _user() -> str:
 @click.pass_context
 def list_(context: click.Context, /, limit: int, after: int, as_json: bool, **which: Any) -> None:
     """List dead letters, oldest first. Exit code 1 if there are none."""
-    service = service_of(context)
+    eda = eda_of(context)
     wanted = _filter(**which)
-    with service.engine.connect() as connection:
-        letters = service.dead_letters.select(connection, wanted, limit, after)
-        total = service.dead_letters.count(connection, wanted)
+    with eda.databases.engine.connect() as connection:
+        letters = eda.dead_letters.store.select(connection, wanted, limit, after)
+        total = eda.dead_letters.store.count(connection, wanted)
     if as_json:
         summaries = [view.summary(each) for each in letters]
         click.echo(json.dumps({"total": total, "letters": summaries}))
@@ -153,12 +159,12 @@ def list_(context: click.Context, /, limit: int, after: int, as_json: bool, **wh
 @click.pass_context
 def show(context: click.Context, id: int, as_json: bool) -> None:
     """Show one letter: arguments, error, traceback, headers, history."""
-    service = service_of(context)
-    with service.engine.connect() as connection:
-        letter = service.dead_letters.find(connection, id)
+    eda = eda_of(context)
+    with eda.databases.engine.connect() as connection:
+        letter = eda.dead_letters.store.find(connection, id)
         if letter is None:
             raise click.ClickException(f"There is no letter {id}.")
-        history = service.repair.history(connection, letter)
+        history = eda.dead_letters.repair.history(connection, letter)
     if as_json:
         entries = [view.history_entry(each) for each in history]
         click.echo(json.dumps({**view.whole(letter), "history": entries}))
@@ -190,17 +196,17 @@ def edit(
     """Change the arguments of an open letter, before a redrive."""
     if args is None and kwargs is None:
         raise click.UsageError("Give new arguments: --args JSON, --kwargs JSON, or both.")
-    service = service_of(context)
+    eda = eda_of(context)
     if dry_run:
-        with service.engine.connect() as connection:
-            letter = service.dead_letters.find(connection, id)
+        with eda.databases.engine.connect() as connection:
+            letter = eda.dead_letters.store.find(connection, id)
         if letter is None or not letter.is_open:
             state = letter.state if letter else None
             raise click.ClickException(_already(RepairResult(id, state, fresh=False)))
         click.echo(printable(edited(letter, args, kwargs).body.decode()))
         return
-    change = partial(service.repair.edit, args=args, kwargs=kwargs)
-    _treat(service, [id], change, LetterState.open, _author(actor, why), as_json=as_json)
+    change = partial(eda.dead_letters.repair.edit, args=args, kwargs=kwargs)
+    _treat(eda, [id], change, LetterState.open, _author(actor, why), as_json=as_json)
 
 
 @dead_letters.command(cls=Command)
@@ -213,9 +219,9 @@ def edit(
 @click.pass_context
 def redrive(context: click.Context, /, out_of_order: bool, **options: Any) -> None:
     """Send letters again, those of one key in order. Redriving twice sends once."""
-    service = service_of(context)
-    send = partial(service.repair.redrive, out_of_order=out_of_order)
-    _in_bulk(service, "Redrive", send, LetterState.redriven, **options)
+    eda = eda_of(context)
+    send = partial(eda.dead_letters.repair.redrive, out_of_order=out_of_order)
+    _in_bulk(eda, "Redrive", send, LetterState.redriven, **options)
 
 
 @dead_letters.command(cls=Command)
@@ -223,8 +229,8 @@ def redrive(context: click.Context, /, out_of_order: bool, **options: Any) -> No
 @click.pass_context
 def skip(context: click.Context, /, **options: Any) -> None:
     """Give up messages that block their key; the next message of the key proceeds."""
-    service = service_of(context)
-    _in_bulk(service, "Skip", service.repair.skip, LetterState.skipped, **options)
+    eda = eda_of(context)
+    _in_bulk(eda, "Skip", eda.dead_letters.repair.skip, LetterState.skipped, **options)
 
 
 @dead_letters.command(cls=Command)
@@ -233,13 +239,13 @@ def skip(context: click.Context, /, **options: Any) -> None:
 @click.pass_context
 def discard(context: click.Context, /, awaited: bool, **options: Any) -> None:
     """Give up messages that no other message waits for."""
-    service = service_of(context)
-    give_up = partial(service.repair.discard, awaited=awaited)
-    _in_bulk(service, "Discard", give_up, LetterState.discarded, **options)
+    eda = eda_of(context)
+    give_up = partial(eda.dead_letters.repair.discard, awaited=awaited)
+    _in_bulk(eda, "Discard", give_up, LetterState.discarded, **options)
 
 
 def _in_bulk(
-    service: EDA,
+    eda: EDA,
     verb: str,
     treat: Treatment,
     aim: LetterState,
@@ -259,7 +265,7 @@ def _in_bulk(
     narrowed = any(value for name, value in which.items() if name != "state")
     if not (ids or narrowed or everything):
         raise click.UsageError("Choose letters by ids, by filters such as --task, or with --all.")
-    found = _found(service, _filter(ids=ids, **which), limit)
+    found = _found(eda, _filter(ids=ids, **which), limit)
     missing = sorted(set(ids) - {letter.id for letter in found}) if limit is None else []
     if dry_run:
         _show(found, as_json=as_json)
@@ -270,7 +276,7 @@ def _in_bulk(
         confirm(f"{verb} {len(found)} letters?", yes=yes)
     chosen = [letter.id for letter in found]
     author = _author(actor, why)
-    _treat(service, chosen, treat, aim, author, missing=missing, rate=rate, as_json=as_json)
+    _treat(eda, chosen, treat, aim, author, missing=missing, rate=rate, as_json=as_json)
 
 
 def _show(letters: Iterable[Letter], *, as_json: bool) -> None:
@@ -281,14 +287,14 @@ def _show(letters: Iterable[Letter], *, as_json: bool) -> None:
             click.echo(view.line(each))
 
 
-def _found(service: EDA, which: LetterFilter, limit: int | None) -> list[Letter]:
+def _found(eda: EDA, which: LetterFilter, limit: int | None) -> list[Letter]:
     """The chosen letters, in the order in which to treat them."""
     found: list[Letter] = []
-    with service.engine.connect() as connection:
+    with eda.databases.engine.connect() as connection:
         while limit is None or len(found) < limit:
             size = PAGE if limit is None else min(PAGE, limit - len(found))
             after = found[-1].id if found else 0
-            page = service.dead_letters.select(connection, which, size, after)
+            page = eda.dead_letters.store.select(connection, which, size, after)
             found += map(_shortened, page)
             if len(page) < size:
                 break
@@ -326,7 +332,7 @@ class Treated:
 
 
 def _treat(
-    service: EDA,
+    eda: EDA,
     ids: Sequence[int],
     treat: Treatment,
     aim: LetterState,
@@ -342,7 +348,7 @@ def _treat(
     results = []
     with _progress(ids, shown=not as_json) as progress:
         for id in _paced(progress, rate):
-            treated = _treated(service, treat, id, author)
+            treated = _treated(eda, treat, id, author)
             results.append(treated)
             if not as_json and (treated.error or not treated.end.fresh):
                 click.echo(printable(treated.error or _already(treated.end)), err=True)
@@ -359,10 +365,10 @@ def _treat(
         raise SystemExit(1)
 
 
-def _treated(service: EDA, treat: Treatment, id: int, author: Author) -> Treated:
+def _treated(eda: EDA, treat: Treatment, id: int, author: Author) -> Treated:
     try:
-        with service.engine.begin() as connection:
-            return Treated(treat(join.join(connection, service.store), id, author))
+        with eda.databases.engine.begin() as connection:
+            return Treated(treat(join(connection, eda.outbox), id, author))
     except RepairError as error:
         return Treated(RepairResult(id, None, fresh=False), str(error))
     except SQLAlchemyError as error:

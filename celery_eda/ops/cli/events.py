@@ -21,8 +21,8 @@ from kombu.utils import json as kombu_json
 from celery_eda.app.eda import EDA
 from celery_eda.core.error_text import printable
 from celery_eda.core.event import Event
-from celery_eda.events.store import EventFilter
-from celery_eda.ops.cli.console import Command, confirm, report, service_of
+from celery_eda.events import EventFilter
+from celery_eda.ops.cli.console import Command, confirm, eda_of, report
 from celery_eda.ops.cli.options import MOMENT, Rate, as_json, confirmed, options
 
 #: Events between two lines about the progress, and events deleted in one transaction.
@@ -67,9 +67,9 @@ def list_(context: click.Context, /, limit: int, as_json: bool, after: int, **ch
 @click.pass_context
 def show(context: click.Context, event_id: UUID) -> None:
     """Print one event in the JSON format of CloudEvents 1.0."""
-    service = service_of(context)
-    with service.engine.connect() as connection:
-        event = service.event_store.find(connection, event_id)
+    eda = eda_of(context)
+    with eda.databases.engine.connect() as connection:
+        event = eda.events.store.find(connection, event_id)
     if event is None:
         raise click.ClickException(f"This service has emitted no event {event_id}.")
     click.echo(json.dumps(_plain(event), indent=2))
@@ -111,12 +111,12 @@ def archive(
     if file.exists():
         raise click.ClickException(f"{file} exists. Give the name of a new file.")
     confirm(f"Move events into {file}?", yes=yes)
-    service, choice = (
-        service_of(context),
+    eda, choice = (
+        eda_of(context),
         EventFilter(**_aware({"until": until, "category": category})),
     )
-    number, last = _write(service.event_store.follow(service.engine, choice), file)
-    deleted = _delete(service, choice, last.position) if last and last.position else 0
+    number, last = _write(eda.events.store.follow(eda.databases.engine, choice), file)
+    deleted = _delete(eda, choice, last.position) if last and last.position else 0
     done = {"events": number, "deleted": deleted}
     report(done, f"{number} events are in {file}.", as_json=as_json)
     _require(last)
@@ -151,7 +151,7 @@ def replay(
     becomes a dead letter, because the original consequences were published long ago. Add
     --publish for a new subscription.
     """
-    service = service_of(context)
+    eda = eda_of(context)
     if dry_run:
         number = sum(1 for _ in _events(context, after, **choice))
         report({"events": number}, f"{number} events", as_json=as_json)
@@ -159,7 +159,7 @@ def replay(
     confirm(f"Send events to {printable(queue)} again?", yes=yes)
     number, last = 0, None
     chosen = EventFilter(**_aware(choice))
-    for last in service.replaying.replay(queue, chosen, after=after, publish=publish):
+    for last in eda.events.replay.replay(queue, chosen, after=after, publish=publish):
         number += 1
         if number % STEP == 0:
             click.echo(f"{number} events, up to position {last.position}", err=True)
@@ -189,12 +189,12 @@ def _write(events: Iterable[Event], file: Path) -> tuple[int, Event | None]:
     return number, last
 
 
-def _delete(service: EDA, choice: EventFilter, position: int) -> int:
+def _delete(eda: EDA, choice: EventFilter, position: int) -> int:
     """Delete the events of *choice* up to *position*; returns their number."""
     deleted = 0
     while True:
-        with service.engine.begin() as connection:
-            batch = service.event_store.delete(connection, choice, position, STEP)
+        with eda.databases.engine.begin() as connection:
+            batch = eda.events.store.delete(connection, choice, position, STEP)
         if not batch:
             return deleted
         deleted += batch
@@ -202,8 +202,8 @@ def _delete(service: EDA, choice: EventFilter, position: int) -> int:
 
 def _events(context: click.Context, after: int, **choice: Any) -> Iterator[Event]:
     """The chosen events, in the order of their positions, which are assigned where missing."""
-    service = service_of(context)
-    return service.event_store.follow(service.engine, EventFilter(**_aware(choice)), after=after)
+    eda = eda_of(context)
+    return eda.events.store.follow(eda.databases.engine, EventFilter(**_aware(choice)), after=after)
 
 
 def _aware(choice: dict[str, Any]) -> dict[str, Any]:

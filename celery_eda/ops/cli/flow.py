@@ -14,7 +14,7 @@ import click
 
 from celery_eda.app.eda import EDA
 from celery_eda.ops import asyncapi as specification
-from celery_eda.ops.cli.console import Command, service_of
+from celery_eda.ops.cli.console import Command, eda_of
 from celery_eda.ops.diagrams import flow as flows
 from celery_eda.ops.diagrams.flow import Flow
 
@@ -39,7 +39,7 @@ def flow(context: click.Context, format_: str, others: tuple[TextIO, ...]) -> No
 
     Each service knows its own part; add the flows of the others for the whole picture.
     """
-    found = [_flow_of(service_of(context))]
+    found = [_flow_of(eda_of(context))]
     for other in others:
         try:
             found.append(Flow.read(json.load(other)))
@@ -57,17 +57,17 @@ def asyncapi(context: click.Context, version: str) -> None:
     The document lists the events that the code emits by name or registers with `eda.event`, and
     the queues of the subscriptions.
     """
-    service = service_of(context)
+    eda = eda_of(context)
     document = specification.document(
-        _flow_of(service),
-        service.event_types,
-        service.subscriptions.by_queue,
+        _flow_of(eda),
+        eda.events.registry,
+        eda.events.subscriptions.by_queue,
         version,
     )
     click.echo(json.dumps(document, indent=2))
 
 
-def _flow_of(service: EDA) -> Flow:
-    subscriptions = service.subscriptions
+def _flow_of(eda: EDA) -> Flow:
+    subscriptions = eda.events.subscriptions
     listening = [*subscriptions.known.values(), *subscriptions.per_worker.values()]
-    return Flow.of(service.app, service.service, listening)
+    return Flow.of(eda.service.app, eda.service.name, listening)

@@ -11,8 +11,7 @@ from kombu.utils import json as kombu_json
 
 from celery_eda.core.arguments import Arguments
 from celery_eda.core.error_text import printable
-from celery_eda.dead_letters.audit import AuditEntry
-from celery_eda.dead_letters.letter import Letter
+from celery_eda.dead_letters import AuditEntry, Letter
 from celery_eda.errors import UnreadableBody
 
 #: Characters of an error shown in a list.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from celery_eda.core.error_text import printable
-from celery_eda.ops.cli.console import Command, confirm, report, service_of
+from celery_eda.ops.cli.console import Command, confirm, eda_of, report
 from celery_eda.ops.cli.options import as_json, confirmed
 
 
@@ -25,11 +25,11 @@ def new_epoch(context: click.Context, stream: str | None, yes: bool, as_json: bo
     Otherwise the numbers given since the backup would be given again, and consumers would take
     the new messages for old ones. Exit code 1 if no key has been numbered yet.
     """
-    service = service_of(context)
+    eda = eda_of(context)
     what = f"of {printable(stream)}" if stream else "of all tasks"
     confirm(f"Begin a new epoch {what}? Do so only after a restore.", yes=yes)
-    with service.engine.begin() as connection:
-        begun = service.sequences.begin_epoch(connection, stream)
+    with eda.databases.engine.begin() as connection:
+        begun = eda.ordering.sequences.begin_epoch(connection, stream)
     report({"begun": begun}, f"{begun} counts begin again.", as_json=as_json)
     if not begun:
         raise SystemExit(1)

@@ -20,11 +20,8 @@ from celery_eda.app.eda import EDA
 from celery_eda.core.error_text import printable
 from celery_eda.core.event import Event
 from celery_eda.errors import InvalidEvent
-from celery_eda.events.projections.projection import Projection
-from celery_eda.events.projections.rebuild import Difference
-from celery_eda.events.projections.shadows import Shadow
-from celery_eda.events.store import EventFilter
-from celery_eda.ops.cli.console import Command, channel_of, confirm, report, service_of
+from celery_eda.events import Difference, EventFilter, Projection, Shadow
+from celery_eda.ops.cli.console import Command, channel_of, confirm, eda_of, report
 from celery_eda.ops.cli.options import MOMENT, as_json, confirmed
 
 
@@ -42,8 +39,8 @@ def list_(context: click.Context, as_json: bool) -> None:
     The lag of a projection for which events are waiting is the age of the newest event that it
     has handled; otherwise it is 0.
     """
-    service = service_of(context)
-    found = [_state(context, service, each) for each in service.projections.known.values()]
+    eda = eda_of(context)
+    found = [_state(context, eda, each) for each in eda.events.projections.known.values()]
     if as_json:
         click.echo(json.dumps(found))
     else:
@@ -77,12 +74,12 @@ def rebuild(
     must hold whole categories from their first event. Repeat the command to continue after an
     interruption, or with newer events.
     """
-    service, projection = _found(context, name)
-    _begin(service, projection, Shadow.following if at is None else Shadow.frozen, anew=anew)
-    events = _stored(service, name) if log is None else _read(log)
+    eda, projection = _found(context, name)
+    _begin(eda, projection, Shadow.following if at is None else Shadow.frozen, anew=anew)
+    events = _stored(eda, name) if log is None else _read(log)
     number = 0
     try:
-        for number in service.projecting.feed(projection, _until(events, at), set(skip)):
+        for number in eda.events.rebuild.feed(projection, _until(events, at), set(skip)):
             click.echo(f"{number} events", err=True)
     except OperationalError as error:
         reason = printable(error.orig)
@@ -98,9 +95,9 @@ def rebuild(
 @click.pass_context
 def compare(context: click.Context, name: str, as_json: bool) -> None:
     """Compare the shadow with the live table, which handles no event meanwhile."""
-    service, projection = _found(context, name)
-    with service.engine.begin() as connection:
-        difference = service.projecting.compare(connection, projection)
+    eda, projection = _found(context, name)
+    with eda.databases.engine.begin() as connection:
+        difference = eda.events.rebuild.compare(connection, projection)
     _print(difference, as_json=as_json)
     if difference.rows or difference.behind:
         raise SystemExit(1)
@@ -113,10 +110,10 @@ def compare(context: click.Context, name: str, as_json: bool) -> None:
 @click.pass_context
 def swap(context: click.Context, name: str, yes: bool, as_json: bool) -> None:
     """Replace the rows of the live table with its shadow's, in one transaction, and drop it."""
-    service, projection = _found(context, name)
+    eda, projection = _found(context, name)
     table = printable(projection.table.fullname)
     confirm(f"Replace the rows of {table} with those of its shadow?", yes=yes)
-    _print(service.projecting.swap(projection), as_json=as_json)
+    _print(eda.events.rebuild.swap(projection), as_json=as_json)
 
 
 @projections.command(cls=Command)
@@ -125,42 +122,42 @@ def swap(context: click.Context, name: str, yes: bool, as_json: bool) -> None:
 @click.pass_context
 def discard(context: click.Context, name: str, yes: bool) -> None:
     """Drop the shadow."""
-    service, projection = _found(context, name)
+    eda, projection = _found(context, name)
     confirm(f"Drop {printable(projection.shadow.fullname)}?", yes=yes)
-    service.projecting.discard(projection)
+    eda.events.rebuild.discard(projection)
     click.echo(printable(f"{projection.shadow.fullname} is dropped."))
 
 
 def _found(context: click.Context, name: str) -> tuple[EDA, Projection]:
     """The service, and its projection called *name*."""
-    service = service_of(context)
-    if (projection := service.projections.known.get(name)) is None:
-        names = ", ".join(sorted(service.projections.known)) or "none"
+    eda = eda_of(context)
+    if (projection := eda.events.projections.known.get(name)) is None:
+        names = ", ".join(sorted(eda.events.projections.known)) or "none"
         raise click.ClickException(printable(f"There is no projection {name}; there are: {names}."))
-    return service, projection
+    return eda, projection
 
 
-def _begin(service: EDA, projection: Projection, wanted: Shadow, *, anew: bool) -> None:
+def _begin(eda: EDA, projection: Projection, wanted: Shadow, *, anew: bool) -> None:
     """Begin a shadow, unless an unfinished one of the *wanted* kind can be continued."""
-    with service.engine.connect() as connection:
-        existing = service.shadows.find(connection, projection.name)
+    with eda.databases.engine.connect() as connection:
+        existing = eda.events.shadows.find(connection, projection.name)
     if existing is None or anew:
-        service.projecting.begin(projection, wanted)
+        eda.events.rebuild.begin(projection, wanted)
     elif existing is not wanted:
         raise click.ClickException(
             f"Its shadow is {existing.value}. Add --anew to begin another one."
         )
 
 
-def _state(context: click.Context, service: EDA, projection: Projection) -> dict[str, Any]:
+def _state(context: click.Context, eda: EDA, projection: Projection) -> dict[str, Any]:
     name = projection.name
-    queue = service.subscriptions.name_of(service.subscriptions.known[name])
+    queue = eda.events.subscriptions.name_of(eda.events.subscriptions.known[name])
     with channel_of(context) as channel:
-        waiting = service.event_queues.waiting(channel, queue) or 0
-    with service.engine.connect() as connection:
-        shadow = service.shadows.find(connection, name)
-        parked = service.cursors.count_parked(connection, name)
-        newest = service.inbox.newest(connection, name)
+        waiting = eda.events.queues.waiting(channel, queue) or 0
+    with eda.databases.engine.connect() as connection:
+        shadow = eda.events.shadows.find(connection, name)
+        parked = eda.ordering.cursors.count_parked(connection, name)
+        newest = eda.inbox.store.newest(connection, name)
     lag = None if newest is None else (datetime.now(timezone.utc) - newest).total_seconds()
     return {
         "name": name,
@@ -181,10 +178,10 @@ def _line(state: dict[str, Any]) -> str:
     return f"{state['name']}: {state['table']}, {waits}, {lag} behind{shadow}"
 
 
-def _stored(service: EDA, name: str) -> Iterator[Event]:
+def _stored(eda: EDA, name: str) -> Iterator[Event]:
     """The stored events of the categories to which the projection *name* subscribes."""
-    for category in service.subscriptions.known[name].categories:
-        yield from service.event_store.follow(service.engine, EventFilter(category=category))
+    for category in eda.events.subscriptions.known[name].categories:
+        yield from eda.events.store.follow(eda.databases.engine, EventFilter(category=category))
 
 
 def _read(log: TextIO) -> Iterator[Event]:

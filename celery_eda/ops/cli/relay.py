@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from celery_eda.ops.cli.console import Command, report, service_of
+from celery_eda.ops.cli.console import Command, eda_of, report
 from celery_eda.ops.cli.options import as_json
 
 
@@ -17,11 +17,11 @@ from celery_eda.ops.cli.options import as_json
 @click.pass_context
 def relay(context: click.Context, once: bool, as_json: bool) -> None:
     """Send committed messages to the broker. Several relays may run at once."""
-    service = service_of(context)
+    eda = eda_of(context)
     context.obj.app.log.setup()
-    service.check()
-    service.note_subscriptions()
-    runner = service.relay()
+    eda.check()
+    eda.events.record_queues()
+    runner = eda.outbox.relay()
     if not once:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: runner.stop())

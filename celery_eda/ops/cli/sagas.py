@@ -14,11 +14,10 @@ import click
 from sqlalchemy import Connection
 
 from celery_eda.core.error_text import printable
-from celery_eda.ops.cli.console import Command, confirm, service_of
+from celery_eda.ops.cli.console import Command, confirm, eda_of
 from celery_eda.ops.cli.options import as_json, confirmed
 from celery_eda.ops.diagrams import sagas as pictures
-from celery_eda.sagas.coordinator import Coordinator
-from celery_eda.sagas.store import HistoryEntry, SagaInstance, State
+from celery_eda.sagas import Coordinator, HistoryEntry, SagaInstance, State
 
 
 @click.group(name="sagas")
@@ -36,10 +35,10 @@ def list_(
     context: click.Context, state: str | None, name: str | None, limit: int, as_json: bool
 ) -> None:
     """List sagas, the most recently changed first."""
-    service = service_of(context)
-    with service.engine.connect() as connection:
+    eda = eda_of(context)
+    with eda.databases.engine.connect() as connection:
         wanted = None if state is None else State(state)
-        found = service.sagas.store.select(connection, wanted, name, limit)
+        found = eda.sagas.coordinator.store.select(connection, wanted, name, limit)
     if as_json:
         click.echo(json.dumps([_plain(each) for each in found], default=str))
     else:
@@ -56,11 +55,11 @@ def list_(
 @click.pass_context
 def show(context: click.Context, id: str, as_json: bool) -> None:
     """Show one saga and its history: steps, attempts, waits, compensations, decisions."""
-    service = service_of(context)
-    with service.engine.connect() as connection:
-        saga = service.sagas.store.find(connection, id)
-        history = service.sagas.store.history(connection, id)
-        parts = service.sagas.store.sub_sagas(connection, id)
+    eda = eda_of(context)
+    with eda.databases.engine.connect() as connection:
+        saga = eda.sagas.coordinator.store.find(connection, id)
+        history = eda.sagas.coordinator.store.history(connection, id)
+        parts = eda.sagas.coordinator.store.sub_sagas(connection, id)
     entries = [_entry(each) for each in history]
     if as_json:
         sub_sagas = [_plain(each) for each in parts]
@@ -80,7 +79,7 @@ def show(context: click.Context, id: str, as_json: bool) -> None:
 @click.pass_context
 def draw(context: click.Context, name: str, version: int | None) -> None:
     """Print the flow chart of the definition NAME as Mermaid text. Needs no database."""
-    versions = service_of(context).saga_definitions.known.get(name, {})
+    versions = eda_of(context).sagas.definitions.known.get(name, {})
     if not versions or version not in (None, *versions):
         known = ", ".join(map(str, sorted(versions))) or "none"
         raise click.ClickException(
@@ -144,9 +143,9 @@ def skip_step(context: click.Context, id: str, place: str, yes: bool) -> None:
 
 def _act(context: click.Context, act: Callable[[Coordinator, Connection], None]) -> None:
     """Call *act* in one transaction, together with the messages that the saga then sends."""
-    service = service_of(context)
-    with service.transaction() as session:
-        act(service.sagas, session.connection())
+    eda = eda_of(context)
+    with eda.transaction() as session:
+        act(eda.sagas.coordinator, session.connection())
     click.echo("Done.")
 
 

@@ -13,8 +13,8 @@ import click
 
 from celery_eda.app.eda import EDA
 from celery_eda.core.error_text import printable
-from celery_eda.events.subscriptions import PREFIX, Subscription
-from celery_eda.ops.cli.console import Command, channel_of, confirm, service_of
+from celery_eda.events import PREFIX, Subscription
+from celery_eda.ops.cli.console import Command, channel_of, confirm, eda_of
 from celery_eda.ops.cli.options import as_json, confirmed
 
 
@@ -32,10 +32,10 @@ def list_(context: click.Context, as_json: bool) -> None:
     The list includes subscriptions that were removed from the code while their queues still exist
     and fill up.
     """
-    service = service_of(context)
+    eda = eda_of(context)
     found = [
-        *_states(context, service.subscriptions.by_queue, gone=False),
-        *_states(context, _gone(service), gone=True),
+        *_states(context, eda.events.subscriptions.by_queue, gone=False),
+        *_states(context, _gone(eda), gone=True),
     ]
     if as_json:
         click.echo(json.dumps(found))
@@ -54,11 +54,11 @@ def declare(context: click.Context) -> None:
 
     From then on the queues collect events. Workers and relays also declare them at their start.
     """
-    service = service_of(context)
-    service.note_subscriptions()
+    eda = eda_of(context)
+    eda.events.record_queues()
     with channel_of(context) as channel:
-        service.event_queues.declare(channel)
-    click.echo(f"{len(service.subscriptions.known)} subscriptions are declared.")
+        eda.events.queues.declare(channel)
+    click.echo(f"{len(eda.events.subscriptions.known)} subscriptions are declared.")
 
 
 @subscriptions.command(cls=Command)
@@ -72,17 +72,17 @@ def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
         raise click.ClickException(
             f"{queue} is not the queue of a subscription; their names begin with {PREFIX!r}."
         )
-    service = service_of(context)
-    if queue in service.subscriptions.by_queue:
+    eda = eda_of(context)
+    if queue in eda.events.subscriptions.by_queue:
         raise click.ClickException(
             f"This app still subscribes with {queue}. Remove the handler first, or its worker "
             "will declare the queue again."
         )
     with channel_of(context) as channel:
-        waiting = service.event_queues.waiting(channel, queue)
+        waiting = eda.events.queues.waiting(channel, queue)
     if waiting is None:
-        with service.engine.begin() as connection:
-            service.declarations.forget(connection, queue)
+        with eda.databases.engine.begin() as connection:
+            eda.events.declarations.forget(connection, queue)
         raise click.ClickException(f"The broker has no queue {queue}.")
     if waiting and not force:
         raise click.ClickException(
@@ -91,9 +91,9 @@ def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
         )
     confirm(f"Delete {printable(queue)}?", yes=yes)
     with channel_of(context) as channel:
-        service.event_queues.drop(channel, queue)
-    with service.engine.begin() as connection:
-        service.declarations.forget(connection, queue)
+        eda.events.queues.drop(channel, queue)
+    with eda.databases.engine.begin() as connection:
+        eda.events.declarations.forget(connection, queue)
     click.echo(f"{queue} is deleted.")
 
 
@@ -105,18 +105,18 @@ def _line(state: dict[str, Any]) -> str:
     return f"{state['task']}: {patterns}{order}; {state['queue']}: {queued}{gone}"
 
 
-def _gone(service: EDA) -> dict[str, Subscription]:
+def _gone(eda: EDA) -> dict[str, Subscription]:
     """Subscriptions whose queues this service has declared, but which its code no longer has."""
-    with service.engine.connect() as connection:
-        declared = service.declarations.all(connection)
-    known = service.subscriptions.by_queue
+    with eda.databases.engine.connect() as connection:
+        declared = eda.events.declarations.all(connection)
+    known = eda.events.subscriptions.by_queue
     return {queue: each for queue, each in declared.items() if queue not in known}
 
 
 def _states(
     context: click.Context, by_queue: dict[str, Subscription], *, gone: bool
 ) -> Iterator[dict[str, Any]]:
-    queues = service_of(context).event_queues
+    queues = eda_of(context).events.queues
     for queue, subscription in sorted(by_queue.items()):
         # One channel per queue, since RabbitMQ closes the channel if the queue does not exist.
         with channel_of(context) as channel:

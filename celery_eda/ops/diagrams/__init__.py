@@ -1,1 +1,1 @@
-"""TITLE."""
+"""Diagrams of flows and sagas, as Mermaid text."""

@@ -17,8 +17,7 @@ from typing import Any
 from celery import Celery, Task
 
 from celery_eda.core import topics
-from celery_eda.events.projections.projection import Projection
-from celery_eda.events.subscriptions import Subscription
+from celery_eda.events import Projection, Subscription
 from celery_eda.ops.diagrams.graph import Edge, Graph, Node
 
 #: Stands for a computed name.

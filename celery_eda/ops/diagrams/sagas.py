@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from celery_eda.ops.diagrams.graph import Edge, Graph, Node
-from celery_eda.sagas.definition import (
+from celery_eda.sagas import (
     Block,
     Choice,
     Condition,

@@ -18,16 +18,18 @@ from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import Queue
 from kombu.utils.imports import symbol_by_name
 
-from celery_eda.brokers import SafeConnection
-from celery_eda.brokers.rabbitmq import dead_letter_exchange
+from celery_eda.brokers import SafeConnection, dead_letter_exchange
 from celery_eda.core import addresses, context
 from celery_eda.core.addresses import REPLY_HEADER
 from celery_eda.core.identity import HEADERS, Identity, Lane
 from celery_eda.core.message import Message
+from celery_eda.core.service import service_of
 from celery_eda.ordering import keys
 from celery_eda.outbox import result_backend
 from celery_eda.outbox.capture.call_templates import CallTemplates
 from celery_eda.outbox.capture.recorder import RecordingPool, RecordingProducer
+from celery_eda.outbox.publisher import publishing
+from celery_eda.outbox.wiring import Outbox
 
 #: The longest delay of a message in the outbox; dates in databases end in the year 9999.
 LONGEST_DELAY = timedelta(days=36500)
@@ -39,15 +41,15 @@ class CapturingAMQP(AMQP):
     @cached_property
     def Connection(self) -> Callable[..., SafeConnection]:  # noqa: N802  # Celery's name for it
         """Makes connections to the broker; in a database, ``eda_*`` settings name its tables."""
-        return partial(SafeConnection.made, lambda: self.app.eda.tables)
+        return partial(SafeConnection.made, service_of(self.app))
 
     @property
     def queues_cls(self) -> Any:
         """Celery's collection of queues, each with the limit ``eda_delivery_limit``."""
-        base, eda = super().queues_cls, self.app.eda
-        if not (limit := eda.settings.delivery_limit):
+        base, service = super().queues_cls, service_of(self.app)
+        if not (limit := service.settings.delivery_limit):
             return base
-        return dead_letter_exchange.with_delivery_limit(base, limit, eda.service)
+        return dead_letter_exchange.with_delivery_limit(base, limit, service.name)
 
     @property
     def producer_pool(self) -> Any:
@@ -105,14 +107,14 @@ class CapturingAMQP(AMQP):
         if key is None:
             key_of = getattr(self.app.tasks.get(task), "ordering_key", None)
             key = key_of and key_of(*body[0], **body[1])
-        return None if key is None else keys.ordering_key(self.app.eda.service, task, key)
+        return None if key is None else keys.ordering_key(service_of(self.app).name, task, key)
 
     def _captured(
         self, task: str, identity: Identity, lane: Lane | None, recorder: RecordingProducer
     ) -> Message:
         recorded = recorder.recorded
         headers = recorded.pop("headers")
-        reliable = REPLY_HEADER in headers or self.app.eda.is_reliable(task)
+        reliable = REPLY_HEADER in headers or service_of(self.app).is_reliable(task)
         if headers.get("expires") and reliable:
             # The broker would drop it unseen. A worker that receives it makes it a dead letter.
             recorded["properties"].pop("expiration", None)
@@ -182,19 +184,19 @@ def _without_ours(headers: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in headers.items() if name not in HEADERS}
 
 
-def wrap_send_task(app: Celery) -> None:
+def wrap_send_task(app: Celery, outbox: Outbox) -> None:
     """Route every ``send_task`` of *app* through the publisher.
 
     Inside a transaction the call is captured; outside one, ``eda_outside`` decides.
     """
     send_task = app.send_task
-    templates = CallTemplates(app, send_task)
+    templates = CallTemplates(app, outbox, send_task)
 
     @wraps(send_task)
     def send_task_or_capture(
         name: str, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any
     ) -> Any:
-        with app.eda.publisher.publishing(name):
+        with publishing(outbox, name):
             transaction = context.current_transaction()
             if transaction is None or rest:
                 return send_task(name, args, kwargs, *rest, **options)

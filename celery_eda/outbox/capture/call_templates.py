@@ -29,9 +29,10 @@ from celery_eda.core.context import Capture
 from celery_eda.core.identity import ID_HEADER, Identity, Lane
 from celery_eda.core.message import Encoded, Message
 from celery_eda.core.template import Template
+from celery_eda.outbox.wiring import Outbox
 
 if TYPE_CHECKING:
-    from celery_eda.brokers.base import EnvelopeTemplate
+    from celery_eda.brokers import EnvelopeTemplate
 
 #: Options of a call that a template can have: calls with the same values have alike messages.
 ALIKE = frozenset(
@@ -99,7 +100,7 @@ class CallTemplate:
     envelope: EnvelopeTemplate | None
 
     @classmethod
-    def of(cls, app: Celery, first: Message, serializer: str) -> CallTemplate:
+    def of(cls, app: Celery, outbox: Outbox, first: Message, serializer: str) -> CallTemplate:
         """A template of a message that Celery made.
 
         Raises:
@@ -114,7 +115,7 @@ class CallTemplate:
             headers={**first.headers, **{name: marks[name] for name in headers}},
             properties={**first.properties, **{name: marks[name] for name in PROPERTIES}},
         )
-        texts = app.eda.outbox.encode(marked)
+        texts = outbox.store.encode(marked)
         return cls(
             first.with_encoded(None, body=b""),
             serializer,
@@ -160,7 +161,8 @@ class CallTemplates:
         send_task: Celery's own function.
     """
 
-    def __init__(self, app: Celery, send_task: Callable[..., Any]) -> None:
+    def __init__(self, app: Celery, outbox: Outbox, send_task: Callable[..., Any]) -> None:
+        self._outbox = outbox
         self._app = app
         self._send_task = send_task
         # None for a kind of which Celery has to make each message.
@@ -276,7 +278,7 @@ class CallTemplates:
         serializer = options.get("serializer") or self._app.conf.task_serializer
         try:
             [message] = messages
-            template = CallTemplate.of(self._app, message, serializer)
+            template = CallTemplate.of(self._app, self._outbox, message, serializer)
         except ValueError:
             return None
         values = self._values(template, message.headers["id"], message.identity, arguments, parent)
@@ -284,7 +286,7 @@ class CallTemplates:
         content = (message.content_type, message.content_encoding, message.body)
         same = (
             again == message
-            and again.encoded == self._app.eda.outbox.encode(message)
+            and again.encoded == self._outbox.store.encode(message)
             and template.body(arguments) == content
         )
         return template if same else None

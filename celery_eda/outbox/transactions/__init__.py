@@ -1,1 +1,1 @@
-"""TITLE."""
+"""Transactions of the user, which the messages published in them belong to."""

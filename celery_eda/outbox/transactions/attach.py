@@ -31,9 +31,9 @@ from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 from celery_eda.core import context
 from celery_eda.outbox.transactions import connection as joined_connection
 from celery_eda.outbox.transactions import session as joined_session
-from celery_eda.outbox.transactions.base import Store
 from celery_eda.outbox.transactions.connection import JoinedConnection
 from celery_eda.outbox.transactions.session import JoinedSession
+from celery_eda.outbox.wiring import Outbox
 
 # The types of sqlalchemy.ext.asyncio cannot be imported without greenlet.
 if TYPE_CHECKING:
@@ -53,13 +53,13 @@ _READS = re.compile(
 _users: WeakKeyDictionary[Connection, ref[AttachedSession]] = WeakKeyDictionary()
 
 
-def attach(target: Any, store: Store) -> None:
+def attach(target: Any, outbox: Outbox) -> None:
     """Capture the messages that are published while a session of *target* is open.
 
     Args:
         target: a sessionmaker, async_sessionmaker or scoped_session on the database that holds
             the outbox. Sessions made before this call are not attached.
-        store: where the messages go.
+        outbox: of the service, which the messages are written to.
 
     Raises:
         TypeError: *target* is none of these.
@@ -67,14 +67,14 @@ def attach(target: Any, store: Store) -> None:
     listen()
     match target:
         case sessionmaker():
-            target.class_ = _attached(target.class_, store)
+            target.class_ = _attached(target.class_, outbox)
         case _ if hasattr(getattr(target, "class_", None), "sync_session_class"):
             sync = target.kw.get("sync_session_class") or target.class_.sync_session_class
-            target.kw["sync_session_class"] = _attached(sync, store)
+            target.kw["sync_session_class"] = _attached(sync, outbox)
             if not issubclass(target.class_, AttachedAsyncSession):
                 target.class_ = _mixed(AttachedAsyncSession, target.class_)
         case _ if hasattr(target, "session_factory"):
-            attach(target.session_factory, store)
+            attach(target.session_factory, outbox)
         case _:
             raise TypeError(
                 f"{target!r} makes no sessions. Pass a sessionmaker, async_sessionmaker or "
@@ -82,10 +82,10 @@ def attach(target: Any, store: Store) -> None:
             )
 
 
-def _attached(base: type[Session], store: Store) -> type[Session]:
+def _attached(base: type[Session], outbox: Outbox) -> type[Session]:
     if issubclass(base, AttachedSession):
         return base
-    return _mixed(AttachedSession, base, store=store)
+    return _mixed(AttachedSession, base, _outbox=outbox)
 
 
 def _mixed(mixin: type[Any], base: type[Any], **attributes: Any) -> type[Any]:
@@ -102,8 +102,8 @@ class AttachedTransaction(JoinedSession):
         failed: True if the session is closed because of an exception.
     """
 
-    def __init__(self, session: Session, store: Store) -> None:
-        super().__init__(session, store)
+    def __init__(self, session: Session, outbox: Outbox) -> None:
+        super().__init__(session, outbox)
         self.scope: context.Scope | None = None
         self.outer: JoinedConnection | None = None
         self.open()
@@ -127,7 +127,7 @@ class AttachedTransaction(JoinedSession):
         progress = context.in_progress.get()
         if progress is None or progress.finished:
             return None
-        return joined_connection.join(progress.connection, self.store)
+        return joined_connection.join(progress.connection, self.outbox)
 
     def close(self) -> None:
         """Settle the messages that no transaction has written: the session is closed or gone."""
@@ -159,26 +159,26 @@ class AttachedTransaction(JoinedSession):
         """Drop the messages if the session wrote or failed, else store them apart."""
         undone = (self.rolled_back or self.failed) and not self.has_committed
         if self.captured and not self.wrote and not undone:
-            self.store_apart()
+            self.write_now()
         self.rolled_back = self.rolled_back or self.failed
         super().drop()
         self.wrote = False
 
-    def store_apart(self) -> None:
+    def write_now(self) -> None:
         """Store the messages apart, unless the session is part of a transaction still open."""
         outer, session = self.outer, self._session()
         if session and isinstance(session.bind, Connection):
-            outer = joined_connection.join(session.bind, self.store)
+            outer = joined_connection.join(session.bind, self.outbox)
         if outer and outer.is_open:
             outer.merge(self)
         else:
-            super().store_apart()
+            super().write_now()
 
 
 class AttachedSession(Session):
     """A session that captures messages from its creation until it is closed."""
 
-    store: ClassVar[Store]
+    _outbox: ClassVar[Outbox]
     warned: ClassVar[bool] = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -188,7 +188,7 @@ class AttachedSession(Session):
         super().__init__(*arguments, **options)
         # Held by the session, not by its transaction: a traceback may lead to the session.
         self._handled_before = sys.exc_info()[1]
-        self._joined = AttachedTransaction(self, self.store)
+        self._joined = AttachedTransaction(self, self._outbox)
         finalize(self, self._joined.close)
 
     def get_bind(self, *arguments: Any, **options: Any) -> Engine | Connection:

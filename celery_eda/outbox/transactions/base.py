@@ -7,8 +7,6 @@ only, so that it finds no message that was not committed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from weakref import ref
 
 from sqlalchemy import Connection
@@ -18,27 +16,8 @@ from celery_eda.core.context import Capture
 from celery_eda.core.identity import Identity
 from celery_eda.core.message import Message
 from celery_eda.errors import AutocommitTransaction
-
-RowId = int
-QueueName = str
-#: Where a message was written: the id of its row in the outbox, or the name of its queue in this
-#: database.
-Written = RowId | QueueName
-
-
-@dataclass(frozen=True)
-class Store:
-    """The destination of captured messages.
-
-    Attributes:
-        add: writes messages through a connection; returns where each was written.
-        hand_off: notifies the sender of messages that may have been committed.
-        add_apart: writes messages in a short transaction of its own, and hands them off.
-    """
-
-    add: Callable[[Connection, Sequence[Message]], Sequence[Written]]
-    hand_off: Callable[[list[Written]], None]
-    add_apart: Callable[[Sequence[Message]], None]
+from celery_eda.outbox.wiring import Outbox
+from celery_eda.outbox.writer import Written
 
 
 class Transaction(Capture):
@@ -49,8 +28,8 @@ class Transaction(Capture):
         written: where messages were written that may not be committed yet.
     """
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, outbox: Outbox) -> None:
+        self.outbox = outbox
         self.captured: list[Message] = []
         self.written: list[Written] = []
         self._merged_into: ref[Transaction] | None = None
@@ -77,7 +56,7 @@ class Transaction(Capture):
         if not self.captured:
             return
         refuse_autocommit(connection)
-        self.written += self.store.add(connection, tuple(self.captured))
+        self.written += self.outbox.writer.write(connection, tuple(self.captured))
         self.captured.clear()
         checkpoints.reach("outbox.written")
 
@@ -97,7 +76,7 @@ class Transaction(Capture):
         written, self.written = self.written, []
         if written:
             checkpoints.reach("publish.committed")
-            self.store.hand_off(written)
+            self.outbox.writer.dispatch(written)
 
 
 def refuse_autocommit(connection: Connection) -> None:

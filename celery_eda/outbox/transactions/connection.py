@@ -15,7 +15,8 @@ from sqlalchemy import Connection, Engine, ExceptionContext, event
 from sqlalchemy.pool import Pool
 
 from celery_eda.core.message import Message
-from celery_eda.outbox.transactions.base import Store, Transaction, refuse_autocommit
+from celery_eda.outbox.transactions.base import Transaction, refuse_autocommit
+from celery_eda.outbox.wiring import Outbox
 
 _joined: WeakKeyDictionary[Connection, JoinedConnection] = WeakKeyDictionary()
 _KEY = "celery_eda"
@@ -26,10 +27,10 @@ def find(connection: Connection) -> JoinedConnection | None:
     return _joined.get(connection)
 
 
-def join(connection: Connection, store: Store) -> JoinedConnection:
+def join(connection: Connection, outbox: Outbox) -> JoinedConnection:
     """The one transaction of *connection*, made if it has none yet."""
     if (joined := find(connection)) is None:
-        joined = _joined[connection] = JoinedConnection(connection, store)
+        joined = _joined[connection] = JoinedConnection(connection, outbox)
     return joined
 
 
@@ -41,8 +42,8 @@ class JoinedConnection(Transaction):
         ending: True while the commit is under way, when a message is written at once.
     """
 
-    def __init__(self, connection: Connection, store: Store) -> None:
-        super().__init__(store)
+    def __init__(self, connection: Connection, outbox: Outbox) -> None:
+        super().__init__(outbox)
         self._connection = ref(connection)
         self.contributors: list[Transaction] = []
         self.ending = False

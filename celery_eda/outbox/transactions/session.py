@@ -17,8 +17,9 @@ from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from celery_eda.core.message import Message
 from celery_eda.errors import TwoEngines
 from celery_eda.outbox.transactions import connection as joined_connection
-from celery_eda.outbox.transactions.base import Store, Transaction
+from celery_eda.outbox.transactions.base import Transaction
 from celery_eda.outbox.transactions.connection import JoinedConnection
+from celery_eda.outbox.wiring import Outbox
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,10 @@ def find(session: Session) -> JoinedSession | None:
     return _joined.get(session)
 
 
-def join(session: Session, store: Store, bind: Bind | None = None) -> JoinedSession:
+def join(session: Session, outbox: Outbox, bind: Bind | None = None) -> JoinedSession:
     """The one transaction of *session*, made if it has none yet."""
     if (joined := find(session)) is None:
-        joined = JoinedSession(session, store, bind)
+        joined = JoinedSession(session, outbox, bind)
     return joined
 
 
@@ -51,8 +52,8 @@ class JoinedSession(Transaction):
         rolled_back: True if the user's code asked for the rollback.
     """
 
-    def __init__(self, session: Session, store: Store, bind: Bind | None = None) -> None:
-        super().__init__(store)
+    def __init__(self, session: Session, outbox: Outbox, bind: Bind | None = None) -> None:
+        super().__init__(outbox)
         self._session = ref(session)
         self._bind = bind
         self._carrier: JoinedConnection | None = None
@@ -97,7 +98,7 @@ class JoinedSession(Transaction):
         """
         connection = self.connection
         if self._carrier is None:
-            self._carrier = joined_connection.join(connection, self.store)
+            self._carrier = joined_connection.join(connection, self.outbox)
             self._carrier.contributors.append(self)
         self.refuse_two_engines()
 
@@ -137,7 +138,7 @@ class JoinedSession(Transaction):
         if carrier and carrier.is_open:
             carrier.merge(self)  # the session took part in a Connection's transaction
         elif self.captured:
-            self.store_apart()
+            self.write_now()
 
     def drop(self) -> None:
         """Drop the messages, and log that unless the user's code asked for the rollback."""
@@ -149,9 +150,9 @@ class JoinedSession(Transaction):
             )
         self.forget()
 
-    def store_apart(self) -> None:
+    def write_now(self) -> None:
         """Store the messages in a short transaction of their own."""
-        self.store.add_apart(tuple(self.captured))
+        self.outbox.writer.write_now(tuple(self.captured))
         self.captured.clear()
 
     # ── its savepoints ──────────────────────────────────────────────────────────────────────

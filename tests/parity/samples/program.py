@@ -252,8 +252,8 @@ class Shop:
     def close(self) -> None:
         """Drop its connections."""
         self.connection.release()
-        self.eda.engine.dispose()
-        self.eda.relay_engine.dispose()
+        self.eda.databases.engine.dispose()
+        self.eda.databases.relay_engine.dispose()
 
     # ── as relays and workers do ────────────────────────────────────────────────────────────
 

@@ -26,43 +26,43 @@ from celery_eda.events.snapshots import Snapshot, Snapshots
 from celery_eda.inbox import refusals
 from celery_eda.inbox.attempts import Attempts
 from celery_eda.requests.remote_errors import RemoteErrors
-from celery_eda.sagas import engine
+from celery_eda.sagas import messages
 
 # ── what a program's helpers do ─────────────────────────────────────────────────────────────
 
 
 def create_tables(eda: EDA) -> None:
     """Make the tables of a service."""
-    upgrade.upgrade(eda.engine, eda.tables)
+    upgrade.upgrade(eda.databases.engine, eda.databases.tables)
 
 
 def tables_of(eda: EDA) -> tuple[Table, ...]:
     """Those tables, without that of the version."""
-    return eda.tables.all
+    return eda.databases.tables.all
 
 
 def send_due(eda: EDA) -> None:
     """Send all that is due, as a relay does."""
-    done = eda.relay().drain()
+    done = eda.outbox.relay().drain()
     assert not done.refused, done
     assert not done.unknown, done
 
 
 def note_subscriptions(eda: EDA) -> None:
     """Write down whose queues are made, as a worker does when it starts."""
-    eda.note_subscriptions()
+    eda.events.record_queues()
 
 
 def address_event(eda: EDA, received: Any, queue: str) -> None:
     """Make a *received* event a call of the subscription that has this *queue*."""
-    if subscription := eda.subscriptions.by_queue.get(queue):
-        eda.subscriptions.address(received, subscription, queue)
+    if subscription := eda.events.subscriptions.by_queue.get(queue):
+        eda.events.subscriptions.address(received, subscription, queue)
 
 
 def add_snapshot(eda: EDA, stream: str, name: str, version: int, state: Any) -> None:
     """Keep a snapshot of a stream's fold, as :meth:`EDA.fold` does after some events."""
-    with eda.engine.begin() as connection:
-        last = list(eda.event_store.stream(connection, stream))[version - 1]
+    with eda.databases.engine.begin() as connection:
+        last = list(eda.events.store.stream(connection, stream))[version - 1]
         assert last.recorded, "it comes from the store"
         made = Snapshot(version, state)
         _snapshots(eda).add(connection, stream, name, made, last.recorded)
@@ -70,12 +70,12 @@ def add_snapshot(eda: EDA, stream: str, name: str, version: int, state: Any) -> 
 
 def keep_unreadable(eda: EDA, payload: bytes) -> None:
     """Make a dead letter of what is no message, as a worker does."""
-    eda.refusals.dead_letter(refusals.unread(payload))
+    eda.inbox.refusals.dead_letter(refusals.unread(payload))
 
 
 def give_positions(eda: EDA) -> None:
     """Give the events their positions, as their readers do."""
-    eda.event_store.assign_positions(eda.engine)
+    eda.events.store.assign_positions(eda.databases.engine)
 
 
 # ── rows, as they are read ──────────────────────────────────────────────────────────────────
@@ -83,7 +83,7 @@ def give_positions(eda: EDA) -> None:
 
 def values(eda: EDA) -> dict[str, Any]:
     """What the rows of all tables say, by what it is and in plain values."""
-    with eda.engine.connect() as connection:
+    with eda.databases.engine.connect() as connection:
         read = {name: list(of(eda, connection)) for name, of in _READERS.items()}
     plain: dict[str, Any] = json.loads(json.dumps(read, default=_plain))
     return plain
@@ -128,20 +128,23 @@ def of_position(position: Position) -> list[Any]:
 
 
 def _outbox(eda: EDA, connection: Connection) -> Iterable[Any]:
-    return [of_message(message_rows.from_row(row)) for row in _rows(connection, eda.tables.outbox)]
+    return [
+        of_message(message_rows.from_row(row))
+        for row in _rows(connection, eda.databases.tables.outbox)
+    ]
 
 
 def _inbox(eda: EDA, connection: Connection) -> Iterable[Any]:
-    for row in _rows(connection, eda.tables.inbox):
+    for row in _rows(connection, eda.databases.tables.inbox):
         attempted = Identity(row.message_id, row.revision)
-        handled = eda.inbox.find(connection, row.consumer, attempted)
+        handled = eda.inbox.store.find(connection, row.consumer, attempted)
         assert handled, row
         yield row.consumer, row.message_id, row.revision, handled.outcome, handled.result
 
 
 def _attempts(eda: EDA, connection: Connection) -> Iterable[Any]:
-    attempts = Attempts(eda.tables.attempts, eda.dialect)
-    for row in _rows(connection, eda.tables.attempts):
+    attempts = Attempts(eda.databases.tables.attempts, eda.databases.dialect)
+    for row in _rows(connection, eda.databases.tables.attempts):
         attempted = Identity(row.message_id, row.revision)
         # It is rolled back.
         deliveries = attempts.count(connection, row.consumer, attempted)
@@ -149,81 +152,81 @@ def _attempts(eda: EDA, connection: Connection) -> Iterable[Any]:
 
 
 def _dead_letters(eda: EDA, connection: Connection) -> Iterable[Any]:
-    for each in eda.dead_letters.select(connection, LetterFilter()):
+    for each in eda.dead_letters.store.select(connection, LetterFilter()):
         yield {**vars(each), "message": of_message(each.message)}
 
 
 def _audit(eda: EDA, connection: Connection) -> Iterable[Any]:
-    ids = {row.message_id for row in _rows(connection, eda.tables.audit)}
+    ids = {row.message_id for row in _rows(connection, eda.databases.tables.audit)}
     for message_id in sorted(ids):
-        for each in eda.audit.of_message(connection, message_id):
+        for each in eda.dead_letters.audit.of_message(connection, message_id):
             yield message_id, asdict(each)
 
 
 def _sequences(eda: EDA, connection: Connection) -> Iterable[Any]:
-    for row in _rows(connection, eda.tables.sequences):
-        version = eda.sequences.version(connection, row.stream, row.key)
+    for row in _rows(connection, eda.databases.tables.sequences):
+        version = eda.ordering.sequences.version(connection, row.stream, row.key)
         yield row.stream, row.key, row.epoch, row.last, version
 
 
 def _cursors(eda: EDA, connection: Connection) -> Iterable[Any]:
-    for row in _rows(connection, eda.tables.cursors):
+    for row in _rows(connection, eda.databases.tables.cursors):
         lane = Lane(row.source, row.stream, row.key)
-        cursor = eda.cursors.find(connection, row.consumer, lane)
+        cursor = eda.ordering.cursors.find(connection, row.consumer, lane)
         at = (cursor.epoch, cursor.last, cursor.held, cursor.parked)
         yield row.consumer, row.source, row.stream, row.key, at
 
 
 def _parked(eda: EDA, connection: Connection) -> Iterable[Any]:
-    for row in _rows(connection, eda.tables.parked):
+    for row in _rows(connection, eda.databases.tables.parked):
         yield row.consumer, of_message(message_rows.from_row(row))
 
 
 def _requests(eda: EDA, connection: Connection) -> Iterable[Any]:
-    for row in _rows(connection, eda.tables.requests):
-        outcome = eda.requests.outcome(connection, row.correlation_id)
+    for row in _rows(connection, eda.databases.tables.requests):
+        outcome = eda.requests.store.outcome(connection, row.correlation_id)
         yield row.correlation_id, row.task, outcome
 
 
 def _events(eda: EDA, connection: Connection) -> Iterable[Any]:
-    return map(vars, eda.event_store.read(connection))
+    return map(vars, eda.events.store.read(connection))
 
 
 def _streams(eda: EDA, connection: Connection) -> Iterable[Any]:
     for stream in ("order.7", "order.8", "stock.spoon"):
-        for each in eda.event_store.stream(connection, stream):
+        for each in eda.events.store.stream(connection, stream):
             yield stream, each.version, each.id
 
 
 def _snapshots(eda: EDA) -> Snapshots:
-    return Snapshots(eda.tables.snapshots, eda.dialect)
+    return Snapshots(eda.databases.tables.snapshots, eda.databases.dialect)
 
 
 def _latest_snapshots(eda: EDA, connection: Connection) -> Iterable[Any]:
-    for row in _rows(connection, eda.tables.snapshots):
+    for row in _rows(connection, eda.databases.tables.snapshots):
         snapshot = _snapshots(eda).latest(connection, f"{row.category}.{row.key}", row.name)
         assert snapshot, row
         yield row.category, row.key, row.name, snapshot.version, snapshot.state
 
 
 def _declarations(eda: EDA, connection: Connection) -> Iterable[Any]:
-    for queue, each in eda.declarations.all(connection).items():
+    for queue, each in eda.events.declarations.all(connection).items():
         yield queue, each.task, each.patterns
 
 
 def _projections(eda: EDA, connection: Connection) -> Iterable[Any]:
-    for row in _rows(connection, eda.tables.projections):
-        yield row.name, eda.shadows.find(connection, row.name)
+    for row in _rows(connection, eda.databases.tables.projections):
+        yield row.name, eda.events.shadows.find(connection, row.name)
 
 
 def _sagas(eda: EDA, connection: Connection) -> Iterable[Any]:
-    for row in _rows(connection, eda.tables.sagas):
-        yield vars(eda.saga_store.find(connection, row.id))
+    for row in _rows(connection, eda.databases.tables.sagas):
+        yield vars(eda.sagas.store.find(connection, row.id))
 
 
 def _saga_histories(eda: EDA, connection: Connection) -> Iterable[Any]:
-    for row in _rows(connection, eda.tables.sagas):
-        for each in eda.saga_store.history(connection, row.id):
+    for row in _rows(connection, eda.databases.tables.sagas):
+        for each in eda.sagas.store.history(connection, row.id):
             record = each.record
             did = (record.kind, record.path, record.attempt, record.status, record.ended)
             then = (record.value, record.timed_out, record.id)
@@ -231,7 +234,7 @@ def _saga_histories(eda: EDA, connection: Connection) -> Iterable[Any]:
 
 
 def _saga_locks(eda: EDA, connection: Connection) -> Iterable[Any]:
-    for row in _rows(connection, eda.tables.saga_locks):
+    for row in _rows(connection, eda.databases.tables.saga_locks):
         yield row.key, row.place, row.owner, row.saga
 
 
@@ -266,8 +269,8 @@ def names(eda: EDA) -> dict[str, Any]:
         "tasks": {
             "event": event.EVENT_TASK,
             "reply": addresses.REPLY_TASK,
-            "saga news": engine.WAKEUP_TASK,
-            "all": sorted(name for name in eda.app.tasks if name.startswith("celery_eda.")),
+            "saga news": messages.WAKEUP_TASK,
+            "all": sorted(name for name in eda.service.app.tasks if name.startswith("celery_eda.")),
         },
         "exchanges": {
             "events": [event.EVENT_EXCHANGE, EXCHANGE.name, EXCHANGE.type],
@@ -278,10 +281,10 @@ def names(eda: EDA) -> dict[str, Any]:
                 dead_letter_exchange.queue_of("shop").name,
                 dead_letter_exchange.queue_arguments(3, "shop"),
             ],
-            "replies": eda.requests.address,
+            "replies": eda.requests.store.address,
             "process": addresses.of_process()[:-32],
-            "repair": eda.settings.repair_queue,
-            "subscriptions": sorted(eda.subscriptions.by_queue),
+            "repair": eda.service.settings.repair_queue,
+            "subscriptions": sorted(eda.events.subscriptions.by_queue),
             "of one worker": event.OF_ONE_WORKER,
         },
         "headers": [

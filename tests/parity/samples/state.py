@@ -28,7 +28,7 @@ OTHERS = ("away",)
 def create(shop: Shop) -> None:
     """Make the tables of the shop."""
     reading.create_tables(shop.eda)
-    totals.create(shop.eda.engine)
+    totals.create(shop.eda.databases.engine)
 
 
 def all_tables(shop: Shop) -> tuple[Table, ...]:
@@ -43,7 +43,7 @@ def all_tables(shop: Shop) -> tuple[Table, ...]:
 def rows(shop: Shop, *names: str) -> dict[str, list[Any]]:
     """The rows of all tables, or of those with these *names*."""
     tables = [each for each in all_tables(shop) if not names or each.name in names]
-    return {table.name: _dumped(shop.eda.engine, table) for table in tables}
+    return {table.name: _dumped(shop.eda.databases.engine, table) for table in tables}
 
 
 def _dumped(engine: Engine, table: Table) -> list[Any]:
@@ -59,7 +59,7 @@ def _dumped(engine: Engine, table: Table) -> list[Any]:
 
 def insert(shop: Shop, dumped: dict[str, list[Any]]) -> None:
     """Insert *dumped* rows into empty tables."""
-    engine = shop.eda.engine
+    engine = shop.eda.databases.engine
     with engine.begin() as connection:
         for name, each_row in _flat(dumped):
             if engine.dialect.name == "postgresql":

@@ -1,0 +1,52 @@
+"""Queues and exchanges, declared before the first message to them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from celery import Celery
+from kombu.common import Broadcast
+
+from celery_eda.core.service import Service, service_of
+
+
+class Declares(Protocol):
+    """Declares an exchange and the queues that are bound to it."""
+
+    def declare(self, channel: Any) -> None:
+        """Declare them over *channel*, kombu's. Repeating it is harmless."""
+        ...
+
+
+class Topology:
+    """The queues that one app publishes to, by name.
+
+    Attributes:
+        exchanges: whatever declares an exchange that no queue of the app is bound to, by the name
+            of the exchange.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.exchanges: dict[str, Declares] = {}
+        service.add(self)
+
+    def declare(self, channel: Any, name: str) -> None:
+        """Declare the queue *name* with its exchange and bindings, or the exchange *name*.
+
+        Of a broadcast only the exchange is declared: each consumer declares a queue of its own.
+
+        Raises:
+            KeyError: there is no such queue, and the app does not create missing ones.
+        """
+        if exchange := self.exchanges.get(name):
+            exchange.declare(channel)
+            return
+        queue = self._service.app.amqp.queues[name]
+        entity = queue.exchange if isinstance(queue, Broadcast) else queue
+        entity.bind(channel).declare()
+
+
+def declare(app: Celery, channel: Any, name: str) -> None:
+    """Declare what *app* knows as *name*; see :meth:`Topology.declare`."""
+    service_of(app).wing(Topology).declare(channel, name)

@@ -1,0 +1,31 @@
+"""Engines with the time-outs of the road, which survive a fork."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+from sqlalchemy import URL, Engine, create_engine
+
+from celery_eda.databases.dialect import Dialect
+
+
+def create(url: URL, dialect: Dialect, timeout: float) -> Engine:
+    """An engine on which the database ends a transaction that stalls.
+
+    Each worker slot and each relay uses one connection, which bounds their number.
+
+    Args:
+        url: of the database.
+        dialect: of the database.
+        timeout: seconds that a transaction may wait for anything but the database.
+    """
+    engine = create_engine(url, max_overflow=-1, **dialect.engine_options(timeout))
+    dialect.configure_engine(engine, timeout)
+    return forkable(engine)
+
+
+def forkable(engine: Engine) -> Engine:
+    """*engine*, which from now on opens connections of its own in every forked child."""
+    os.register_at_fork(after_in_child=partial(engine.dispose, close=False))
+    return engine

@@ -1,0 +1,68 @@
+"""The service's own database: its URL, its tables, its engines."""
+
+from __future__ import annotations
+
+from sqlalchemy import URL, Engine, make_url
+
+from celery_eda.core.once import cached_once
+from celery_eda.core.service import Service
+from celery_eda.databases import engines
+from celery_eda.databases.dialect import Dialect
+from celery_eda.databases.registry import dialect_of
+from celery_eda.databases.tables import Tables
+from celery_eda.errors import ConfigurationError
+
+
+class Databases:
+    """The database that holds the outbox, the inbox and all other tables of one service.
+
+    Args:
+        service: whose database it is.
+        engine: given by the user; made from ``eda_database_url`` if None.
+    """
+
+    def __init__(self, service: Service, engine: Engine | None = None) -> None:
+        self._service = service
+        self._given = engine
+        service.add(self)
+
+    @cached_once
+    def url(self) -> URL:
+        """The address of the database.
+
+        Raises:
+            ConfigurationError: neither an engine nor ``eda_database_url`` is given.
+        """
+        if self._given is not None:
+            return self._given.url
+        if not self._service.settings.database_url:
+            raise ConfigurationError(
+                "eda_database_url is not set: the outbox and the inbox live in the service's own "
+                "database. Set it to a SQLAlchemy URL, e.g. sqlite:///shop.db."
+            )
+        return make_url(self._service.settings.database_url)
+
+    @cached_once
+    def dialect(self) -> Dialect:
+        """The statements that differ from database to database."""
+        return dialect_of(self.url, claim_timeout=self._service.settings.claim_timeout)
+
+    @cached_once
+    def tables(self) -> Tables:
+        """The tables of this service. ``Tables.on(metadata)`` adds them to another MetaData."""
+        settings = self._service.settings
+        return Tables.on(prefix=settings.table_prefix, schema=settings.schema)
+
+    @cached_once
+    def engine(self) -> Engine:
+        """The engine for the transactions of producers and handlers."""
+        if self._given is not None:
+            return engines.forkable(self._given)
+        return engines.create(self.url, self.dialect, self._service.settings.transaction_timeout)
+
+    @cached_once
+    def relay_engine(self) -> Engine:
+        """The engine of the relays, whose claims end sooner than a handler's transaction."""
+        engine = engines.create(self.url, self.dialect, self._service.settings.claim_timeout)
+        self.dialect.configure_relay_engine(engine)
+        return engine

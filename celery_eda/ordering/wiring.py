@@ -1,0 +1,28 @@
+"""The order of messages that share a key."""
+
+from __future__ import annotations
+
+from celery_eda.core.once import cached_once
+from celery_eda.core.service import Service
+from celery_eda.databases import Databases
+from celery_eda.ordering.cursors import Cursors
+from celery_eda.ordering.sequences import Sequences
+
+
+class Ordering:
+    """Numbers given to messages with an ordering key, and numbers awaited by their consumers."""
+
+    def __init__(self, service: Service, databases: Databases) -> None:
+        self._databases = databases
+        service.add(self)
+
+    @cached_once
+    def sequences(self) -> Sequences:
+        """The numbers given."""
+        return Sequences(self._databases.tables.sequences, self._databases.dialect)
+
+    @cached_once
+    def cursors(self) -> Cursors:
+        """The numbers awaited, and the messages parked until their turn."""
+        tables = self._databases.tables
+        return Cursors(tables.cursors, tables.parked, self._databases.dialect)

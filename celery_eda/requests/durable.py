@@ -1,0 +1,56 @@
+"""Replies to durable requests: ordinary messages, recorded in the service's own database."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from uuid import UUID
+
+from sqlalchemy import Connection
+from sqlalchemy.orm import Session
+
+from celery_eda.core import redaction
+from celery_eda.errors import UnknownRequest
+from celery_eda.requests.outcomes import ReplyReader
+from celery_eda.requests.store import RequestStore
+
+log = redaction.logger(__name__)
+
+
+class ReplyListener(Protocol):
+    """Receives replies to requests of its own."""
+
+    def receive_reply(self, connection: Connection, request: UUID, outcome: Any) -> bool:
+        """Take the *outcome* of *request*; return False if the request is not its own."""
+        ...
+
+
+@dataclass(frozen=True)
+class DurableReplies:
+    """Receives the replies to this service.
+
+    Attributes:
+        listeners: receive each reply first, in this order.
+    """
+
+    reader: ReplyReader
+    requests: RequestStore
+    listeners: list[ReplyListener] = field(default_factory=list)
+
+    def receive(self, session: Session, correlation_id: str, outcome: Any) -> None:
+        """Record a reply, in the transaction of its message.
+
+        A reply that nobody awaits is dropped with a warning, and so is a second one.
+        """
+        try:
+            self.reader.outcome_in([correlation_id, outcome])
+            connection, request = session.connection(), UUID(correlation_id)
+            for listener in self.listeners:
+                if listener.receive_reply(connection, request, outcome):
+                    return
+            is_first = self.requests.record(connection, request, outcome)
+        except (UnknownRequest, ValueError) as error:
+            log.warning("a durable reply is dropped: %s", error)
+            return
+        if not is_first:
+            log.warning("a durable reply is dropped, there is one already: %s", correlation_id)
