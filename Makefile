@@ -17,14 +17,17 @@ demo: .venv/demo
 # The last run repeats the core on the oldest Python of this machine, with SQLAlchemy 2.0.
 test: lint .venv/test .venv-oldest/test
 	.venv/bin/python -m pytest $(PARALLEL)
-	.venv-oldest/bin/python -m pytest $(PARALLEL) $(wildcard $(CORE))
+	.venv-oldest/bin/python -m pytest $(PARALLEL) $(CORE)
 
 # Four processes on any machine, since most tests wait for other processes. With `worksteal` each
 # test process runs a stretch of neighbouring tests, which share fixtures, then helps the others.
 PARALLEL = -q -n 4 --dist worksteal
 
-CORE = $(addprefix tests/unit/test_,$(addsuffix .py,joining attachment delivery handler_transactions named_tasks order transaction \
-	settings message inspection replying requesting)) tests/road/test_whole_road.py
+CORE = tests/core/test_settings.py tests/core/test_message.py tests/core/test_inspection.py \
+	tests/outbox/test_transaction.py tests/outbox/test_join.py tests/outbox/test_attach.py \
+	tests/inbox/test_delivery.py tests/inbox/test_handler_transactions.py \
+	tests/inbox/test_named_tasks.py tests/inbox/test_ordering.py \
+	tests/requests/test_responder.py tests/requests/test_client.py tests/faults/test_whole_road.py
 
 lint: .venv/test
 	.venv/bin/ruff check .

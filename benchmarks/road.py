@@ -19,8 +19,8 @@ from sqlalchemy import create_engine, text
 
 from benchmarks import figures
 from benchmarks.stage import Stage
-from tests.servers.hosts import Host, LocalProcess
-from tests.servers.postgresql import PostgreSQL
+from tests.support.servers.hosts import Host, LocalProcess
+from tests.support.servers.postgresql import PostgreSQL
 
 COUNT, PAUSE = 60, 0.05
 #: A statement in PostgreSQL's log, in a line that begins with ``PREFIX``.

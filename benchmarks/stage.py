@@ -21,13 +21,13 @@ from typing_extensions import Self
 from benchmarks.contestant import Contestant
 from celery_eda.databases import upgrade
 from celery_eda.databases.tables import Tables
-from tests.road.tables import metadata
-from tests.servers.base import Server
-from tests.servers.hosts import LocalProcess
-from tests.servers.postgresql import PostgreSQL
-from tests.servers.rabbitmq import RabbitMQ
-from tests.servers.redis import DATABASES, Redis
+from tests.faults.programs.tables import metadata
 from tests.support import PROJECT
+from tests.support.servers.base import Server
+from tests.support.servers.hosts import LocalProcess
+from tests.support.servers.postgresql import PostgreSQL
+from tests.support.servers.rabbitmq import RabbitMQ
+from tests.support.servers.redis import DATABASES, Redis
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 

@@ -8,8 +8,8 @@ import pytest
 from kombu.transport import memory
 
 pytest_plugins = [
-    "tests.servers.fixtures",
-    "tests.databases",
+    "tests.support.servers.fixtures",
+    "tests.support.databases",
     "tests.support.brokers",
     "tests.support.service",
     "tests.support.stores",

@@ -12,7 +12,7 @@ from benchmarks.contestants.ours import app, eda
 from benchmarks.contestants.serving import serve
 from celery_eda import Event
 from celery_eda.sagas.steps import Steps
-from tests.road.tables import effects
+from tests.faults.programs.tables import effects
 
 __all__ = ["app"]
 

@@ -23,7 +23,7 @@ from celery_eda.core import checkpoints
 from celery_eda.core.identity import Identity
 from celery_eda.outbox.relay import CHAIN
 from celery_eda.outbox.store import Pending
-from tests.road.tables import effects, orders
+from tests.faults.programs.tables import effects, orders
 
 app = Celery("ours", broker=environment("BROKER"), set_as_current=False)
 app.conf.update(

@@ -14,7 +14,7 @@ from sqlalchemy.orm import sessionmaker
 from benchmarks.contestants import marks
 from benchmarks.contestants.serving import PAYLOAD, environment, serve
 from celery_eda import EDA
-from tests.road.tables import effects, orders
+from tests.faults.programs.tables import effects, orders
 
 app = Celery(
     "plain",

@@ -15,7 +15,7 @@ from benchmarks.contestant import Contestant
 from benchmarks.pairing import interleaved
 from benchmarks.result import Check, Result
 from benchmarks.stage import Cast, Stage, Worker, until
-from tests.road.tables import effects
+from tests.faults.programs.tables import effects
 
 ROUNDS = 5
 STEPS = 5

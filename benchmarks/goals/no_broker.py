@@ -20,7 +20,7 @@ from benchmarks.result import Check, Result
 from benchmarks.stage import Cast, Stage, Worker
 from celery_eda.databases import upgrade
 from celery_eda.databases.tables import Tables
-from tests.road.tables import metadata
+from tests.faults.programs.tables import metadata
 
 OURS, PEER = "eda+postgresql", "procrastinate"
 ROUNDS = 3

@@ -17,10 +17,10 @@ import pytest
 from benchmarks import figures, report
 from benchmarks.pairing import interleaved
 from benchmarks.result import Check, Result
-from tests.servers.postgresql import PostgreSQL
-from tests.servers.rabbitmq import RabbitMQ
-from tests.servers.redis import Redis
 from tests.support import PROJECT
+from tests.support.servers.postgresql import PostgreSQL
+from tests.support.servers.rabbitmq import RabbitMQ
+from tests.support.servers.redis import Redis
 
 PEERS = {"django_celery_outbox", "faststream_outbox", "procrastinate"}
 WORDS = {"goal", "ratio", "target", "met", "runs", "spread", "medians", "compared", "versions"}

@@ -17,7 +17,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from celery_eda.core import context
 from celery_eda.core.message import Message
 from celery_eda.outbox.store import OutboxStore
-from tests.databases import VENDORS, Database, connect
+from tests.support.databases import VENDORS, Database, connect
 from tests.support.messages import message
 from tests.support.outboxes import stand_in_outbox
 
@@ -144,7 +144,7 @@ def clear(service: Service) -> None:
 
 
 def some_of(*vendors: str) -> list[Any]:
-    """These in every run, the others in soak: ``tests/dialects`` holds what differs."""
+    """These in every run, the others in soak: ``the tests of stores`` holds what differs."""
     return [
         each if each in vendors else pytest.param(each, marks=pytest.mark.soak) for each in VENDORS
     ]

@@ -8,7 +8,7 @@ from celery_eda.inbox.attempts import Attempts
 from celery_eda.inbox.store import InboxStore
 from celery_eda.ordering.cursors import Cursors
 from celery_eda.outbox.store import OutboxStore
-from tests.databases import Database
+from tests.support.databases import Database
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from celery_eda import EDA
 from celery_eda.core.identity import WIRE
 from celery_eda.core.message import Message, Wire
 from celery_eda.databases import message_rows
-from tests.databases import Database
-from tests.road.tables import effects
+from tests.faults.programs.tables import effects
+from tests.support.databases import Database
 
 #: No two rows with the same number.
 unique = Table("unique_numbers", MetaData(), Column("number", Integer, primary_key=True))

@@ -19,9 +19,9 @@ from kombu.transport import memory
 
 from tests.parity.samples import reading, state
 from tests.parity.samples.program import Shop
-from tests.servers.postgresql import PostgreSQL
-from tests.servers.rabbitmq import RabbitMQ
-from tests.servers.redis import Redis
+from tests.support.servers.postgresql import PostgreSQL
+from tests.support.servers.rabbitmq import RabbitMQ
+from tests.support.servers.redis import Redis
 
 
 class RecordedShop(Shop):
