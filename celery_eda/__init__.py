@@ -1,6 +1,6 @@
 """Reliable, event-driven Celery: transactional outbox, idempotent inbox, late acknowledgement."""
 
-from celery_eda.app.eda import EDA
+from celery_eda.app import EDA
 from celery_eda.core.event import Event
 from celery_eda.core.retry import RetryPolicy
 from celery_eda.databases import Tables

@@ -10,7 +10,6 @@ from pathlib import Path
 from unittest.mock import create_autospec
 
 import pytest
-from celery import Celery
 
 import celery_eda
 from celery_eda import EDA
@@ -22,6 +21,8 @@ OPEN = ("core", "errors")
 REACHES_EDA = ("app", "ops", "core/service.py")
 RIDDLES = re.compile(r"(What|Whether|Who|Whom|Whose|Those|That|How|Where)\b")
 MOST_LINES = 400
+#: Lists of columns, which nobody reads from beginning to end.
+LISTS_OF_TABLES = ("databases/tables.py", "databases/migrations/versions/r0001_initial.py")
 
 
 def _modules() -> Iterator[tuple[str, str, ast.Module]]:
@@ -60,7 +61,7 @@ def test_a_wing_takes_from_another_wing_what_its_face_names() -> None:
 
 def test_each_face_names_what_it_offers() -> None:
     for path in PACKAGE.iterdir():
-        if not path.is_dir() or path.name in ("__pycache__", "core", "app"):
+        if not path.is_dir() or path.name in ("__pycache__", "core"):
             continue
         face = ast.parse((path / "__init__.py").read_text())
         imported = {
@@ -118,7 +119,7 @@ def test_no_module_is_too_long_to_read_in_one_sitting() -> None:
     long = {
         name: lines
         for name, text, _ in _modules()
-        if (lines := len(text.splitlines())) >= MOST_LINES and name != "databases/tables.py"
+        if (lines := len(text.splitlines())) >= MOST_LINES and name not in LISTS_OF_TABLES
     }
 
     assert long == {}
@@ -127,9 +128,8 @@ def test_no_module_is_too_long_to_read_in_one_sitting() -> None:
 def test_eda_can_be_inspected_and_mocked() -> None:
     members = dict(inspect.getmembers(EDA))
     mock = create_autospec(EDA)
-    instance = create_autospec(EDA(Celery("shop", set_as_current=False)), instance=True)
 
     assert {"emit", "request", "session", "transaction"} <= members.keys()
     mock.return_value.emit("order.placed", key=7)
     with pytest.raises(TypeError):
-        instance.emit()
+        mock.return_value.emit()

@@ -13,6 +13,7 @@ from sqlalchemy import Table, delete, func, insert, select, update
 from celery_eda.core.identity import Identity, Lane, Position
 from celery_eda.core.message import Message
 from celery_eda.core.settings import DAY, Settings
+from celery_eda.databases.retention import Retention, ago
 from celery_eda.dead_letters.audit import Audit
 from celery_eda.dead_letters.letter import Reason
 from celery_eda.dead_letters.store import DeadLetterStore
@@ -344,15 +345,13 @@ def test_a_purge_reads_an_index(database: Database, housekeeping: Housekeeping, 
     if database.vendor == "sqlite":
         pytest.skip("it has no statistics to be misled by")
     handle(database, *[0.0] * rows)
-    tables = database.tables
+    known = {each.what: each for each in housekeeping.chores if isinstance(each, Retention)}
+    rules = [known[what] for what in ("inbox", "dead_letters", "audit")]
     with database.engine.connect() as connection:
-        before = housekeeping._before(connection, 0)
-        for table, unneeded in (
-            (tables.inbox, housekeeping._forgettable),
-            (tables.dead_letters, housekeeping._closed),
-            (tables.audit, housekeeping._orphaned),
-        ):
-            old = (table.c.at < before) & unneeded(before)
+        before = ago(connection, database.dialect, 0)
+        for rule in rules:
+            table = rule.table
+            old = (table.c.at < before) & rule.unneeded(before)
             query = database.dialect._oldest(table, old, BATCH).compile(
                 connection, compile_kwargs={"literal_binds": False}
             )

@@ -11,7 +11,7 @@ import click
 from celery.bin.base import CeleryCommand
 from kombu.exceptions import OperationalError
 
-from celery_eda.app.eda import EDA
+from celery_eda.app import EDA
 from celery_eda.core.error_text import printable
 from celery_eda.errors import EDAError
 

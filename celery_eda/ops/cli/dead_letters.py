@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import click
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_eda.app.eda import EDA
+from celery_eda.app import EDA
 from celery_eda.core import redaction
 from celery_eda.core.context import Capture
 from celery_eda.core.error_text import printable

@@ -18,7 +18,7 @@ from uuid import UUID
 import click
 from kombu.utils import json as kombu_json
 
-from celery_eda.app.eda import EDA
+from celery_eda.app import EDA
 from celery_eda.core.error_text import printable
 from celery_eda.core.event import Event
 from celery_eda.events import EventFilter

@@ -12,7 +12,7 @@ from typing import TextIO
 
 import click
 
-from celery_eda.app.eda import EDA
+from celery_eda.app import EDA
 from celery_eda.ops import asyncapi as specification
 from celery_eda.ops.cli.console import Command, eda_of
 from celery_eda.ops.diagrams import flow as flows

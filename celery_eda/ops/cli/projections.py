@@ -16,7 +16,7 @@ import click
 from kombu.utils import json as kombu_json
 from sqlalchemy.exc import OperationalError
 
-from celery_eda.app.eda import EDA
+from celery_eda.app import EDA
 from celery_eda.core.error_text import printable
 from celery_eda.core.event import Event
 from celery_eda.errors import InvalidEvent

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from celery_eda.app.eda import EDA
+from celery_eda.app import EDA
 from celery_eda.core.error_text import printable
 from celery_eda.events import PREFIX, Subscription
 from celery_eda.ops.cli.console import Command, channel_of, confirm, eda_of
