@@ -9,26 +9,24 @@ leaves the outbox when the broker has confirmed that very message, whichever rel
 
 from __future__ import annotations
 
-import operator
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 from uuid import uuid4
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from celery_eda.brokers import Pipelined, PublishResult, Transport, Verdict
-from celery_eda.core import addresses, checkpoints, redaction
-from celery_eda.core.event import EVENT_EXCHANGE
+from celery_eda.brokers import Brokers, Pipelined, Transport
+from celery_eda.core import checkpoints, redaction
 from celery_eda.core.retry import OUTAGE_DELAY, backoff
 from celery_eda.core.settings import Settings
-from celery_eda.dead_letters import DeadLetterStore, Reason
+from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.outbox.batch import Batch, ClaimedBatches
+from celery_eda.outbox.housekeeping import Housekeeping, Round
 from celery_eda.outbox.result_backend import ResultBackend
+from celery_eda.outbox.settlement import RelayResult, Settlement
 from celery_eda.outbox.store import OutboxStore, Pending
 
 log = redaction.logger(__name__)
@@ -40,58 +38,6 @@ CHAIN = 20
 IN_FLIGHT = 2
 #: Seconds within which a server that is up answers a prerequisite, be it by an error.
 PROMPT = 0.5
-
-
-class Broker(Protocol):
-    """Connects to the broker."""
-
-    def connect(self) -> Transport:
-        """A new connection, for the thread that calls this."""
-        ...
-
-
-class Chores(Protocol):
-    """One round of housekeeping."""
-
-    def step(self) -> bool:
-        """Do a small step; False if there was nothing left to do.
-
-        Raises:
-            SQLAlchemyError: the database is away.
-        """
-        ...
-
-
-class Housekeeping(Protocol):
-    """Housekeeping that a relay does beside its sending."""
-
-    def start(self) -> Chores:
-        """Begin a new round."""
-        ...
-
-
-@dataclass(frozen=True)
-class RelayResult:
-    """The numbers of messages by what became of them.
-
-    Attributes:
-        confirmed: the broker has them.
-        dropped: replies to processes that have ended, and events without a subscription.
-        refused: refused by the broker, or with a prerequisite that failed. They are retried later.
-        unknown: the broker was away. They stay in the outbox as they were.
-    """
-
-    confirmed: int = 0
-    dropped: int = 0
-    refused: int = 0
-    unknown: int = 0
-
-    def __add__(self, other: RelayResult) -> RelayResult:
-        return RelayResult(*map(operator.add, astuple(self), astuple(other)))
-
-    @property
-    def claimed(self) -> int:
-        return self.confirmed + self.dropped + self.refused + self.unknown
 
 
 class Relay:
@@ -108,7 +54,7 @@ class Relay:
         engine: Engine,
         outbox: OutboxStore,
         dead_letters: DeadLetterStore,
-        broker: Broker,
+        broker: Brokers,
         backend: ResultBackend,
         settings: Settings,
         housekeeping: Housekeeping | None = None,
@@ -121,9 +67,10 @@ class Relay:
         self.settings = settings
         self.housekeeping = housekeeping
         self.owner = uuid4().hex
+        self.settlement = Settlement(outbox, dead_letters, settings, self.owner)
         self.stopping = threading.Event()
         self._transport: Transport | None = None
-        self._chores: Chores | None = None
+        self._round: Round | None = None
         self._housekeeping_due = time.monotonic() + settings.housekeeping_interval
 
     def another(self) -> Relay:
@@ -152,7 +99,7 @@ class Relay:
                 # From 2 ms after the last message up to the longest pause of an empty outbox.
                 pause = min(self.settings.relay_poll, 0.001 * 2.0 ** min(idle, 62)) if idle else 0
             if done is not None and done.claimed < self.settings.relay_batch:
-                self._keep_house()
+                self._housekeep()
             self.stopping.wait(pause)
         self.close()
 
@@ -259,7 +206,7 @@ class Relay:
     def _settle(self, claimed: ClaimedBatches, batch: Batch) -> RelayResult:
         """Record the broker's answers to *batch*, and commit."""
         checkpoints.reach("relay.confirmed")
-        done = self._record(batch.connection, batch.answered, batch.unprepared)
+        done = self.settlement.settle(batch)
         claimed.commit(batch)
         checkpoints.reach("relay.cleared")
         return done
@@ -271,14 +218,13 @@ class Relay:
 
     def _release(self, claimed: ClaimedBatches, batch: Batch) -> None:
         """Give up the claim on a batch that was not sent."""
-        self._record(batch.connection, (), batch.unprepared)
-        self.outbox.release(batch.connection, self.owner, [each.id for each in batch.sendable])
+        self.settlement.release(batch)
         claimed.commit(batch)
 
     def _unprepared(self, pending: Sequence[Pending]) -> dict[int, str]:
         """The rows whose prerequisites failed, with the reasons, by row id.
 
-        After a failure that took long no further prerequisites are tried: each might take as long
+        After a failure that took long, no further prerequisites are tried: each might take as long
         as a time-out.
         """
         demanding = [each for each in pending if each.message.prerequisites]
@@ -297,72 +243,7 @@ class Relay:
                     break
         return unprepared
 
-    def _record(
-        self,
-        connection: Connection,
-        answered: Sequence[tuple[Pending, PublishResult]],
-        unprepared: Mapping[int, str],
-    ) -> RelayResult:
-        """Clear the confirmed rows, postpone those that cannot be sent, release the others."""
-        by_verdict = {
-            verdict: [pair for pair in answered if pair[1].verdict is verdict]
-            for verdict in Verdict
-        }
-        confirmed, refused, unknown = by_verdict.values()
-        dropped = [each for each, answer in refused if _may_be_dropped(each, answer)]
-        gone = [*(each for each, _ in confirmed), *dropped]
-        self.outbox.clear(connection, self.owner, [each.id for each in gone])
-        _log_dropped(dropped)
-        for each, answer in refused:
-            if each not in dropped:
-                self._refuse(connection, each, answer.why)
-        for row_id, why in unprepared.items():
-            self._postpone(connection, row_id, OUTAGE_DELAY[1], why)
-        if unknown:
-            self._leave(connection, unknown, broker_answers=bool(confirmed))
-        return RelayResult(
-            confirmed=len(confirmed),
-            dropped=len(dropped),
-            refused=len(refused) - len(dropped) + len(unprepared),
-            unknown=len(unknown),
-        )
-
-    def _leave(
-        self,
-        connection: Connection,
-        unknown: Sequence[tuple[Pending, PublishResult]],
-        *,
-        broker_answers: bool,
-    ) -> None:
-        """Leave messages with an unknown fate in the outbox; no attempt is charged."""
-        why = unknown[0][1].why
-        log.warning("%d messages stay in the outbox, to be sent again: %s", len(unknown), why)
-        if not broker_answers:
-            self.outbox.release(connection, self.owner, [each.id for each, _ in unknown])
-            return
-        for each, _ in unknown:
-            # A queue that never confirms must not hold up the others.
-            self._postpone(connection, each.id, self.settings.claim_timeout, why)
-
-    def _postpone(self, connection: Connection, row_id: int, delay: float, why: str) -> None:
-        self.outbox.postpone(connection, self.owner, row_id, delay, why, charged=False)
-
-    def _refuse(self, connection: Connection, pending: Pending, why: str) -> None:
-        attempts = pending.attempts + 1
-        if attempts >= self.settings.max_attempts:
-            if message := self.outbox.withdraw(connection, self.owner, pending.id):
-                log.error("dead letter: %s cannot be sent: %s", message.task, why)
-                self.dead_letters.add(
-                    connection, message, Reason.unsendable, error=why, attempts=attempts
-                )
-            return
-        delay = backoff(pending.attempts, self.settings.retry_delay, self.settings.retry_delay_max)
-        log.warning(
-            "%s was refused by the broker, next try in %.1f s: %s", pending.message.task, delay, why
-        )
-        self.outbox.postpone(connection, self.owner, pending.id, delay, why)
-
-    def _keep_house(self) -> None:
+    def _housekeep(self) -> None:
         """Do one step of housekeeping, if a round is due; an error ends the round only.
 
         It is called only when there was no full batch, since messages go first.
@@ -370,12 +251,12 @@ class Relay:
         if self.housekeeping is None or time.monotonic() < self._housekeeping_due:
             return
         try:
-            self._chores = self._chores or self.housekeeping.start()
-            if self._chores.step():
+            self._round = self._round or self.housekeeping.start()
+            if self._round.step():
                 return
         except Exception as error:
             log.warning("the housekeeping failed and is tried again later: %r", error)
-        self._chores = None
+        self._round = None
         self._housekeeping_due = time.monotonic() + self.settings.housekeeping_interval
 
     def _send_or_log(self) -> RelayResult | None:
@@ -387,24 +268,3 @@ class Relay:
             log.exception("the relay has failed, trying again")
             self.close()
         return None
-
-
-def _may_be_dropped(pending: Pending, answer: PublishResult) -> bool:
-    """True if an unroutable message may be dropped.
-
-    That is a reply to a process that has ended, or an event without a subscription.
-    """
-    is_reply = addresses.is_volatile(pending.message.routing_key)
-    return answer.unroutable and (is_reply or _is_event(pending))
-
-
-def _is_event(pending: Pending) -> bool:
-    return pending.message.exchange == EVENT_EXCHANGE
-
-
-def _log_dropped(dropped: Sequence[Pending]) -> None:
-    events = sum(map(_is_event, dropped))
-    if replies := len(dropped) - events:
-        log.warning("%d replies are dropped: the processes that asked have ended", replies)
-    if events:
-        log.info("%d events have no subscription", events)

@@ -18,8 +18,9 @@ from celery_eda.core.message import Message
 from celery_eda.core.settings import Settings
 from celery_eda.dead_letters.letter import LetterFilter
 from celery_eda.dead_letters.store import DeadLetterStore
-from celery_eda.outbox.relay import Relay, RelayResult
+from celery_eda.outbox.relay import Relay
 from celery_eda.outbox.result_backend import Prerequisites
+from celery_eda.outbox.settlement import RelayResult
 from celery_eda.outbox.store import OutboxStore
 from tests.support.databases import LOCKING, Database
 from tests.support.messages import message

@@ -18,8 +18,9 @@ from celery_eda.core.settings import DAY
 from celery_eda.databases import upgrade
 from celery_eda.inbox.store import InboxStore, Outcome
 from celery_eda.outbox.housekeeping import Round
-from celery_eda.outbox.relay import Relay, RelayResult
+from celery_eda.outbox.relay import Relay
 from celery_eda.outbox.result_backend import Prerequisites
+from celery_eda.outbox.settlement import RelayResult
 
 ROUNDS = 1100  # a delay that is doubled more often than that is no float any more
 #: Seconds between two rounds, and so many rounds that the housekeeping's turn has come.

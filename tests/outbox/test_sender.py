@@ -11,8 +11,8 @@ import pytest
 
 from celery_eda.core.settings import Settings
 from celery_eda.outbox import sender
-from celery_eda.outbox.relay import RelayResult
 from celery_eda.outbox.sender import CommitSender
+from celery_eda.outbox.settlement import RelayResult
 from tests.support.waiting import BOUND, eventually
 
 

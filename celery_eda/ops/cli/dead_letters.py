@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import getpass
 import json
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import click
-from sqlalchemy.exc import SQLAlchemyError
 
 from celery_eda.app import EDA
-from celery_eda.core import redaction
-from celery_eda.core.context import Capture
 from celery_eda.core.error_text import printable
 from celery_eda.core.identity import ORDER_HEADER
 from celery_eda.dead_letters import (
@@ -35,17 +29,15 @@ from celery_eda.dead_letters import (
     edited,
     in_order,
 )
-from celery_eda.errors import RepairError
 from celery_eda.ops.cli import letters_view as view
-from celery_eda.ops.cli.console import Command, confirm, eda_of, report
+from celery_eda.ops.cli.console import Command, confirm, eda_of
+from celery_eda.ops.cli.letters_treatment import Treatment, refusal, treat
 from celery_eda.ops.cli.options import MOMENT, JSONValue, Rate, as_json, options
-from celery_eda.outbox import join
 
 #: Letters read by one query.
 PAGE = 500
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-Treatment = Callable[[Capture, int, Author], RepairResult]
 
 
 @click.group(name="dead-letters")
@@ -202,11 +194,11 @@ def edit(
             letter = eda.dead_letters.store.find(connection, id)
         if letter is None or not letter.is_open:
             state = letter.state if letter else None
-            raise click.ClickException(_already(RepairResult(id, state, fresh=False)))
+            raise click.ClickException(refusal(RepairResult(id, state, fresh=False)))
         click.echo(printable(edited(letter, args, kwargs).body.decode()))
         return
     change = partial(eda.dead_letters.repair.edit, args=args, kwargs=kwargs)
-    _treat(eda, [id], change, LetterState.open, _author(actor, why), as_json=as_json)
+    treat(eda, [id], change, LetterState.open, _author(actor, why), as_json=as_json)
 
 
 @dead_letters.command(cls=Command)
@@ -247,7 +239,7 @@ def discard(context: click.Context, /, awaited: bool, **options: Any) -> None:
 def _in_bulk(
     eda: EDA,
     verb: str,
-    treat: Treatment,
+    treatment: Treatment,
     aim: LetterState,
     *,
     ids: tuple[int, ...],
@@ -276,7 +268,7 @@ def _in_bulk(
         confirm(f"{verb} {len(found)} letters?", yes=yes)
     chosen = [letter.id for letter in found]
     author = _author(actor, why)
-    _treat(eda, chosen, treat, aim, author, missing=missing, rate=rate, as_json=as_json)
+    treat(eda, chosen, treatment, aim, author, missing=missing, rate=rate, as_json=as_json)
 
 
 def _show(letters: Iterable[Letter], *, as_json: bool) -> None:
@@ -307,94 +299,3 @@ def _shortened(letter: Letter) -> Letter:
     message = replace(letter.message, body=b"", headers=order, properties={})
     error = letter.error and letter.error[: view.SHORT_ERROR]
     return replace(letter, message=message, error=error, traceback=None)
-
-
-@dataclass(frozen=True)
-class Treated:
-    """The result for one letter, with the *error* if it could not be treated."""
-
-    end: RepairResult
-    error: str | None = None
-
-    def outcome(self, aim: LetterState) -> Literal["done", "already", "failed"]:
-        """The result of a command whose letters should end in the state *aim*."""
-        if self.error is None and self.end.fresh:
-            return "done"
-        if self.error is None and self.end.state == aim.value and aim is not LetterState.open:
-            return "already"
-        return "failed"
-
-    @property
-    def plain(self) -> dict[str, Any]:
-        """The result as JSON values."""
-        end = self.end
-        return {"id": end.id, "state": end.state, "fresh": end.fresh, "error": self.error}
-
-
-def _treat(
-    eda: EDA,
-    ids: Sequence[int],
-    treat: Treatment,
-    aim: LetterState,
-    author: Author,
-    *,
-    missing: Sequence[int] = (),
-    rate: float | None = None,
-    as_json: bool,
-) -> None:
-    """Treat each letter in a transaction of its own, then print the results."""
-    for id in missing:
-        click.echo(f"There is no letter {id} among the chosen ones.", err=True)
-    results = []
-    with _progress(ids, shown=not as_json) as progress:
-        for id in _paced(progress, rate):
-            treated = _treated(eda, treat, id, author)
-            results.append(treated)
-            if not as_json and (treated.error or not treated.end.fresh):
-                click.echo(printable(treated.error or _already(treated.end)), err=True)
-    tally = {"done": 0, "already": 0, "failed": len(missing)}
-    for treated in results:
-        tally[treated.outcome(aim)] += 1
-    what = "edited" if aim is LetterState.open else aim.value
-    report(
-        {**tally, "letters": [each.plain for each in results]},
-        f"{tally['done']} {what}, {tally['already']} already, {tally['failed']} failed",
-        as_json=as_json,
-    )
-    if tally["failed"] or not ids:
-        raise SystemExit(1)
-
-
-def _treated(eda: EDA, treat: Treatment, id: int, author: Author) -> Treated:
-    try:
-        with eda.databases.engine.begin() as connection:
-            return Treated(treat(join(connection, eda.outbox), id, author))
-    except RepairError as error:
-        return Treated(RepairResult(id, None, fresh=False), str(error))
-    except SQLAlchemyError as error:
-        # The transaction was rolled back; a repetition of the command treats the letter.
-        reason = redaction.redact(f"Letter {id}: {error}")
-        return Treated(RepairResult(id, None, fresh=False), reason)
-
-
-def _already(end: RepairResult) -> str:
-    if end.state is None:
-        return f"There is no letter {end.id}."
-    return f"Letter {end.id} is {end.state} already."
-
-
-def _progress(ids: Sequence[int], *, shown: bool) -> AbstractContextManager[Iterable[int]]:
-    """*ids*, with a progress bar on a terminal."""
-    if shown and len(ids) > 1 and sys.stderr.isatty():
-        return click.progressbar(ids, file=sys.stderr)
-    return nullcontext(ids)
-
-
-def _paced(ids: Iterable[int], seconds: float | None) -> Iterator[int]:
-    """*ids*, at most one per *seconds*."""
-    due = time.monotonic()
-    for each in ids:
-        if seconds:
-            time.sleep(max(0.0, due - time.monotonic()))
-            due = max(due, time.monotonic() - seconds) + seconds
-        yield each

@@ -22,7 +22,7 @@ from celery_eda.inbox.intake import Intake
 from celery_eda.inbox.request import ReliableRequest
 from celery_eda.inbox.store import InboxStore
 from celery_eda.inbox.task import ReliableTask
-from celery_eda.outbox import relay, result_backend
+from celery_eda.outbox import result_backend, settlement
 from celery_eda.outbox.capture import amqp
 from celery_eda.outbox.store import OutboxStore
 from celery_eda.requests.responder import Responder
@@ -186,7 +186,7 @@ def reply_sent_before_the_commit() -> None:
 
 def replies_need_no_queue() -> None:
     """A relay keeps trying to send a reply whose requester is gone."""
-    relay._may_be_dropped = lambda *_: False
+    settlement._may_be_dropped = lambda *_: False
 
 
 def celery_drops_what_is_revoked() -> None:
