@@ -66,7 +66,7 @@ class RepairDecorator:
             @wraps(function, assigned=("__module__", "__doc__"))
             def repair(letter: int) -> str:
                 transaction = join(current_session().connection(), self._outbox)
-                return self._dead_letters.repairers.attend(transaction, letter, repairer, decide)
+                return self._dead_letters.repairers.run(transaction, letter, repairer, decide)
 
             del repair.__wrapped__  # Celery would use the function's signature
             tasks.add(repaired, on, repairer, queue)

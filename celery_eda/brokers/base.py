@@ -178,7 +178,7 @@ class ReplyConsumer(Protocol):
         """Wait *timeout* seconds at most for replies.
 
         Returns:
-            The replies as kombu's messages; None in place of one that is no message.
+            The replies as kombu's messages; None in place of a payload that is not a message.
         """
         ...
 
@@ -242,8 +242,8 @@ class KeepsMalformed(Protocol):
         """The oldest *limit* of those payloads."""
         ...
 
-    def forget_malformed(self, payload: bytes) -> None:
-        """Drop one payload, which has been recorded elsewhere. Repeating it is harmless."""
+    def delete_malformed(self, payload: bytes) -> None:
+        """Delete one payload, which has been recorded elsewhere. Repeating it is harmless."""
         ...
 
 

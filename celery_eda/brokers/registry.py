@@ -84,8 +84,8 @@ def _generic() -> Broker:
 
 
 #: By the ``driver_type`` of kombu's transport, so that ``rediss`` and ``sentinel`` are ``redis``.
-#: A broker from elsewhere is added as ``BROKERS["driver_type"] = "module:Class"``, the class of a
-#: :class:`~celery_eda.brokers.base.Transport`, or as a function that returns a descriptor.
+#: Other packages may add brokers: ``BROKERS["driver_type"] = "module:Class"``, the class of a
+#: :class:`~celery_eda.brokers.base.Transport`, or a function that returns a descriptor.
 BROKERS: dict[str, Callable[[], Broker] | str] = {
     "amqp": _rabbitmq,
     "redis": _redis,

@@ -22,7 +22,7 @@ class Topology:
     """The queues that one app publishes to, by name.
 
     Attributes:
-        exchanges: whatever declares an exchange that no queue of the app is bound to, by the name
+        exchanges: the declarer of each exchange that no queue of the app is bound to, by the name
             of the exchange.
     """
 
@@ -48,5 +48,5 @@ class Topology:
 
 
 def declare(app: Celery, channel: Any, name: str) -> None:
-    """Declare what *app* knows as *name*; see :meth:`Topology.declare`."""
+    """Declare the queue or exchange *name* of *app*; see :meth:`Topology.declare`."""
     service_of(app).wing(Topology).declare(channel, name)

@@ -1,6 +1,6 @@
-"""What a message calls its task with, read from its body and written into it.
+"""The arguments of a task message, read from its body and written into it.
 
-Only JSON is read: anything else may run code, or means nothing outside its own worker.
+Only JSON is read: other formats may run code, or make no sense outside their own worker.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from celery_eda.errors import UnreadableBody
 
 JSON = "application/json"
 _NOTHING_FOLLOWS: Mapping[str, Any] = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
-#: What Celery shows of the arguments in its events.
+#: Characters of the arguments that Celery shows in its events.
 _LONGEST_REPR = 1024
 
 
@@ -26,7 +26,7 @@ class Arguments:
     """The arguments of a call.
 
     Attributes:
-        embedded: links, the rest of the chain and the chord, as Celery's protocol keeps them.
+        embedded: callbacks, the rest of the chain, and the chord, as in Celery's protocol.
     """
 
     args: tuple[Any, ...] = ()
@@ -38,7 +38,7 @@ class Arguments:
         """The arguments of *message*.
 
         Raises:
-            UnreadableBody: its body is no JSON, or not that of a task message.
+            UnreadableBody: its body is not JSON, or not the body of a task message.
         """
         _require_json(message)
         try:
@@ -46,22 +46,22 @@ class Arguments:
         # A body may be nested deeper than the stack.
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UnreadableBody(
-                f"The body of {message.task} is no readable JSON. Give all arguments anew "
+                f"The body of {message.task} is not readable JSON. Write all arguments again "
                 "(`edit --args … --kwargs …`), or discard the letter."
             ) from error
         match read:
             case [list(args), dict(kwargs), dict(embedded)]:
                 return cls(tuple(args), kwargs, embedded)
         raise UnreadableBody(
-            f"The body of {message.task} is not that of a task message: [args, kwargs, …]. "
-            "Give all arguments anew (`edit --args … --kwargs …`), or discard the letter."
+            f"The body of {message.task} is not the body of a task message: [args, kwargs, …]. "
+            "Write all arguments again (`edit --args … --kwargs …`), or discard the letter."
         )
 
     def in_place_of(self, message: Message) -> Message:
         """*message* with these arguments instead of its own.
 
         Raises:
-            UnreadableBody: its body is of a kind that is not written here.
+            UnreadableBody: its body has a format that is not written here.
         """
         _require_json(message)
         headers = {
@@ -74,7 +74,7 @@ class Arguments:
 
 
 def as_json(message: Message) -> Message:
-    """*message*, whose body nobody could read, as one that gets a body of JSON."""
+    """*message*, whose body could not be read, prepared for a new body of JSON."""
     headers = {name: value for name, value in message.headers.items() if name != "compression"}
     return replace(message, content_type=JSON, headers=headers)
 
@@ -83,7 +83,7 @@ def _require_json(message: Message) -> None:
     if message.content_type != JSON or message.headers.get("compression"):
         kind = message.headers.get("compression") or message.content_type or "unknown"
         raise UnreadableBody(
-            f"The body of {message.task} is of the kind {kind!r}, and only plain {JSON} can be "
-            "read and changed here. Redrive the letter as it is, or publish the task anew and "
+            f"The body of {message.task} has the format {kind!r}, but only plain {JSON} can be "
+            "read and changed here. Redrive the letter as it is, or publish the task again and "
             "discard the letter."
         )

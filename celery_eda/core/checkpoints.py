@@ -1,4 +1,4 @@
-"""The named steps of a message's way, at each of which a test can stop the process.
+"""The named steps on a message's path, at each of which a test can stop the process.
 
 The README's table of guarantees uses the same names. Reaching a step costs one look-up in an empty
 dict unless an action is armed.

@@ -232,9 +232,9 @@ def refuse_publishing_if_silenced(name: str) -> None:
     """
     if (what := _silenced_by.get()) is not None:
         raise PublishingForbidden(
-            f"{what} publishes {name}, which must not leave: it left when the event was new. "
-            "Publish from a subscription of its own. If this is a replay and the message should "
-            "leave once more, redrive the dead letter or replay with --publish."
+            f"{what} publishes {name}, which must not leave: it was published when the event was "
+            "new. Publish from a separate subscription. If this is a replay and the message should "
+            "be sent once more, redrive the dead letter or replay with --publish."
         )
 
 

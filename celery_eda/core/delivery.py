@@ -20,7 +20,7 @@ class Delivery:
     Attributes:
         request: Celery's record of this call. A task that calls itself as a plain function has
             another one meanwhile, so that ``task.request`` is no substitute.
-        position: the message's place in its key's order, None if it has no key.
+        position: the message's position in its key's order, None if it has no key.
         reply_to: the address for the reply, None if none is wanted.
     """
 

@@ -43,10 +43,10 @@ class Event:
         correlation_id: shared by all messages that the same first message caused.
         causation_id: id of the event or task that caused this one.
         version: number in its stream, from 1; None without a key, and unless read from the store.
-        position: place among all events of the store; None until a reader has asked for it.
-        order: place in its key's order as its message says it; known to the store, and here where
-            it comes in order.
-        recorded: when it was appended, by the database's clock; known only to the store.
+        position: number among all events of the store; None until a reader has asked for it.
+        order: the position in its key's order, as the message's header has it; None if the event
+            was neither read from the store nor delivered in order.
+        recorded: when it was appended, by the database's clock; None unless read from the store.
     """
 
     id: UUID
@@ -128,7 +128,7 @@ class Event:
                     order=_order(attributes, (source, ordering_scope(type_), key)),
                     recorded=datetime.fromisoformat(recorded) if recorded else None,
                 )
-        raise ValueError("this is no event: it lacks attributes of CloudEvents 1.0")
+        raise ValueError("this is not an event: it lacks attributes of CloudEvents 1.0")
 
 
 def _optional(attributes: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -139,9 +139,9 @@ def _optional(attributes: Mapping[str, Any], name: str, kind: type) -> Any:
 
 
 def _sequences(order: tuple[Any, ...]) -> tuple[str, str | None]:
-    """Epoch and number of a place, and of what came before its epoch.
+    """Epoch and number of the position in *order*, and of the last one before its epoch.
 
-    As texts that sort as the events follow each other: the extension ``sequence`` of CloudEvents.
+    Both are texts that sort like the events: the extension ``sequence`` of CloudEvents.
     """
     numbers = [f"{number:019d}" for number in order[3:]]
     return ".".join(numbers[:2]), ".".join(numbers[2:]) or None

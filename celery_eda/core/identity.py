@@ -98,11 +98,11 @@ class Identity:
 
 @dataclass(frozen=True)
 class Lane:
-    """The messages that take effect one after the other: one key's, from one service.
+    """The messages of one key from one service, which take effect one after the other.
 
     Attributes:
         source: the publishing service; two databases cannot share a count.
-        scope: what is counted together: a task's name, or ``<category>.#`` for events.
+        scope: messages that share one count: a task's name, or ``<category>.#`` for events.
         key: the ordering key.
     """
 

@@ -24,10 +24,11 @@ from celery_eda.core.limits import NAME_LENGTH, Limits
 from celery_eda.core.message import UNREADABLE
 from celery_eda.errors import Malformed, TooLarge, Undecodable
 
-#: Characters of an id, an address or another name; of texts for people.
+#: Characters of an id, an address or another name.
 LONGEST_NAME = NAME_LENGTH
+#: Characters of a text for people.
 LONGEST_TEXT = 65_536
-#: Retries, nesting, seconds: what a database or a timer can hold.
+#: The largest number that every database column and timer can hold.
 LARGEST = 2**31 - 1
 #: Years in which every moment can be converted to another time zone and be waited for.
 YEARS = range(1970, 9999)
@@ -150,7 +151,7 @@ def _check_headers(headers: Any) -> None:
         Position.of_headers(headers)
         addresses.of_headers(headers)
     except ValueError as error:
-        words = "headers: no identity, place or address as this package writes it"
+        words = "headers: an identity, position or address that this package cannot have written"
         raise Malformed(words) from error
 
 
@@ -164,14 +165,14 @@ def _check_properties(message: Any) -> None:
         if not _is_long_name(value):
             raise Malformed(f"delivery info {name!r}: {_described(value)}")
     if not isinstance(message.properties.get("priority") or 0, int):
-        raise Malformed("property 'priority': no whole number")
+        raise Malformed("property 'priority': not an integer")
 
 
 def _described(value: Any) -> str:
-    """What *value* is, without quoting it: it may hold a secret, or be a gigabyte."""
+    """A description of *value* without its content, which may be secret, or a gigabyte long."""
     if isinstance(value, str):
-        return f"a text of {len(value)} characters is not what it has to be"
-    return f"{type(value).__name__} is not what it has to be"
+        return f"a text of {len(value)} characters is not valid here"
+    return f"a value of type {type(value).__name__} is not valid here"
 
 
 def _is_name(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Bounds of what a message may contain and a column can store."""
+"""Limits of the content of a message and of the columns that store it."""
 
 from __future__ import annotations
 

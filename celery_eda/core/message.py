@@ -1,7 +1,7 @@
 """One complete Celery message as a value.
 
-It is what an outbox row holds, what a dead letter keeps and what the relay sends. The body is
-already serialized, so sending it needs no task, no serializer and no application code.
+Outbox rows and dead letters store such values, and the relay sends them. The body is already
+serialized, so sending it needs no task, no serializer and no application code.
 """
 
 from __future__ import annotations
@@ -17,15 +17,22 @@ from celery_eda.core.identity import Identity, Lane, Position
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: The only header of a message whose own could not be decoded: the error, and its bytes as Base64.
+#: The only header of a message whose headers cannot be decoded: the error, and the bytes in Base64.
 UNREADABLE = "eda_unreadable"
-#: Properties that travel with a message when it is sent again. Its ``expiration`` would let the
-#: broker drop it unseen.
+#: Properties that travel with a message when it is sent again. ``expiration`` does not: the broker
+#: would drop the message silently.
 PROPERTIES = frozenset(
-    (
-        *("app_id", "correlation_id", "delivery_mode", "message_id", "priority", "reply_to"),
-        *("timestamp", "type", "user_id"),
-    )
+    {
+        "app_id",
+        "correlation_id",
+        "delivery_mode",
+        "message_id",
+        "priority",
+        "reply_to",
+        "timestamp",
+        "type",
+        "user_id",
+    }
 )
 
 
@@ -80,10 +87,10 @@ class Message:
         queue: name of the queue to declare before sending, or None.
         due: earliest time to send, by the publisher's clock; None for at once.
         prerequisites: calls on the result backend that have to precede the message.
-        lane: whose next number the message gets when it is written to the outbox, or None.
-        draft: the event that goes to the event store together with the message, or None.
-        encoded: headers and properties once more, if they are encoded already. A message that is
-            made of this one has none.
+        lane: the lane whose next number the message gets when it is written to the outbox, or None.
+        event_append: the event to append to the event store together with the message, or None.
+        encoded: headers and properties once more, if they are encoded already. A message derived
+            from this one has none.
     """
 
     identity: Identity
@@ -99,8 +106,8 @@ class Message:
     due: datetime | None = None
     prerequisites: tuple[tuple[str, Any], ...] = field(default=())
     lane: Lane | None = None
-    draft: EventAppend | None = None
-    # Not among the arguments, so that `replace` never hands it on to other headers.
+    event_append: EventAppend | None = None
+    # Not an argument, so that `replace` never copies it to a message with other headers.
     encoded: Encoded | None = field(default=None, init=False, compare=False, repr=False)
 
     def with_encoded(self, encoded: Encoded | None, **changes: Any) -> Message:
@@ -109,9 +116,9 @@ class Message:
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
-        """A message with these *fields*; the dictionary becomes the message's own.
+        """A message with these *fields*. The message keeps the dictionary itself, not a copy.
 
-        It takes a tenth of the time of the constructor of a frozen dataclass, which calls
+        This takes a tenth of the time of the constructor of a frozen dataclass, which calls
         ``object.__setattr__`` for each field.
         """
         message = object.__new__(cls)
@@ -124,7 +131,7 @@ class Message:
         return self.encoded.envelope if self.encoded else None
 
     def whole(self) -> Message:
-        """This message itself; of a claimed one, the relay has read a part only."""
+        """This message itself. A claimed message reads its missing parts here."""
         return self
 
     def at(self, position: Position | None) -> Message:

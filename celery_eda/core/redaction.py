@@ -1,8 +1,8 @@
-"""What is secret, kept out of error texts, tracebacks and log lines.
+"""Redaction: secrets are removed from error texts, tracebacks and log lines.
 
-A secret is known by what stands before it (``password=``, ``Authorization:``, the user in a URL),
-or because the message in hand carries it under such a name. A secret that goes by another name is
-not found: an error that quotes it keeps it.
+A value is a secret if a telling name stands before it (``password=``, ``Authorization:``, the user
+in a URL), or if it is an argument with such a name of the message in progress. Secrets under other
+names are not recognized: an error text that quotes one still shows it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 from celery._state import get_current_worker_task
 
-#: Stands where a secret was.
+#: The replacement for a secret.
 HIDDEN = "[hidden]"
-#: Shorter values are not looked for: they would be found in every other word.
+#: Shorter values are not replaced, since they occur in ordinary words.
 SHORTEST_SECRET = 4
-#: Values looked at in a message's arguments, at most.
+#: Most values of a message's arguments that are examined.
 MOST_VALUES = 10_000
-#: Characters of a line or an error text that are looked through; the rest is cut off.
+#: Characters of a log line or an error text that are searched; longer texts are cut off there.
 LONGEST_TEXT = 40_000
 
 # A word of its own, or one that begins in the middle: dbPass.
@@ -60,7 +60,7 @@ _PATTERNS = (
 
 
 def redact(text: str, secrets: Sequence[str] = ()) -> str:
-    """*text* without what looks like a secret and without *secrets*; cut to what is looked at."""
+    """*text* without *secrets* and anything that looks like one, cut to :data:`LONGEST_TEXT`."""
     text = text[:LONGEST_TEXT]
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
@@ -70,14 +70,14 @@ def redact(text: str, secrets: Sequence[str] = ()) -> str:
 
 
 def is_secret(name: str) -> bool:
-    """Whether a value of this *name* is nobody's business."""
+    """True if a value of this *name* is a secret."""
     return _SECRET_NAME.search(name[:256]) is not None
 
 
 def secrets_of(arguments: Mapping[str, Any]) -> list[str]:
-    """The values in *arguments*, at any depth, whose names say that they are secret.
+    """The values in *arguments*, at any depth, whose names mark them as secret.
 
-    The longest come first, and each also as it looks when quoted.
+    The longest come first. Each is also listed as Python and JSON quote it.
     """
     found: set[str] = set()
     for number, value in enumerate(_secret_values(arguments)):
@@ -88,8 +88,8 @@ def secrets_of(arguments: Mapping[str, Any]) -> list[str]:
     return sorted((each for each in found if len(each) >= SHORTEST_SECRET), key=len, reverse=True)
 
 
-def secrets_in_hand() -> list[str]:
-    """The secret arguments of the message that this worker handles right here."""
+def secrets_in_progress() -> list[str]:
+    """The secret arguments of the message that the current thread is handling."""
     task = get_current_worker_task()
     if task is None:
         return []
@@ -102,7 +102,7 @@ def secrets_in_hand() -> list[str]:
 
 
 def logger(name: str) -> logging.Logger:
-    """The logger of that *name*, whose lines hold no secrets."""
+    """The logger *name*, which redacts its records."""
     log = logging.getLogger(name)
     if not any(isinstance(each, Redaction) for each in log.filters):
         log.addFilter(Redaction())
@@ -110,12 +110,12 @@ def logger(name: str) -> logging.Logger:
 
 
 class Redaction(logging.Filter):
-    """Takes the secrets out of a log line, and out of the traceback that comes with it."""
+    """Removes secrets from a log record and from its traceback; lets every record pass."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if not _tells_of_an_error(record):
+        if not _may_quote_user_code(record):
             return True
-        secrets = secrets_in_hand()
+        secrets = secrets_in_progress()
         record.msg, record.args = storable(redact(_message(record), secrets)), ()
         if record.exc_info:
             traceback = _formatter.formatException(record.exc_info)
@@ -126,26 +126,29 @@ class Redaction(logging.Filter):
 _formatter = logging.Formatter()
 
 
-def _tells_of_an_error(record: logging.LogRecord) -> bool:
-    """Whether somebody else's words may be in it; Celery tells of a retry as of good news."""
+def _may_quote_user_code(record: logging.LogRecord) -> bool:
+    """True for records that may quote an error of user code.
+
+    These are warnings and worse, records with a traceback, and Celery's INFO record of a retry.
+    """
     retried = isinstance(record.args, Mapping) and "exc" in record.args
     return record.levelno >= logging.WARNING or bool(record.exc_info) or retried
 
 
 def storable(text: str) -> str:
-    """*text* without what a database or a log refuses: lone surrogates, and NUL on PostgreSQL."""
+    """*text* with lone surrogates and NUL escaped, which a database or a log would refuse."""
     return text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
 
 
 def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
-    except Exception:  # the text of somebody's error may itself fail
+    except Exception:  # the `__str__` of an argument may fail
         return str(record.msg)
 
 
 def _secret_values(arguments: Mapping[str, Any]) -> Iterator[Any]:
-    """Without recursion: arguments may be nested deeper than the stack."""
+    """The secret values in *arguments*; found without recursion, since they may be nested deep."""
     pending: list[tuple[bool, Any]] = [(False, arguments)]
     for _ in range(MOST_VALUES):
         if not pending:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from celery_eda.errors import ConfigurationError
 
-#: Called with the number of attempts made so far and what the last one raised; returns the seconds
-#: to wait before the next one, None to give up.
+#: Called with the number of attempts made so far and the exception of the last one; returns the
+#: seconds to wait before the next one, or None to give up.
 Policy = Callable[[int, Exception], float | None]
 
 #: Seconds between two attempts to reach a broker or database that is away: the first, the longest.
@@ -79,7 +79,7 @@ def checked_policy(policy: Policy) -> Policy:
 def backoff(attempts: int, first: float, longest: float) -> float:
     """Seconds to wait after *attempts* failures: doubling, bounded, with jitter.
 
-    "Equal jitter": at least half of the delay is kept, so that a short first delay stays one
+    "Equal jitter": at least half of the delay remains, so that no wait is close to zero
     (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
     """
     delay: float = min(longest, first * 2.0 ** min(attempts, 62))

@@ -86,10 +86,10 @@ class Service:
 
 
 def service_of(app: Celery) -> Service:
-    """The service that *app* is.
+    """The service of *app*.
 
     Raises:
-        ConfigurationError: the app has not been given to ``EDA``.
+        ConfigurationError: the app is not extended by :class:`celery_eda.EDA`.
     """
     eda = getattr(app, "eda", None)
     if eda is None:

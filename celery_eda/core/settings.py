@@ -72,7 +72,7 @@ class Settings:
     )
     relay_batch: int = option(500, "Messages that a relay claims and sends in one batch.", least=1)
     relay_poll: float = option(
-        0.1, "Most seconds between two polls of an empty outbox.", least=0.001
+        0.1, "Maximum seconds between two polls of an empty outbox.", least=0.001
     )
     publish_timeout: float = option(
         10.0, "Seconds to wait for the broker's confirmation of a batch.", least=0.1
@@ -141,18 +141,18 @@ class Settings:
     )
     max_message_bytes: int = option(
         16 * 2**20,
-        "Most bytes of a message's body, and of its headers. A larger message becomes a dead "
+        "Maximum bytes of a message's body, and of its headers. A larger message becomes a dead "
         "letter.",
         least=1024,
     )
     max_decompressed_bytes: int = option(
         64 * 2**20,
-        "Most bytes of a compressed body after decompression, which stops there.",
+        "Maximum bytes of a compressed body after decompression, which stops there.",
         least=1024,
     )
     max_nesting: int = option(
         200,
-        "Most levels of lists and mappings within each other, in a body or in headers.",
+        "Maximum levels of nested lists and mappings in a body or in headers.",
         least=8,
     )
 
@@ -184,8 +184,8 @@ class Settings:
     )
     redelivery_horizon: float = option(
         DAY,
-        "Most seconds before a broker delivers or redelivers a copy of a message: its visibility "
-        "timeout plus the longest time without any worker.",
+        "Maximum seconds before a broker delivers or redelivers a copy of a message: its "
+        "visibility timeout plus the longest time without any worker.",
         least=HOUR,
     )
     housekeeping_interval: float = option(
@@ -244,14 +244,14 @@ class Settings:
             raise UnsafeSetting(
                 f"eda_inbox_retention ({inbox} s) must be at least {self.longest_return} s, which "
                 "is eda_max_attempts × eda_retry_delay_max + eda_redelivery_horizon: a copy that "
-                "comes after its inbox row was deleted would take effect once more. Raise "
+                "arrives after its inbox row was deleted would take effect once more. Raise "
                 "eda_inbox_retention."
             )
         if audit < dead:
             raise UnsafeSetting(
                 f"eda_audit_retention ({audit} s) must be at least eda_dead_letter_retention "
-                f"({dead} s): nobody could tell what became of a dead letter, or when. Raise "
-                "eda_audit_retention."
+                f"({dead} s): otherwise the record of how and when a dead letter was closed would "
+                "be deleted before the letter. Raise eda_audit_retention."
             )
 
     @classmethod

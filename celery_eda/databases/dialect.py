@@ -277,7 +277,7 @@ class Dialect:
         """Milliseconds since 1970 by the database's clock."""
         raise NotImplementedError
 
-    def take_numbers(
+    def advance_sequences(
         self, connection: Connection, table: Table, counts: Mapping[tuple[str, str], int]
     ) -> Sequence[Row[Any]]:
         """Advance each sequence by its count, in the order of *counts*; returns the rows."""

@@ -1,4 +1,4 @@
-"""Engines with the time-outs of the road, which survive a fork."""
+"""Engines with time-outs, safe to use after a fork."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Retention:
 
     Attributes:
         what: the name under which deleted rows are counted.
-        table: its column ``at`` has the age of a row.
+        table: its column ``at`` is the time from which the age of a row counts.
         dialect: deletes the rows.
         seconds: the age from which a row is old; None keeps all rows forever.
         unneeded: gives the condition for rows that nothing needs, from the time before which rows

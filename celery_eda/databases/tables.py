@@ -348,16 +348,12 @@ def _event_tables(
         sqlite_autoincrement=True,
         **_OPTIONS,
     )
-    columns = events.c
-    Index(f"ix_{prefix}events_position", columns.position, unique=True)
-    Index(f"ix_{prefix}events_event", columns.event_id, unique=True)
-    Index(
-        f"ix_{prefix}events_stream",
-        *(columns.category, columns.key, columns.version),
-        unique=True,
-    )
-    Index(f"ix_{prefix}events_type", columns.type, columns.position)
-    Index(f"ix_{prefix}events_category", columns.category, columns.position)
+    by = events.c
+    Index(f"ix_{prefix}events_position", by.position, unique=True)
+    Index(f"ix_{prefix}events_event", by.event_id, unique=True)
+    Index(f"ix_{prefix}events_stream", by.category, by.key, by.version, unique=True)
+    Index(f"ix_{prefix}events_type", by.type, by.position)
+    Index(f"ix_{prefix}events_category", by.category, by.position)
     snapshots = Table(
         f"{prefix}snapshots",
         metadata,

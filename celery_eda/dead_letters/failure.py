@@ -55,7 +55,7 @@ class Failure:
     Attributes:
         letter: the dead letter.
         args, kwargs: arguments of the call that failed.
-        history: earlier letters of the same message and what was done to them, oldest first.
+        history: earlier letters of the same message, and the actions on them, oldest first.
         signature: of the task's function; None if this worker does not know the task.
     """
 
@@ -152,7 +152,7 @@ class Failure:
         return Skip(why)
 
     def leave(self, why: str) -> Leave:
-        """Leave the message to a person; it stays open, and goes on blocking its key."""
+        """Leave the message to a person; it stays open and continues to block its key."""
         return Leave(why)
 
     @property

@@ -28,7 +28,7 @@ from celery_eda.ordering import Cursors, Turn
 _OF_BROKERS = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count")
 #: Headers that are reset when a message is sent again.
 _RESET: Mapping[str, Any] = {"expires": None, "retries": 0}
-#: Earlier letters of the same message at most, in its history.
+#: The most letters in the history of a message.
 LONGEST_HISTORY = 100
 
 
@@ -51,8 +51,9 @@ class RepairResult:
 class Repair:
     """Actions on the dead letters of one database, in a transaction of the caller.
 
-    *transaction* is the open one: it gives the connection, and captures what is sent again, which
-    is sent if and only if it commits. After an error the caller has to roll it back.
+    Each method uses the connection of the open *transaction*, which also captures the messages to
+    send again: they are sent if and only if it commits. After an error the caller has to roll it
+    back.
     """
 
     dead_letters: DeadLetterStore
@@ -161,8 +162,8 @@ class Repair:
     ) -> RepairResult:
         """Abandon a message that no other message waits for.
 
-        With *awaited* also one whose turn is still to come. Later messages of its key then stay
-        parked until somebody repairs them.
+        With *awaited*, the turn of the message may still be to come. Later messages of its key then
+        stay parked until they are repaired too.
 
         Raises:
             NotItsTurn: others of its key wait, or will wait, for the message.
@@ -237,8 +238,8 @@ def edited(letter: Letter, args: Sequence[Any] | None, kwargs: Mapping[str, Any]
     """The letter's message with other arguments; None leaves *args* or *kwargs* unchanged.
 
     Raises:
-        UnreadableBody: the old arguments cannot be read and one of the two is None; or they cannot
-            be read here but by others, and the callbacks in the body would be lost.
+        UnreadableBody: the old arguments cannot be read, and one of the two is None; or only other
+            services can read them, so that callbacks in the body would be lost.
     """
     message = letter.message
     try:

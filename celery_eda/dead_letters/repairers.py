@@ -27,21 +27,21 @@ from celery_eda.errors import ConfigurationError, UnreadableBody
 
 @dataclass(frozen=True)
 class Repairers:
-    """Execution of what repairers decide."""
+    """Calls repairers, and executes their decisions."""
 
     repair: Repair
     service: Service
 
-    def attend(
+    def run(
         self,
         transaction: Capture,
         id: int,
         repairer: str,
         decide: Callable[[Failure], RepairDecision],
     ) -> str:
-        """Do with an open letter what *decide* returns.
+        """Execute the decision of *decide* about an open letter.
 
-        A letter that changes while *decide* runs is left alone.
+        A letter that changes while *decide* runs is left to a person.
 
         Args:
             transaction: the one of the repairer's own message.
@@ -50,11 +50,11 @@ class Repairers:
             decide: the user's function.
 
         Returns:
-            What was done, e.g. ``redriven``, ``left``, ``already skipped``.
+            The result, e.g. ``redriven``, ``left``, ``already skipped``.
 
         Raises:
             RepairError: the decision cannot be executed.
-            TypeError: *decide* returned something else than a decision.
+            TypeError: *decide* did not return a decision.
         """
         connection = transaction.connection
         letter = self.repair.dead_letters.find(connection, id)
@@ -128,15 +128,15 @@ class RepairTasks:
     """The repair tasks of one app.
 
     Attributes:
-        known: repairers by the name of the task that they repair: the type of the errors, the name
-            of the repair task, and its own queue or None.
+        known: the repairers of each task, by its name: the type of the errors, the name of the
+            repair task, and its own queue or None.
     """
 
     service: Service
     known: dict[str, list[tuple[Any, str, str | None]]] = field(default_factory=dict)
 
     def refuse_second(self, task: str, repairer: str) -> None:
-        """Raise if *task* has a repair task with the name *repairer*.
+        """Refuse a second repair task of *task* with the name *repairer*.
 
         Raises:
             ConfigurationError: the name is taken.
@@ -157,7 +157,7 @@ class RepairTasks:
         everything = (each for repairers in self.known.values() for each in repairers)
         return {queue or self.service.settings.repair_queue for _, _, queue in everything}
 
-    def seek(self, task: Task, error: Exception, letter: int) -> None:
+    def dispatch(self, task: Task, error: Exception, letter: int) -> None:
         """Publish a call of the first repair task for *error* of *task*, if there is any."""
         for on, name, queue in self.known.get(task.name, ()):
             if isinstance(error, on):

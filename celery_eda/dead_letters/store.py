@@ -136,7 +136,7 @@ def _secrets(message: Message) -> list[str]:
         named = redaction.secrets_of(Arguments.of(message).kwargs)
     except UnreadableBody:
         named = []
-    return [*named, *redaction.secrets_in_hand()]
+    return [*named, *redaction.secrets_in_progress()]
 
 
 def _type_of(error: BaseException | str) -> str | None:

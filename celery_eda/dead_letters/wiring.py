@@ -38,7 +38,7 @@ class DeadLetters:
 
     @cached_once
     def repairers(self) -> Repairers:
-        """Lets functions of the user decide about dead letters."""
+        """Calls the user's functions that decide about dead letters."""
         return Repairers(self.repair, self._service)
 
     @cached_once

@@ -67,10 +67,10 @@ class Emitter:
         )
         with stored(self.outbox, f"The event {name}"):
             message = self.message_of(event, identity)
-            draft = EventAppend(event, expected_version)
+            append = EventAppend(event, expected_version)
             transaction = context.current_transaction()
             assert transaction is not None, "the publisher has opened one"
-            transaction.capture(replace(message, lane=lane, draft=draft))
+            transaction.capture(replace(message, lane=lane, event_append=append))
         return event
 
     def message_of(self, event: Event, identity: Identity) -> Message:

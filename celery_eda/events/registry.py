@@ -1,7 +1,7 @@
-"""What the data of events look like: classes by the events' names, versions, and upcasters.
+"""The registered events: the class of an event's data, its version, and upcasters.
 
-Events are kept for ever, and their shape changes. An upcaster turns the data of one version into
-that of the next one, so that handlers and folds see only the latest.
+Events are stored forever, but the shape of their data changes. An upcaster converts the data of one
+version into those of the next, so that handlers and folds see only the latest version.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ class EventRegistry:
 
     Attributes:
         kinds: class and version of the data of each event.
-        upcasters: by an event's name and the version that they begin with.
+        upcasters: by the name of an event and the version that they convert.
     """
 
     kinds: dict[str, tuple[type, int]] = field(default_factory=dict)
     upcasters: dict[tuple[str, int], Upcaster] = field(default_factory=dict)
 
     def register(self, name: str, kind: type, version: int = 1) -> None:
-        """Let the data of the event *name* be of the class *kind*.
+        """Make *kind* the class of the data of the event *name*.
 
         Raises:
-            ConfigurationError: that event has a class already, or *kind* is of no use.
+            ConfigurationError: the event has another class already, or *kind* is neither a
+                dataclass nor a pydantic model.
         """
         checked_name(name)
         if self.kinds.get(name, (kind, version)) != (kind, version):
@@ -50,7 +51,7 @@ class EventRegistry:
         self.kinds[name] = kind, version
 
     def upcast(self, name: str, version: int, upcaster: Upcaster) -> None:
-        """Let *upcaster* make data of *version* of the event *name* into those of the next."""
+        """Convert data of the event *name* from *version* to the next one with *upcaster*."""
         self.upcasters[checked_name(name), version] = upcaster
 
     def version_of(self, name: str) -> int:
@@ -59,18 +60,18 @@ class EventRegistry:
         return max(upcast, self.kinds[name][1] if name in self.kinds else 1)
 
     def to_plain(self, name: str, data: Any) -> Any:
-        """*data* of the event *name* as JSON has them; what is changed in them later is not.
+        """*data* of the event *name* as plain JSON values: a copy, which later changes spare.
 
         Raises:
-            InvalidEvent: they are not what is registered, or cannot be written as JSON.
+            InvalidEvent: the data are not of the registered class, or cannot be written as JSON.
         """
         plain = self._plain(name, data)
         try:
             return json.loads(json.dumps(plain))
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidEvent(
-                f"The data of {name} cannot be written as JSON: {error}. Give texts, numbers, "
-                "lists and dictionaries, or a class that is registered for the event."
+                f"The data of {name} cannot be written as JSON: {error}. Use strings, numbers, "
+                "lists and dictionaries, or register a class for the event."
             ) from error
 
     def _plain(self, name: str, data: Any) -> Any:
@@ -78,8 +79,8 @@ class EventRegistry:
             data = self._made(name, data)
         if name in self.kinds and not isinstance(data, self.kinds[name][0]):
             raise InvalidEvent(
-                f"The data of {name} have to be a {self.kinds[name][0].__name__}, "
-                f"not a {type(data).__name__}."
+                f"The data of {name} must be of type {self.kinds[name][0].__name__}, "
+                f"not {type(data).__name__}."
             )
         if hasattr(data, "model_dump"):
             return data.model_dump(mode="json")
@@ -91,14 +92,14 @@ class EventRegistry:
         """*event* with its data in the latest version, of the registered class.
 
         Raises:
-            InvalidEvent: they are of a version that is not known here, or are none of the class.
+            InvalidEvent: the data have a version that is unknown here, or do not fit the class.
         """
         latest, data = self.version_of(event.type), event.data
-        # Without any registration the data are the handler's own affair.
+        # Data of unregistered events reach the handler unchanged.
         if event.data_version > latest and event.type in self.kinds:
             raise InvalidEvent(
-                f"{event.type} {event.id} has data of version {event.data_version}, and this "
-                f"service knows {latest}. Upgrade it, then redrive the event."
+                f"{event.type} {event.id} has data of version {event.data_version}, but this "
+                f"service knows only version {latest}. Upgrade the service, then redrive the event."
             )
         for version in range(event.data_version, latest):
             if upcaster := self.upcasters.get((event.type, version)):
@@ -114,4 +115,4 @@ class EventRegistry:
                 return kind.model_validate(data)
             return kind(**data)
         except (TypeError, ValueError) as error:
-            raise InvalidEvent(f"The data of {name} make no {kind.__name__}: {error}") from error
+            raise InvalidEvent(f"The data of {name} do not fit {kind.__name__}: {error}") from error

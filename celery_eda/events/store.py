@@ -68,21 +68,21 @@ class EventStore:
     table: Table
     dialect: Dialect
 
-    def append(self, connection: Connection, drafts: Sequence[EventAppend]) -> None:
+    def append(self, connection: Connection, appends: Sequence[EventAppend]) -> None:
         """Append events that have their versions already.
 
         Raises:
             VersionConflict: a stream is not at the expected version; the transaction has to be
                 rolled back.
         """
-        for draft in drafts:
-            event = draft.event
-            if draft.expected is not None and event.version != draft.expected + 1:
+        for append in appends:
+            event = append.event
+            if append.expected is not None and event.version != append.expected + 1:
                 assert event.stream is not None, "an expected version needs a key"
                 assert event.version is not None, "its sequence has numbered the event"
-                raise VersionConflict(event.stream, draft.expected, event.version - 1)
-        if drafts:
-            connection.execute(self._appending, [_to_row(draft.event) for draft in drafts])
+                raise VersionConflict(event.stream, append.expected, event.version - 1)
+        if appends:
+            connection.execute(self._appending, [_to_row(append.event) for append in appends])
 
     def find(self, connection: Connection, event_id: UUID) -> Event | None:
         """Return the event with this id; None if there is none."""

@@ -63,7 +63,7 @@ class Events:
 
     def note(self, connection: Connection, messages: Sequence[Message]) -> None:
         """Append the events of *messages* to the event store."""
-        if appends := [each.draft for each in messages if each.draft]:
+        if appends := [each.event_append for each in messages if each.event_append]:
             self.store.append(connection, appends)
 
     def record_queues(self) -> None:

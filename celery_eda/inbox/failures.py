@@ -102,7 +102,7 @@ class Failures:
     def _publish_repair(self, unit: UnitOfWork, error: Exception, letter: int) -> None:
         """Publish the repair, if the task has one; without it the letter waits for a person."""
         try:
-            self.repair_tasks.seek(unit.delivery.task, error, letter)
+            self.repair_tasks.dispatch(unit.delivery.task, error, letter)
         except Exception:
             log.exception(
                 "the repair of %s cannot be published; its dead letter stays open",

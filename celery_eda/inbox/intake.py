@@ -182,7 +182,7 @@ class Intake(bootsteps.StartStopStep):
                 what = unread(payload)
                 if self.inbox.refusals.dead_letter(what):
                     _log(what)
-                channel.forget_malformed(payload)
+                channel.delete_malformed(payload)
         except Exception as error:
             log.warning(
                 "malformed payloads stay set aside until the next look: %s", loggable(repr(error))

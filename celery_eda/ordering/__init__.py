@@ -1,4 +1,4 @@
-"""Order of messages that share a key: keys, numbers given, numbers awaited, parked messages."""
+"""The order of messages that share a key: keys, sequences, cursors, parked messages."""
 
 from __future__ import annotations
 

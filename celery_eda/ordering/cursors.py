@@ -211,7 +211,7 @@ class Cursors:
             found.update(dict.fromkeys(connection.scalars(query)))
         return tuple(found)[:limit]
 
-    def forget(self, connection: Connection, consumer: str) -> None:
+    def delete(self, connection: Connection, consumer: str) -> None:
         """Delete the cursors and the parked messages of a *consumer* that no longer exists."""
         for table in (self.parked, self.table):
             connection.execute(delete(table).where(table.c.consumer == consumer))

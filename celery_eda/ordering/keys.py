@@ -37,8 +37,8 @@ def key_function(function: Callable[..., Any], key: Key) -> Callable[..., Any]:
     return key_of
 
 
-def ordering_key(source: str, stream: str, key: Any) -> Lane:
-    """The lane of messages of *stream* that the service *source* publishes with *key*.
+def ordering_key(source: str, scope: str, key: Any) -> Lane:
+    """The lane of messages of *scope* that the service *source* publishes with *key*.
 
     Raises:
         InvalidKey: *key* has no unambiguous text (None, a float, a collection), or is too long.
@@ -47,11 +47,11 @@ def ordering_key(source: str, stream: str, key: Any) -> Lane:
     text = key if isinstance(key, str) else str(key)
     if not text or key is None or isinstance(key, float | list | dict | set):
         raise InvalidKey(
-            f"{key!r} is no ordering key of {stream}: give a text, an integer or a UUID."
+            f"{key!r} is no ordering key of {scope}: give a text, an integer or a UUID."
         )
     if len(text.encode(errors="replace")) > KEY_BYTES or not text.isprintable():
         raise InvalidKey(
-            f"The ordering key {text[:40]!r}… of {stream} has {len(text)} characters; "
+            f"The ordering key {text[:40]!r}… of {scope} has {len(text)} characters; "
             f"a key is at most {KEY_BYTES} bytes of printable text. Use a digest of it."
         )
-    return Lane(source, stream, text)
+    return Lane(source, scope, text)

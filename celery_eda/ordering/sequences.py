@@ -38,12 +38,12 @@ class Sequences:
         wanted = {(lane.scope, lane.key): count for lane, count in counts.items()}
         numbers = {
             (row.stream, row.key): _numbers(row, wanted[row.stream, row.key])
-            for row in self.dialect.take_numbers(
+            for row in self.dialect.advance_sequences(
                 connection, self.table, dict(sorted(wanted.items()))
             )
         }
         return [
-            _at(message, lane, *next(numbers[lane.scope, lane.key]))
+            _numbered(message, lane, *next(numbers[lane.scope, lane.key]))
             if (lane := message.lane)
             else message
             for message in messages
@@ -93,14 +93,14 @@ def _numbers(row: Row[Any], count: int) -> Iterator[_Numbers]:
         yield row.epoch, number, before if number == 1 else None, row.version - back
 
 
-def _at(
+def _numbered(
     message: Message, lane: Lane, epoch: int, number: int, before: Any, version: int
 ) -> Message:
     """*message* at its position; its event, if any, gets *version* in its stream."""
     position = Position(lane, epoch, number, before)
-    placed = message.at(position)
-    if (draft := message.draft) is None:
-        return placed
+    numbered = message.at(position)
+    if (append := message.event_append) is None:
+        return numbered
     order = tuple(position.headers[ORDER_HEADER])
-    event = replace(draft.event, version=version, order=order)
-    return replace(placed, draft=replace(draft, event=event))
+    event = replace(append.event, version=version, order=order)
+    return replace(numbered, event_append=replace(append, event=event))

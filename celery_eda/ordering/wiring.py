@@ -10,7 +10,7 @@ from celery_eda.ordering.sequences import Sequences
 
 
 class Ordering:
-    """Numbers given to messages with an ordering key, and numbers awaited by their consumers."""
+    """The sequences of one publishing service, and the cursors of its consumers."""
 
     def __init__(self, service: Service, databases: Databases) -> None:
         self._databases = databases
@@ -18,11 +18,11 @@ class Ordering:
 
     @cached_once
     def sequences(self) -> Sequences:
-        """The numbers given."""
+        """Assigns numbers to messages with an ordering key."""
         return Sequences(self._databases.tables.sequences, self._databases.dialect)
 
     @cached_once
     def cursors(self) -> Cursors:
-        """The numbers awaited, and the messages parked until their turn."""
+        """The next number expected for each key, and the messages parked until their turn."""
         tables = self._databases.tables
         return Cursors(tables.cursors, tables.parked, self._databases.dialect)

@@ -38,7 +38,7 @@ class Responder:
     def fail(self, delivery: Delivery, error: Exception) -> None:
         """Reply that the request failed for good, if the message is one."""
         if delivery.reply_to is not None:
-            described = self.errors.to_wire(error, redaction.secrets_in_hand())
+            described = self.errors.to_wire(error, redaction.secrets_in_progress())
             self._send(delivery, delivery.reply_to, {"error": described})
 
     def refuse(self, request: Message, error: Exception) -> list[Message]:

@@ -103,7 +103,7 @@ def test_data_of_a_later_version_than_this_service_knows_are_refused() -> None:
     types = EventRegistry()
     types.register("order.placed", Placed)
 
-    with pytest.raises(InvalidEvent, match="data of version 2, and this service knows 1"):
+    with pytest.raises(InvalidEvent, match="of version 2, but this service knows only version 1"):
         types.restored(replace(EVENT, data_version=2))
 
 

@@ -43,11 +43,13 @@ def append(
     messages = [
         replace(
             message(lane=Lane("shop", f"{each.category}.#", each.key) if each.key else None),
-            draft=EventAppend(each, expected),
+            event_append=EventAppend(each, expected),
         )
         for each in events
     ]
-    drafts = [each.draft for each in sequences.number(connection, messages) if each.draft]
+    drafts = [
+        each.event_append for each in sequences.number(connection, messages) if each.event_append
+    ]
     store.append(connection, drafts)
 
 

@@ -19,10 +19,12 @@ from tests.support.worker_slot import Slot
 def publish(number: int, expected: int | None = None) -> None:
     """Capture a message with its event, as what emits will."""
     now = datetime(2026, 5, 17, tzinfo=timezone.utc)
-    draft = EventAppend(Event(uuid4(), "order.placed", "shop", now, number, "7"), expected)
+    append = EventAppend(Event(uuid4(), "order.placed", "shop", now, number, "7"), expected)
     transaction = context.current_transaction()
     assert transaction is not None
-    transaction.capture(replace(message("event"), lane=Lane("shop", "order.#", "7"), draft=draft))
+    transaction.capture(
+        replace(message("event"), lane=Lane("shop", "order.#", "7"), event_append=append)
+    )
 
 
 def stored(slot: Slot) -> list[tuple[object, int | None]]:

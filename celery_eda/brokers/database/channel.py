@@ -212,7 +212,7 @@ class Channel(virtual.Channel):
         self.connection.begin_consuming()
 
     def _own(self, queue: str) -> None:
-        """Make this taker, which consumes a private queue, the owner instead of who declared it."""
+        """Make this taker, which consumes a private queue, its owner instead of the declarer."""
         owner = self.connection.ensure_taker().id
         bindings = [each for each in self.connection.known if each[2] == queue]
         with self.broker.engine.begin() as connection:

@@ -25,7 +25,7 @@ def declare(app: Celery, name: str, expires: float) -> None:
 
 
 class ReplyConsumer:
-    """The reply queues of one process, over one connection. See ``transports.base``."""
+    """The reply queues of one process, over one connection. See ``brokers.base``."""
 
     def __init__(self, app: Celery, *, expires: float) -> None:
         self._broker = app.connection_for_read()

@@ -19,7 +19,7 @@ from sqlalchemy import (
 )
 
 from celery_eda.brokers.database.queueing import Passed, Presence, Queueing
-from celery_eda.brokers.database.sqlite_presence import Doorbell, folder_of, is_gone, wake_all
+from celery_eda.brokers.database.sqlite_presence import LockedPipe, folder_of, is_gone, wake_all
 from celery_eda.databases import Tables, Values, cached_statement
 
 
@@ -32,7 +32,7 @@ class SQLiteQueues(Queueing):
     poll_interval = 0.25
 
     def presence(self, engine: Engine, tables: Tables, heartbeat: float | None) -> Presence:
-        return Doorbell(folder_of(engine, tables))
+        return LockedPipe(folder_of(engine, tables))
 
     def dead_takers(
         self, connection: Connection, engine: Engine, tables: Tables, me: int

@@ -92,7 +92,7 @@ def _file_system(path: Path, mounts: str | None) -> str:
     return next((kinds[folder] for folder in folders if folder in kinds), "")
 
 
-class Doorbell:
+class LockedPipe:
     """The presence of one taker: a locked pipe with a unique name."""
 
     def __init__(self, folder: Path) -> None:

@@ -67,8 +67,8 @@ class InFlight:
     ) -> None:
         """Record that the broker could not route a message, until the message is confirmed.
 
-        If two messages in flight are identical, both count as returned: publishing one of them
-        again does no harm, taking it for delivered would lose it.
+        If two messages in flight are identical, both count as returned: publishing a delivered
+        message again does no harm, but a returned one that counts as delivered would be lost.
         """
         headers = returned.headers or {}
         alike = [

@@ -1,8 +1,8 @@
 """Consuming from RabbitMQ, including messages whose properties the client library cannot read.
 
-RabbitMQ accepts properties that py-amqp cannot decode: names that are no UTF-8, dates after the
+RabbitMQ accepts properties that py-amqp cannot decode: names that are not UTF-8, dates after the
 year 9999, tables nested a thousand deep. Py-amqp decodes them before any callback, and its
-exception would end the worker, and the next one. Here such a message arrives with its properties
+exception would end one worker after the other. Here such a message arrives with its properties
 undecoded, in one header.
 """
 
@@ -28,7 +28,7 @@ ONLY_HEADERS = 0x2000
 
 
 def tolerant(connection: Any, callback: Callable[..., Any]) -> Callable[[Any], bool]:
-    """A frame handler that is py-amqp's, but puts undecodable properties into one header."""
+    """Py-amqp's frame handler, which here puts undecodable properties into one header."""
     read = frame_handler(connection, callback)
 
     def on_frame(frame: Any) -> bool:

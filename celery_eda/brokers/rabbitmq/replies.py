@@ -34,7 +34,7 @@ def _queue(name: str, expires: float) -> Queue:
 
 
 class ReplyConsumer:
-    """The reply queues of one process, over one connection. See ``transports.base``."""
+    """The reply queues of one process, over one connection. See ``brokers.base``."""
 
     def __init__(self, app: Celery, *, expires: float) -> None:
         self._expires = expires

@@ -22,7 +22,7 @@ from redis.exceptions import ConnectionError
 from celery_eda.brokers.redis import replies
 from celery_eda.core.event import OF_ONE_WORKER
 
-#: The list of payloads that are no message, or one that cannot be acknowledged or restored.
+#: The list of payloads that are not messages, or that cannot be acknowledged or restored.
 MALFORMED = "celery_eda.malformed"
 
 #: Longest wait for a message of a lower priority, in seconds.
@@ -299,7 +299,7 @@ class Channel(redis.Channel):
             oldest: list[bytes] = client.lrange(name, -limit, -1)
         return oldest[::-1]
 
-    def forget_malformed(self, payload: bytes) -> None:
+    def delete_malformed(self, payload: bytes) -> None:
         with self.conn_or_acquire() as client:
             client.lrem(self.global_keyprefix + MALFORMED, -1, payload)
 

@@ -72,7 +72,7 @@ class Payloads:
 
 
 class EnvelopeTemplate:
-    """A JSON text with slots for the values that differ. See ``transports.base``."""
+    """A JSON text with slots for the values that differ. See ``brokers.base``."""
 
     def __init__(
         self, message: Message, envelope: bytes, headers: Iterable[str], properties: Iterable[str]

@@ -58,7 +58,7 @@ def mark(client: Any, name: str, expires: float) -> None:
 
 
 class ReplyConsumer:
-    """The reply lists of one process, over one connection. See ``transports.base``."""
+    """The reply lists of one process, over one connection. See ``brokers.base``."""
 
     def __init__(self, app: Celery, *, expires: float) -> None:
         self._expires = expires

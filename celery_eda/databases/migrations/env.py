@@ -1,4 +1,4 @@
-"""How Alembic runs our revisions: on the connection it is given, or as text."""
+"""Alembic's environment: it runs our revisions on a given connection, or prints them as SQL."""
 
 from __future__ import annotations
 

@@ -302,7 +302,7 @@ class Rebuild:
             )
 
     def _forget(self, connection: Connection, projection: Projection) -> None:
-        self.cursors.forget(connection, projection.follower)
+        self.cursors.delete(connection, projection.follower)
         self.shadows.set(connection, projection.name, None)
 
     def _drop(self, projection: Projection) -> None:

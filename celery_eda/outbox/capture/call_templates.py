@@ -106,7 +106,7 @@ class CallTemplate:
         Raises:
             ValueError: the message has something that a template cannot have.
         """
-        if first.queue is None or first.due or first.prerequisites or first.draft:
+        if first.queue is None or first.due or first.prerequisites or first.event_append:
             raise ValueError("this message has something that a template cannot have")
         headers = [name for name in HEADERS if first.headers[name] is not None]
         marks = {name: f"<{name} {uuid()}>" for name in (*headers, *PROPERTIES)}
