@@ -6,6 +6,8 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -121,7 +123,8 @@ class TestEveryWorker:
     def test_a_list_takes_events_for_as_long_as_its_worker_says_that_it_is_there(
         self, redis_url: str, client: redis.Redis, transport: Transport
     ) -> None:
-        mine = EventQueues(Subscriptions(lambda: "shop"), dict).queue_for(
+        service: Any = SimpleNamespace(name="shop")
+        mine = EventQueues(service, Subscriptions(service)).queue_for(
             Subscription("cache", ("order.#",), every_worker=True), "one@here"
         )
         event = letter(None, exchange=EVENT_EXCHANGE, routing_key="order.placed")

@@ -196,7 +196,7 @@ def configured(broker: str, results: str, database: str, *, quorum: bool) -> Cel
     """An app; both shops get one of these."""
     kind = "topic" if quorum else "direct"
     arguments = {"x-queue-type": "quorum"} if quorum else None
-    app = Celery("shop", broker=broker, backend=result_backend, set_as_current=False)
+    app = Celery("shop", broker=broker, backend=results, set_as_current=False)
     app.conf.update(
         task_queues=[
             Queue("shop", Exchange("shop", type=kind), "shop", queue_arguments=arguments),

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -18,8 +17,9 @@ from celery_eda.errors import SagaError
 from celery_eda.requests.remote_errors import RemoteErrors
 from celery_eda.sagas.coordinator import Coordinator
 from celery_eda.sagas.definition import Definition, Definitions
-from celery_eda.sagas.engine import SagaEngine, Wakeup
+from celery_eda.sagas.engine import SagaEngine
 from celery_eda.sagas.locks import SagaLocks
+from celery_eda.sagas.messages import Wakeup
 from celery_eda.sagas.steps import Steps, defined
 from celery_eda.sagas.store import SagaStore, State
 from tests.support.databases import Database
@@ -37,14 +37,19 @@ class Bench:
         tables, dialect = database.tables, database.dialect
         self.definition = definition
         engine = SagaEngine(
-            *(SimpleNamespace(send_task=lambda *_, **__: None), definitions),  # type: ignore[arg-type]
-            SagaStore(tables.sagas, tables.saga_steps, dialect, errors),
-            *(SagaLocks(tables.saga_locks, dialect), self._ask, lambda: ""),
+            definitions=definitions,
+            store=SagaStore(tables.sagas, tables.saga_steps, dialect, errors),
+            locks=SagaLocks(tables.saga_locks, dialect),
+            messages=self,
         )
         self.sagas = Coordinator(engine, errors)
 
-    def _ask(self, *_: Any, **__: Any) -> Any:
-        return SimpleNamespace(correlation_id=str(uuid4()))
+    def send_command(self, *_: Any, **__: Any) -> UUID:
+        """Send nothing: the test makes the reply."""
+        return uuid4()
+
+    def send_wakeup(self, *_: Any, **__: Any) -> None:
+        """Send nothing: the test wakes the saga."""
 
     def do(self, act: Callable[[Connection], Any]) -> None:
         """As a message is handled: again, if the database says that it lost a race."""
