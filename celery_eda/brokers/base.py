@@ -67,7 +67,7 @@ class Sendable(Protocol):
         identity: id and revision, as they are in its headers.
         exchange: name of the exchange; empty for the default one.
         routing_key: the queue's name on the default exchange.
-        queue: name of the queue to declare before sending, or None.
+        queue: name of the queue, or of the exchange, to declare before sending, or None.
         body: the serialized body.
         envelope: headers and properties in the format of the broker; None if they have to be
             encoded from those of :meth:`whole`.

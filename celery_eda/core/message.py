@@ -84,7 +84,7 @@ class Message:
         body: the serialized (and, if asked for, compressed) body.
         headers: the AMQP headers, JSON-like values plus dates, decimals and UUIDs.
         properties: the other AMQP properties, as :meth:`kombu.Producer.publish` takes them.
-        queue: name of the queue to declare before sending, or None.
+        queue: name of the queue, or of the exchange, to declare before sending, or None.
         due: earliest time to send, by the publisher's clock; None for at once.
         prerequisites: calls on the result backend that have to precede the message.
         lane: the lane whose next number the message gets when it is written to the outbox, or None.

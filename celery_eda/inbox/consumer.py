@@ -102,6 +102,7 @@ class Consumer:
             return self._handle(delivery, args, kwargs)
         except Exception as error:
             policy = delivery.task.retry_policy or self.policy
+            # The unit of work has been rolled back, but the context still has its message.
             progress = context.in_progress.get()
             next_attempt = progress.next_attempt if progress else None
             continuation = classify(

@@ -77,11 +77,10 @@ class Settlement:
         unprepared: Mapping[int, str],
     ) -> RelayResult:
         """Clear the confirmed rows, postpone those that cannot be sent, release the others."""
-        by_verdict = {
-            verdict: [pair for pair in answered if pair[1].verdict is verdict]
-            for verdict in Verdict
-        }
-        confirmed, refused, unknown = by_verdict.values()
+        confirmed, refused, unknown = (
+            [pair for pair in answered if pair[1].verdict is verdict]
+            for verdict in (Verdict.confirmed, Verdict.refused, Verdict.unknown)
+        )
         dropped = [each for each, answer in refused if _may_be_dropped(each, answer)]
         gone = [*(each for each, _ in confirmed), *dropped]
         self.outbox.clear(connection, self.owner, [each.id for each in gone])

@@ -22,7 +22,7 @@ class Outbox:
     Attributes:
         service: whose outbox it is.
         databases: of the service.
-        companions: stores that write rows beside the messages of a transaction, in this order.
+        companions: wings that write rows beside the messages of a transaction, in this order.
         retained: wings with rows that may be deleted some day, in the order of housekeeping.
     """
 

@@ -21,7 +21,10 @@ Written = RowId | QueueName
 
 
 class Companion(Protocol):
-    """A store that writes rows of its own beside the messages of a transaction."""
+    """A wing that writes rows of its own beside the messages of a transaction.
+
+    The durable requests and the event store are written this way.
+    """
 
     def note(self, connection: Connection, messages: Sequence[Message]) -> None:
         """Write what belongs to *messages*, through the connection of their transaction."""
@@ -34,7 +37,7 @@ class Writer:
     Args:
         engine: for messages published outside any transaction.
         sequences: number the messages that have an ordering key.
-        companions: stores that write beside the messages, in this order.
+        companions: wings that write beside the messages, in this order.
         direct: puts messages into queues of this database; None if the broker is another server.
         store: the outbox.
         sender: sends after the commit; None to leave all messages to the relays.
