@@ -59,7 +59,7 @@ def put(queue: SimpleQueue, message: Message, **headers: Any) -> None:
 
 def captured(road: Road, code: str) -> Message:
     """The message that *code* publishes, as it comes out of the broker."""
-    road.run(code + "\neda.relay().drain()")
+    road.run(code + "\neda.outbox.relay().drain()")
     with queue(road) as waiting:
         message = waiting.get(timeout=PATIENCE)
         message.ack()

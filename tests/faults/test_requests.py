@@ -49,7 +49,7 @@ def make(road: Road, broker: str = "", **settings: Any) -> EDA:
     # replies lost ones.
     settings = {"eda_reply_expires": 60.0, "eda_request_timeout": PATIENCE, **settings}
     eda = asking.make(broker or road.broker, road.folder, **settings)
-    _relays[eda] = RelayThread(eda)
+    _relays[eda] = RelayThread(eda.outbox)
     _relays[eda].start()
     return eda
 
