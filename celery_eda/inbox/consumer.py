@@ -140,7 +140,7 @@ class Consumer:
             self.turns.advance(unit, cursor)
             unit.commit()
         checkpoints.reach("delivery.committed")
-        unit.outgoing.hand_off()
+        unit.outgoing.dispatch()
         return ending
 
     def _conclude(
@@ -199,7 +199,7 @@ class Consumer:
         elif isinstance(value, Exception):
             self.responder.fail(delivery, value)
         unit.commit()
-        unit.outgoing.hand_off()
+        unit.outgoing.dispatch()
 
     def _count(self, delivery: Delivery) -> None:
         """Count a redelivery, in a transaction of its own; one too many is a dead letter."""

@@ -45,7 +45,7 @@ class Failures:
             self._record(unit, Outcome.retried)
             unit.outgoing.capture(next_attempt)
             unit.commit()
-        unit.outgoing.hand_off()
+        unit.outgoing.dispatch()
 
     def retry_at(self, delivery: Delivery, due: datetime) -> None:
         """Record a failed attempt; the same message, sent again at *due*, is the next one.
@@ -78,7 +78,7 @@ class Failures:
             time.sleep(TRANSIENT_DELAY[1])  # the redelivery comes at once
             raise Reject(failure, requeue=True) from failure
         log.error("dead letter: %s %s", delivery.log_name, reason.value)
-        outgoing.hand_off()
+        outgoing.dispatch()
 
     def _record_death(self, delivery: Delivery, reason: Reason, error: Exception) -> Transaction:
         with self.units.begin(delivery) as unit:

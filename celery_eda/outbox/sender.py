@@ -21,8 +21,8 @@ from celery_eda.outbox.relay import Relay
 
 log = redaction.logger(__name__)
 
-#: Waiting hand-offs from which on the committing process leaves its messages to the relay.
-LONGEST_HANDOFF = 100_000
+#: Calls that may wait; beyond them the committing process leaves its messages to the relay.
+MOST_WAITING = 100_000
 #: Seconds that a sending takes at most while the cores are idle.
 IDLE_DURATION = 0.004
 #: The longest pause after a sending, as a multiple of its duration.
@@ -74,9 +74,9 @@ class CommitSender:
         if self._paused:
             self._idle.release()
 
-    def hand_off(self, ids: Sequence[int]) -> None:
+    def send(self, ids: Sequence[int]) -> None:
         """Send the rows with these ids soon. Returns at once, and may be called by any thread."""
-        if self._waiting.qsize() > LONGEST_HANDOFF:
+        if self._waiting.qsize() > MOST_WAITING:
             return
         self._waiting.put(list(ids))
         with self._starting:
@@ -87,7 +87,7 @@ class CommitSender:
                 self._thread.start()
 
     def finish(self) -> None:
-        """Wait until the handed-off messages have left, for at most ``EXIT_PATIENCE`` seconds."""
+        """Wait until the waiting messages are sent, for at most ``EXIT_PATIENCE`` seconds."""
         deadline = time.monotonic() + EXIT_PATIENCE
         while self._busy() and time.monotonic() < deadline:
             time.sleep(0.005)

@@ -85,7 +85,7 @@ class Writer:
         if self._direct and len(ids) < len(written):
             self._direct.wake_all()
         if ids and self._sender:
-            self._sender.hand_off(ids)
+            self._sender.send(ids)
 
     def write_now(self, messages: Sequence[Message]) -> None:
         """Write *messages* in a short transaction of their own, and dispatch them."""

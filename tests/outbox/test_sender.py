@@ -42,9 +42,9 @@ def test_what_is_committed_after_a_mistake_is_sent_all_the_same() -> None:
     relay: Any = Stumbling()
     sender = CommitSender(relay)
 
-    sender.hand_off([1])
+    sender.send([1])
     eventually(lambda: relay.asked)
-    sender.hand_off([2])
+    sender.send([2])
     eventually(lambda: len(relay.asked) >= 2)
 
     assert relay.asked == [1, 2]
@@ -81,10 +81,10 @@ def test_what_is_committed_while_the_sender_rests_leaves_together(
     relay: Any = Slow()
     sender = CommitSender(relay)
 
-    sender.hand_off([1])
+    sender.send([1])
     assert relay.done.wait(BOUND)
     for row_id in (2, 3, 4):
-        sender.hand_off([row_id])
+        sender.send([row_id])
         time.sleep(0.01)
     sender.finish()
 

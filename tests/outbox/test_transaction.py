@@ -57,8 +57,8 @@ def test_ids_are_handed_off_once(service: Service) -> None:
     with service.engine.begin() as connection:
         transaction.write(connection)
 
-    transaction.hand_off()
-    transaction.hand_off()
+    transaction.dispatch()
+    transaction.dispatch()
 
     assert service.handed_off == ["a"]
 
@@ -69,7 +69,7 @@ def test_what_was_forgotten_is_neither_written_nor_handed_off(service: Service) 
     transaction.forget()
     with service.engine.begin() as connection:
         transaction.write(connection)
-    transaction.hand_off()
+    transaction.dispatch()
 
     assert (service.sent, service.handed_off) == ("", [])
 

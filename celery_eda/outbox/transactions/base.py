@@ -71,7 +71,7 @@ class Transaction(Capture):
         self.captured.clear()
         self.written.clear()
 
-    def hand_off(self) -> None:
+    def dispatch(self) -> None:
         """Notify the sender of the written messages, now that the transaction is over."""
         written, self.written = self.written, []
         if written:

@@ -93,18 +93,18 @@ class JoinedConnection(Transaction):
 
     def start(self) -> None:
         """Begin a transaction. The one before is over, even if no event reported its end."""
-        self.hand_off()
+        self.dispatch()
         self.forget()
 
     def forget(self) -> None:
         super().forget()
         self.ending = False
 
-    def hand_off_if_over(self) -> None:
-        """Hand off, unless the transaction is open, or broken by a COMMIT that failed."""
+    def dispatch_if_over(self) -> None:
+        """Dispatch, unless the transaction is open, or broken by a COMMIT that failed."""
         connection = self._connection()
         if connection is None or connection.get_transaction() is None:
-            self.hand_off()
+            self.dispatch()
 
 
 @cache
@@ -115,7 +115,7 @@ def listen() -> None:
 
 
 def on_begin(connection: Connection, *_: Any) -> None:
-    """Hand off what the transaction before has committed."""
+    """Dispatch what the transaction before has committed."""
     if joined := find(connection):
         joined.start()
 
@@ -156,13 +156,13 @@ def on_error(error: ExceptionContext) -> None:
 
 
 def on_checkin(dbapi_connection: Any, record: Any) -> None:
-    """Hand off the committed messages.
+    """Dispatch the committed messages.
 
     SQLAlchemy has no after-commit event for connections. The return to the pool is the first hook
     that always runs after a COMMIT.
     """
     if joined := record.info.pop(_KEY, None):
-        joined.hand_off()
+        joined.dispatch()
 
 
 #: Event targets, event names and listeners.

@@ -76,7 +76,7 @@ class scope(Generic[Target]):  # noqa: N801  # used in a with statement, like a 
     ) -> None:
         self._scope.open = False
         if isinstance(self._transaction, JoinedConnection):
-            self._transaction.hand_off_if_over()
+            self._transaction.dispatch_if_over()
 
     async def __aenter__(self) -> Target:
         return self.__enter__()
