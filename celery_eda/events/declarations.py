@@ -1,7 +1,7 @@
 """The queues declared for subscriptions of this service.
 
 Most brokers cannot list their queues. The queue of a subscription that was removed from the code
-collects events for ever; this list lets ``celery eda subscriptions`` find and drop it.
+collects events forever; this list lets ``celery eda subscriptions`` find and drop it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ class DeclaredQueues:
         rows = connection.execute(select(self.table)).all()
         return {row.queue: Subscription(row.task, tuple(json.loads(row.patterns))) for row in rows}
 
-    def forget(self, connection: Connection, queue: str) -> None:
+    def delete(self, connection: Connection, queue: str) -> None:
         """Delete the record of a *queue* that was deleted."""
-        table = self.table
-        connection.execute(delete(table).where(table.c.queue == queue))
+        connection.execute(delete(self.table).where(self.table.c.queue == queue))

@@ -77,7 +77,7 @@ class EventReceiver:
 
 
 class SubscriptionDecorator:
-    """``@eda.on("order.*")``: lets a function handle events of any service.
+    """``@eda.on("order.*")``: makes a function a handler of events, from any service.
 
     The function becomes a reliable task with a queue of its own. The queue exists, and collects
     events, from the first start of a worker or relay of this app on. The function is called with
@@ -135,7 +135,7 @@ class SubscriptionDecorator:
     def projection(
         self, *patterns: str, table: Table, name: str | None = None, **options: Any
     ) -> Callable[[Apply], Projection]:
-        """Let a function maintain the rows of a table; see :meth:`celery_eda.EDA.projection`."""
+        """Make a function the projection of a table; see :meth:`celery_eda.EDA.projection`."""
 
         def decorate(function: Apply) -> Projection:
             projection = Projection(self._task_name(function, name), table, function)
@@ -148,6 +148,7 @@ class SubscriptionDecorator:
         return decorate
 
     def _task_name(self, function: Callable[..., Any], name: str | None) -> str:
+        """*name*, or the one that Celery gives to a task of *function*."""
         return name or str(self._service.app.gen_task_name(function.__name__, function.__module__))
 
     def _subscribe(

@@ -85,7 +85,7 @@ class StreamFold:
             raise ArchivedEvents(stream, after + 1)
 
     def _require_end(self, connection: Connection, stream: str, after: int) -> None:
-        """Make sure that no events exist beyond *after* but those that are still in the store.
+        """Make sure that every event after version *after* is still in the store.
 
         Raises:
             ArchivedEvents: the next event of the stream has left the store.

@@ -1,8 +1,8 @@
 """Replay: events of the store are sent again, to one subscription.
 
-A new subscription gets the events before its time, and a subscription that lost its queue the lost
-ones. Each event keeps its identity and its position: the inbox ignores events that were handled
-already, and live events of the same key wait for their turn.
+A new subscription gets the events from before its creation; a subscription whose queue was lost
+gets the lost events. Each event keeps its identity and its position: the inbox ignores events that
+were handled already, and live events of the same key wait for their turn.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Snapshots:
         """Store a snapshot, whose last event was appended at the time *at*. Idempotent.
 
         Raises:
-            InvalidEvent: the state does not survive the way to JSON and back.
+            InvalidEvent: the state changes when it is written as JSON and read again.
         """
         try:
             state = json.dumps(snapshot.state)
@@ -60,7 +60,7 @@ class Snapshots:
         if not same:
             raise InvalidEvent(
                 f"The state {name!r} of {stream} changes when written as JSON and read again. "
-                "Fold to texts, numbers, lists and dictionaries, or leave out the snapshot."
+                "Fold to strings, numbers, lists and dictionaries, or leave out the snapshot."
             )
         category, key = parts_of(stream)
         values = {"category": category, "key": key, "name": name, "version": snapshot.version}

@@ -138,7 +138,7 @@ class Subscriptions:
         Args:
             message: kombu's.
             subscription: the consumer.
-            queue: where the message came from.
+            queue: the queue that the message came from.
         """
         if not isinstance(message.delivery_info, dict):
             return

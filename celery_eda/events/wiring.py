@@ -1,4 +1,4 @@
-"""Events emitted, stored, subscribed to, replayed and projected."""
+"""Events and subscriptions, as wired for one service."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Events:
         registry: the classes and versions of event data.
         subscriptions: the handlers of events.
         queues: the queues of the subscriptions on the broker.
-        projections: the tables that are maintained from events.
+        projections: the projections by name.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Events:
         service.add(self)
         brokers.topology.exchanges[EVENT_EXCHANGE] = self.queues
         outbox.companions.append(self)
-        inbox.readdressed.append(self.subscriptions)
+        inbox.readdressers.append(self.subscriptions)
 
-    def note(self, connection: Connection, messages: Sequence[Message]) -> None:
+    def record(self, connection: Connection, messages: Sequence[Message]) -> None:
         """Append the events of *messages* to the event store."""
         if appends := [each.event_append for each in messages if each.event_append]:
             self.store.append(connection, appends)

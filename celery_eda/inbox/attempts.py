@@ -1,4 +1,4 @@
-"""The count of redeliveries without an outcome, which ends a message that kills its workers.
+"""The count of redeliveries without an outcome: a message that kills its workers is dead-lettered.
 
 A row is committed in a transaction of its own before the handler runs, and is deleted together
 with the record of the outcome. The first delivery of a message writes nothing here.
@@ -54,7 +54,7 @@ class Attempts:
     dialect: Dialect
 
     def retention(self, seconds: float | None) -> Retention:
-        """Counts that no outcome has followed may be deleted after *seconds*."""
+        """Counts without a later outcome may be deleted after *seconds*."""
         return Retention("attempts", self.table, self.dialect, seconds)
 
     def count(self, connection: Connection, consumer: str, identity: Identity) -> int:
@@ -96,7 +96,7 @@ class Attempts:
         its = {"consumer": consumer, "message_id": identity.id, "revision": identity.revision}
         return self.dialect.insert_once(connection, self.table, {**its, **values}, now="at")
 
-    def forget(self, connection: Connection, consumer: str, identity: Identity) -> None:
+    def delete(self, connection: Connection, consumer: str, identity: Identity) -> None:
         """Delete the count: the attempt has an outcome."""
         its = attempt(consumer, identity)
         connection.execute(delete(self.table).where(is_attempt(self.table)), its)

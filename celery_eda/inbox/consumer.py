@@ -71,7 +71,7 @@ class Consumer:
     policy: Policy | None = None
 
     def deliver(self, task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Handle the message that *task* is called for; it takes effect once, whatever its copies.
+        """Handle the message that *task* is called for; it takes effect once, despite copies.
 
         Returns:
             The handler's result, or the recorded one if an earlier copy took effect.
@@ -146,7 +146,7 @@ class Consumer:
     def _conclude(
         self, delivery: Delivery, error: Exception, continuation: Continuation
     ) -> NoReturn:
-        """Record what follows from a failed attempt; raise what Celery has to know of it."""
+        """Record what follows from a failed attempt; raise the exception for Celery."""
         match continuation:
             case NextAttempt(message):
                 with self._or_else_dead(delivery):
@@ -189,7 +189,7 @@ class Consumer:
             self.responder.succeed(unit.delivery, ending.result)
 
     def _reply_again(self, unit: UnitOfWork, recorded: RecordedOutcome) -> None:
-        """Reply to a copy of a request as to the first one, if that has ended."""
+        """Reply to a copy of a request as to the first one, if that one has ended."""
         delivery = unit.delivery
         if delivery.reply_to is None or recorded.outcome not in (Outcome.done, Outcome.dead):
             return
@@ -226,19 +226,19 @@ class Consumer:
                 self.attempts.record_cause(connection, consumer, identity, TIME_LIMIT)
 
     def _despite_outages(self, delivery: Delivery, step: Callable[..., T], *arguments: Any) -> T:
-        """Take *step*, again and again while the database is busy or away."""
+        """Run *step*, repeatedly while the database is busy or away."""
         return self.transient_errors.retry(
             partial(step, delivery, *arguments), forgive=partial(self._forgive, delivery)
         )
 
     def _forgive(self, delivery: Delivery) -> None:
-        """Forget the redeliveries counted so far: the next one is not due to a lost worker."""
+        """Reset the count of redeliveries: the next one is not due to a lost worker."""
         with suppress(SQLAlchemyError), self.engine.begin() as connection:
-            self.attempts.forget(connection, delivery.consumer, delivery.identity)
+            self.attempts.delete(connection, delivery.consumer, delivery.identity)
 
 
 def result_for_celery(delivery: Delivery, ending: HandlerResult | RecordedOutcome) -> Any:
-    """The result of a delivery: the handler's, or for a copy what the first one ended with.
+    """The result of a delivery: the handler's, or for a copy the recorded one.
 
     Raises:
         Ignore: there is no result.

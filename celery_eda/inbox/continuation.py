@@ -1,6 +1,6 @@
-"""The ways in which a failed attempt at a message may go on, as values.
+"""Continuations: what to do after a failed attempt at a message, as values.
 
-:func:`classify` decides, the consumer executes: it alone records, sends and raises.
+:func:`classify` decides, and the consumer executes: it alone records, sends and raises.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Dead:
 
 @dataclass(frozen=True)
 class Done:
-    """Do nothing: the exception by itself tells Celery all that is left to do."""
+    """Do nothing: the exception alone makes Celery do the right thing."""
 
 
 Continuation = NextAttempt | TryAgain | RunAgain | Requeue | Refuse | Dead | Done
@@ -87,13 +87,13 @@ def classify(
     policy: Policy | None = None,
     next_attempt: Message | None = None,
 ) -> Continuation:
-    """Decide how an attempt goes on that ended with *error*.
+    """Decide what follows an attempt that ended with *error*.
 
     Args:
         delivery: the attempt; its effects have been rolled back.
         error: raised by the handler, by its transaction, or while its end was being recorded.
         transient_errors: the errors after which the same delivery may well succeed.
-        policy: asked about errors of the handler; None for no further attempt.
+        policy: decides about errors of the handler; None for no further attempt.
         next_attempt: the retry that the handler has published.
     """
     match error:
@@ -154,7 +154,7 @@ def _due(delivery: Delivery, error: Exception, policy: Policy) -> datetime | Non
 def _no_next_attempt(delivery: Delivery, retry: Retry) -> NoNextAttempt:
     error = NoNextAttempt(
         f"{delivery.consumer} raised Retry, but nothing was published that could be "
-        "the next attempt. Say `raise self.retry()` in a task with bind=True."
+        "the next attempt. Use `raise self.retry()` in a task with bind=True."
     )
     error.__cause__ = retry
     return error.with_traceback(retry.__traceback__)

@@ -1,4 +1,4 @@
-"""The record of a failed attempt, committed with what follows: the next one or a dead letter."""
+"""The record of a failed attempt, committed with the next attempt or with a dead letter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = redaction.logger(__name__)
 
 @dataclass(frozen=True)
 class Failures:
-    """Records failed attempts, each in one transaction with what follows from it."""
+    """Records failed attempts, each in one transaction with the next attempt or the dead letter."""
 
     inbox: InboxStore
     dead_letters: DeadLetterStore

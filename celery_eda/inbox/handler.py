@@ -30,7 +30,7 @@ class HandlerResult:
     Attributes:
         result: returned by the handler.
         recorded: the result as the result backend encodes it, None if it will not be needed.
-        ignored: raised by the handler instead, because another task does its part, say.
+        ignored: raised by the handler instead of a result, e.g. because another task replaces it.
     """
 
     result: Any = None
@@ -74,7 +74,7 @@ def recorded(task: Task, result: Any) -> bytes | None:
 
 
 def replay_recorded(task: Task, recorded: bytes | None) -> Any:
-    """The result or error of an earlier copy, whose links are not to be published again."""
+    """The result or error of an earlier copy, whose links must not be published again."""
     request = task.request
     request.callbacks = request.errbacks = None
     result_backend.repeat_chord_part(task)

@@ -80,7 +80,7 @@ class Intake(bootsteps.StartStopStep):
             self.given_up = self._consume(dead_letter_exchange.queue_of(self.service.name))
 
     def stop(self, consumer: Any) -> None:
-        """Forget the messages not acknowledged yet: the broker redelivers them."""
+        """Drop the messages not acknowledged yet: the broker redelivers them."""
         self.waiting.clear()
         if self.polling is not None:
             self.polling.cancel()
@@ -103,10 +103,10 @@ class Intake(bootsteps.StartStopStep):
     # ── what Celery calls ───────────────────────────────────────────────────────────────────
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
-        """Celery's handler of messages, called with those alone that pass the inspection."""
+        """Celery's handler of messages, called only with messages that pass the inspection."""
         handle = self._create_task_handler(*args, **kwargs)
 
-        def handle_if_sound(message: Any) -> None:
+        def handle_if_valid(message: Any) -> None:
             if malformed := inspect(message, self.limits):
                 self.refuse(message, Refusal.of(malformed))
                 return
@@ -119,18 +119,18 @@ class Intake(bootsteps.StartStopStep):
                     raise  # the message is in the pool already
                 self.on_invalid_task(None, message, error)
 
-        return handle_if_sound
+        return handle_if_valid
 
     def on_decode_error(self, message: Any, error: Exception) -> None:
         self.refuse(message, Refusal.of(error))
 
     def on_invalid_task(self, body: Any, message: Any, error: Exception) -> None:
         # The text of the error may quote the message.
-        words = f"Celery makes no request of it: {type(error).__name__}"
+        words = f"Celery cannot make a request of it: {type(error).__name__}"
         self.refuse(message, Refusal(Reason.malformed, Malformed(words)))
 
     def on_unknown_message(self, body: Any, message: Any) -> None:
-        self.refuse(message, Refusal(Reason.malformed, Malformed("no call of a task")))
+        self.refuse(message, Refusal(Reason.malformed, Malformed("not a call of a task")))
 
     def on_unknown_task(self, body: Any, message: Any, error: Exception) -> None:
         unknown = NotRegistered("this worker has no task of that name")
@@ -146,7 +146,7 @@ class Intake(bootsteps.StartStopStep):
         """Write the dead letter of a *message* that a queue of the broker has given up."""
         queue = dead_letter_exchange.queue_in(message.headers)
         if queue:
-            for each in self.inbox.readdressed:
+            for each in self.inbox.readdressers:
                 each.readdress(message, queue)
         self._enqueue(message, given_up(message))
 
@@ -184,9 +184,7 @@ class Intake(bootsteps.StartStopStep):
                     _log(what)
                 channel.delete_malformed(payload)
         except Exception as error:
-            log.warning(
-                "malformed payloads stay set aside until the next look: %s", loggable(repr(error))
-            )
+            log.warning("malformed payloads cannot be dead-lettered yet: %s", loggable(repr(error)))
 
     def _dead_letter(self, message: Any, what: RefusedMessage) -> None:
         fresh = self.inbox.refusals.dead_letter(what)

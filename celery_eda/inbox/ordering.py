@@ -23,7 +23,7 @@ log = redaction.logger(__name__)
 
 @dataclass(frozen=True)
 class TurnKeeper:
-    """Knows whose turn it is among the messages of a key, and gives the next one its turn."""
+    """Determines the turn of each message among those of its key, and passes the turn on."""
 
     cursors: Cursors
 
@@ -39,7 +39,7 @@ class TurnKeeper:
         """Park a message that came before its predecessor, and commit.
 
         Returns:
-            The exception that tells Celery to do no more.
+            The exception that makes Celery acknowledge the message and do nothing else.
 
         Raises:
             LostRace: the message's turn has come meanwhile.
@@ -59,7 +59,7 @@ class TurnKeeper:
         return Ignore("parked until its predecessor has taken effect")
 
     def advance(self, unit: UnitOfWork, cursor: Cursor) -> None:
-        """Give the next message of the key its turn; send it again if it is parked.
+        """Pass the turn to the next message of the key; send it again if it is parked.
 
         Raises:
             LostRace: the *cursor* has moved meanwhile; the transaction is void.
@@ -72,7 +72,7 @@ class TurnKeeper:
             unit.outgoing.capture(released)
 
     def block_or_skip(self, unit: UnitOfWork) -> None:
-        """Block the key of a message that failed for good, or go on with it, as its task says."""
+        """Block the key of a message that failed for good, or skip it, as its task says."""
         delivery, position = unit.delivery, unit.delivery.position
         if position is None:
             return
@@ -87,9 +87,9 @@ class TurnKeeper:
 
 @dataclass(frozen=True)
 class ReleasedMessages:
-    """Sends parked messages again whose turn has come and that were lost on the way.
+    """Sends parked messages again whose turn has come, but whose release was lost.
 
-    A chore of housekeeping; see ``retention.Chore``.
+    A chore of housekeeping; see :class:`celery_eda.databases.Chore`.
 
     Attributes:
         seconds: how long a released message may take to arrive.

@@ -1,7 +1,8 @@
 """A message in the pool of a worker, as Celery's main process sees it.
 
-Celery would acknowledge some messages that no handler has handled: expired, revoked, over their
-time limit, or of a worker that was lost. Here none is acknowledged before its outcome is recorded.
+Celery would acknowledge some messages that were not handled: messages that are expired, revoked or
+over their time limit, or whose worker was lost. Here none is acknowledged before its outcome is
+recorded.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ log = get_logger(__name__)
 
 
 class ReliableRequest(Request):
-    """Celery's request, with every ending that would lose the message replaced."""
+    """Celery's request, without the paths that would lose the message."""
 
     def __init__(self, message: Any, *arguments: Any, **options: Any) -> None:
         super().__init__(message, *arguments, **options)
-        # A parked message and a dead letter hold the message as it arrived.
+        # Parked messages and dead letters contain the message as it arrived.
         self._request_dict[WIRE] = Wire.of(message)
         # Only this process passes a verdict; a header of that name is not trusted.
         self._request_dict[VERDICT] = None
@@ -47,8 +48,8 @@ class ReliableRequest(Request):
     def revoked(self) -> bool:
         """False, always: for a revoked message Celery would acknowledge and call no handler.
 
-        A message that is expired or revoked goes on to the pool, marked as such, and becomes a
-        dead letter there.
+        An expired or revoked message is passed to the pool, marked as such, and becomes a dead
+        letter there.
         """
         if self._request_dict[VERDICT] is None:
             super().revoked()
@@ -87,8 +88,8 @@ class ReliableRequest(Request):
     def _success_was_stored(self) -> bool:
         """False, always: Celery would acknowledge a lost worker's message once its result exists.
 
-        The steps after the result, the part in a chord among them, would then never be done; a
-        redelivery does them.
+        The steps after the result, such as the message's part in a chord, would then never be
+        done; a redelivery does them.
         """
         return False
 

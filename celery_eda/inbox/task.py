@@ -80,7 +80,7 @@ def reliable_class(base: type[Task]) -> type[Task]:
 
 
 def run_async(function: Callable[..., Any]) -> Callable[..., Any]:
-    """*function*, which Celery can call even if it is an ``async def``: it then runs to its end.
+    """*function*, made callable for Celery: an ``async def`` is run to its end.
 
     Code that runs in an event loop can still await it.
     """

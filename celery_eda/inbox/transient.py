@@ -1,6 +1,6 @@
 """Errors after which the same delivery may well succeed: the database was busy or away.
 
-The step that met one is repeated here, with growing pauses, before the broker is bothered.
+The step that failed is repeated here, with growing pauses, before the message is requeued.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Transient(Exception):
 
 @dataclass(frozen=True)
 class TransientErrors:
-    """Recognizes transient errors of one database, and repeats what failed with one.
+    """Recognizes transient errors of one database, and repeats steps that failed with one.
 
     Attributes:
-        seconds: how long a step is repeated before the broker gets the message back.
+        seconds: how long a step is repeated before the message is requeued.
     """
 
     dialect: Dialect
@@ -43,7 +43,7 @@ class TransientErrors:
         """Run *step*; run it again for as long as it fails with a transient error.
 
         Args:
-            step: commits, or leaves nothing behind.
+            step: commits, or has no effect.
             forgive: called before giving up on a busy database, which is no fault of the message.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The one transaction of a message: its inbox row, the handler's rows, and what it published."""
+"""The one transaction of a message: its inbox row, the handler's rows, and published messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class UnitsOfWork:
 
     @contextmanager
     def begin(self, delivery: Delivery) -> Iterator[UnitOfWork]:
-        """Begin a transaction that captures what is published in it.
+        """Begin a transaction that captures the messages published in it.
 
         The block commits it by :meth:`UnitOfWork.commit`; else it is rolled back at the end.
 
@@ -97,7 +97,7 @@ class UnitOfWork:
     def commit(self) -> None:
         """Commit the outcome, the handler's rows and its messages, all or nothing."""
         if self.delivery.redelivered:
-            self.attempts.forget(self.connection, self.delivery.consumer, self.delivery.identity)
+            self.attempts.delete(self.connection, self.delivery.consumer, self.delivery.identity)
         self.outgoing.write(self.connection)
         self.progress.finished = True
         self.connection.commit()
@@ -107,7 +107,7 @@ class UnitOfWork:
 def _refuse_commit(connection: Connection) -> None:
     progress = context.in_progress.get()
     if progress and progress.connection is connection and not progress.finished:
-        # SQLAlchemy takes this for a failed COMMIT, after which it sends no ROLLBACK.
+        # SQLAlchemy treats this like a failed COMMIT, after which it sends no ROLLBACK.
         connection.connection.rollback()
         raise BrokenTransaction(
             "A handler committed the transaction of its own message: if the worker died now, the "

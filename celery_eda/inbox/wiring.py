@@ -1,4 +1,4 @@
-"""Messages received: each takes effect once."""
+"""The inbox, as wired for one service."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from celery_eda.outbox import Outbox
 from celery_eda.requests import Requests
 
 
-class Readdress(Protocol):
-    """Rewrites messages that come from queues of its own."""
+class Readdresser(Protocol):
+    """A wing with queues whose messages are not calls of tasks."""
 
     def readdress(self, message: Any, queue: str) -> None:
-        """Make *message*, kombu's, a call of the task that *queue* belongs to, if it is one."""
+        """Rewrite *message*, kombu's, into a call of a task, if *queue* belongs to this wing."""
         ...
 
 
@@ -37,7 +37,7 @@ class Inbox:
     """The consuming side of one service.
 
     Attributes:
-        readdressed: rewrite what comes from queues that hold no calls of tasks.
+        readdressers: rewrite messages from queues whose messages are not calls of tasks.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Inbox:
         self._dead_letters = dead_letters
         self._outbox = outbox
         self._requests = requests
-        self.readdressed: list[Readdress] = []
+        self.readdressers: list[Readdresser] = []
         service.add(self)
         outbox.retained.append(self)
 
@@ -71,7 +71,7 @@ class Inbox:
 
     @cached_once
     def consumer(self) -> Consumer:
-        """Makes each delivery take effect once."""
+        """Handles deliveries so that each message takes effect once."""
         databases, settings = self._databases, self._service.settings
         attempts = self.attempts
         units = UnitsOfWork(databases.engine, databases.dialect, attempts, self._outbox)
@@ -114,7 +114,7 @@ class Inbox:
         """The policy of tasks without one of their own.
 
         Raises:
-            ConfigurationError: ``eda_retry_policy`` is no policy.
+            ConfigurationError: ``eda_retry_policy`` is not a policy.
         """
         if (given := self._service.settings.retry_policy) is None:
             return None
@@ -128,10 +128,10 @@ class Inbox:
             ) from error
 
     def check(self) -> None:
-        """Import what the settings name.
+        """Check the settings of the inbox.
 
         Raises:
-            ConfigurationError: ``eda_retry_policy`` is no policy.
+            ConfigurationError: ``eda_retry_policy`` is not a policy.
         """
         _ = self.retry_policy
 

@@ -20,7 +20,7 @@ from celery_eda.outbox.wiring import Outbox
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a relay may take to end before the worker goes on without waiting for it.
+#: Seconds that a worker waits at most for its relay to end.
 STOP_PATIENCE = 10.0
 #: Seconds between two checks that the relay's process is alive.
 REVIVAL = 2.0

@@ -14,7 +14,7 @@ _NOTHING = nullcontext()
 
 
 def publishing(outbox: Outbox, task: str) -> AbstractContextManager[None]:
-    """A block that publishes *task*. Outside a transaction, ``eda_outside`` decides.
+    """A block that publishes a call of *task*. Outside a transaction, ``eda_outside`` decides.
 
     By default the messages of reliable tasks are stored, and Celery sends all others.
 
@@ -36,7 +36,7 @@ def stored(
     """A block whose messages are stored, unless a transaction is open that captures them.
 
     Args:
-        outbox: where to.
+        outbox: of the service that publishes.
         what: the subject of the error message.
         store: called with the messages at the end of the block, if there are any; by default they
             are written to *outbox* in a short transaction of their own.

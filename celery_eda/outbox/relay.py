@@ -1,4 +1,4 @@
-"""From the outbox to the broker: claim, publish, wait for the confirms, clear.
+"""From the outbox to the broker: claim, publish, wait for the confirms, settle.
 
 With a backlog, a relay claims and clears batches while the broker works on others.
 

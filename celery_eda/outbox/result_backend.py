@@ -1,8 +1,8 @@
-"""Celery's result backend, which is not called while a message is being captured.
+"""Celery's result backend, whose calls are deferred while a message is being captured.
 
 Calls that have to precede a message (a chord's size, the queue for a reply) are stored with the
 message as its *prerequisites*, and a relay makes them just before it sends the message. Calls that
-only prepare a later look-up are made at the first look-up.
+only prepare for a result are made when the first result is awaited.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _prerequisites: ContextVar[Prerequisites] = ContextVar("celery_eda_prerequisites
 
 
 def defer(app: Celery) -> None:
-    """Keep Celery from touching the result backend while a message is being captured."""
+    """Defer the calls of *app* to its result backend while a message is being captured."""
     make = app._get_backend
 
     def get_backend() -> Backend:
@@ -88,7 +88,9 @@ def run_prerequisites(app: Celery, prerequisites: Prerequisites) -> None:
 
 
 def repeat_chord_part(task: Task) -> None:
-    """Let *task*, a copy, complete its chord: the worker of the first copy may have died.
+    """Make it possible for *task*, a copy, to complete its chord.
+
+    The worker of the first copy may have died before it completed the chord.
 
     A worker that completes a chord on Redis first claims it for some seconds, so that no other
     worker does it too. The claim of a dead worker would keep the chord incomplete forever. If
@@ -175,7 +177,7 @@ def _defer_waiting(backend: Backend) -> None:
 
 
 def _identify_chords(backend: Backend) -> None:
-    """Give the messages that complete a chord identities that follow from the chord.
+    """Give the messages that complete a chord identities that are computed from the chord.
 
     Celery publishes them after the handler's commit, and once more with every further copy of the
     chord's last part. Equal identities make them copies of one message.

@@ -20,8 +20,8 @@ class Outbox:
     """The transactional outbox of one service.
 
     Attributes:
-        service: whose outbox it is.
-        databases: of the service.
+        service: the service that publishes the messages.
+        databases: its database.
         companions: wings that write rows beside the messages of a transaction, in this order.
         retained: wings with rows that may be deleted some day, in the order of housekeeping.
     """

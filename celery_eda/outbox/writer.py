@@ -1,4 +1,4 @@
-"""Messages and the rows that go with them, written in the transaction that captured them."""
+"""Writing messages, and the rows that belong to them, in the transaction that captured them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Companion(Protocol):
     The durable requests and the event store are written this way.
     """
 
-    def note(self, connection: Connection, messages: Sequence[Message]) -> None:
-        """Write what belongs to *messages*, through the connection of their transaction."""
+    def record(self, connection: Connection, messages: Sequence[Message]) -> None:
+        """Write its rows for *messages*, through the connection of their transaction."""
         ...
 
 
@@ -68,7 +68,7 @@ class Writer:
         """
         numbered = self._sequences.number(connection, messages)
         for companion in self._companions:
-            companion.note(connection, numbered)
+            companion.record(connection, numbered)
         queues: list[QueueName] = []
         left: Sequence[Message] = numbered
         if self._direct:

@@ -18,10 +18,10 @@ log = redaction.logger(__name__)
 
 
 class ReplyListener(Protocol):
-    """Receives replies to requests of its own."""
+    """A wing that makes durable requests of its own."""
 
     def receive_reply(self, connection: Connection, request: UUID, outcome: Any) -> bool:
-        """Take the *outcome* of *request*; return False if the request is not its own."""
+        """Record the *outcome* of *request*; return False if another wing made the request."""
         ...
 
 
@@ -30,7 +30,7 @@ class DurableReplies:
     """Receives the replies to this service.
 
     Attributes:
-        listeners: receive each reply first, in this order.
+        listeners: asked in this order, before a reply is recorded as one to ``eda.request``.
     """
 
     reader: ReplyReader

@@ -24,7 +24,7 @@ log = redaction.logger(__name__)
 
 #: Seconds for which one read waits for replies.
 WAIT = 1.0
-#: Finished requests that are remembered, to tell late replies and copies from forged ones.
+#: The most finished requests that are remembered, to distinguish late replies from forged ones.
 REMEMBERED = 10_000
 #: Seconds for which a process that exits waits for the deletion of its queues.
 EXIT_TIMEOUT = 2.0

@@ -1,4 +1,4 @@
-"""Outcomes of requests, read from the messages that arrive as replies; all else is refused."""
+"""Outcomes of requests, read from the messages that arrive as replies. Others are refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ReplyReader:
             message: kombu's; None for a body that kombu could not make a message of.
 
         Raises:
-            ValueError: *message* is no reply.
+            ValueError: *message* is not a reply.
             Exception: the body cannot be decoded.
         """
         if message is None:
@@ -54,7 +54,7 @@ class ReplyReader:
         if malformed := inspect(message, self.limits):
             raise ValueError(str(malformed))
         if message.headers["task"] != REPLY_TASK:
-            raise ValueError("a message of another task than that of replies")
+            raise ValueError(f"not a call of {REPLY_TASK}")
         return self.outcome_in(message.payload[0])
 
     def outcome_in(self, arguments: Any) -> tuple[str, Any]:

@@ -34,7 +34,7 @@ _KNOWN = (
 
 
 class RemoteErrors:
-    """Types of errors that one app can raise for others: Python's own, ours and registered ones."""
+    """Types of errors that one app can raise for others: Python's, ours and registered ones."""
 
     def __init__(self) -> None:
         self._types: dict[str, type[Exception]] = {}
@@ -49,7 +49,7 @@ class RemoteErrors:
         self._names[kind] = name or _qualified(kind)
 
     def to_wire(self, error: Exception, secrets: Sequence[str] = ()) -> dict[str, Any]:
-        """Plain values that describe *error*, bounded, without *secrets* and what looks like one.
+        """Plain values that describe *error*, bounded, with *secrets* and similar texts redacted.
 
         Returns:
             ``{"type": …, "args": […] or None, "message": …, "traceback": … or None}``.

@@ -42,7 +42,7 @@ class Responder:
             self._send(delivery, delivery.reply_to, {"error": described})
 
     def refuse(self, request: Message, error: Exception) -> list[Message]:
-        """The reply to a *request* that no task handles; empty if the message is none."""
+        """The reply to a *request* that no task handles; empty if the message is not a request."""
         try:
             address = addresses.of_headers(request.headers)
             task_id = str(UUID(request.headers["id"]))

@@ -52,7 +52,7 @@ class RequestStore:
         """Requests may be deleted after *seconds*, replied to or not."""
         return Retention("requests", self.table, self.dialect, seconds)
 
-    def note(self, connection: Connection, messages: Sequence[Message]) -> None:
+    def add(self, connection: Connection, messages: Sequence[Message]) -> None:
         """Record the durable requests among *messages*, which this transaction publishes.
 
         A retry or a replacement has the correlation id of the first attempt, so it adds no row.

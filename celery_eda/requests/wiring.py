@@ -1,4 +1,4 @@
-"""Requests asked and answered."""
+"""Request and reply, as wired for one service."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Requests:
         outbox.companions.append(self)
         outbox.retained.append(self)
 
-    def note(self, connection: Connection, messages: Sequence[Message]) -> None:
-        """Record those of *messages* that are durable requests."""
-        self.store.note(connection, messages)
+    def record(self, connection: Connection, messages: Sequence[Message]) -> None:
+        """Record the durable requests among *messages*."""
+        self.store.add(connection, messages)
 
     def receive_reply(self, session: Session, correlation_id: str, outcome: Any) -> None:
         """Record the reply to a durable request, in the transaction of its message."""
@@ -66,7 +66,7 @@ class Requests:
 
     @cached_once
     def client(self) -> RequestClient:
-        """Asks for replies."""
+        """Makes requests."""
         return RequestClient(
             service=self._service,
             outbox=self._outbox,

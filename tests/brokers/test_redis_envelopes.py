@@ -15,7 +15,7 @@ from kombu.transport.redis import Channel
 from kombu.utils.json import dumps
 
 from celery_eda.brokers.base import publish_with
-from celery_eda.brokers.redis import envelopes
+from celery_eda.brokers.rabbitmq import envelopes as rabbitmq
 from celery_eda.brokers.redis.envelopes import EnvelopeTemplate, Payloads, encode_envelope
 from celery_eda.core.message import Encoded, Message
 from tests.support.letters import letter
@@ -121,13 +121,13 @@ def test_without_an_envelope_the_payload_is_made_by_kombu() -> None:
 def test_an_envelope_for_rabbitmq_is_no_payload() -> None:
     message = letter()
 
-    assert Payloads(Silent()).of(sealed(message, envelopes.encode_envelope(message))) is None
+    assert Payloads(Silent()).of(sealed(message, rabbitmq.encode_envelope(message))) is None
 
 
 def test_an_envelope_for_redis_is_nothing_for_rabbitmq() -> None:
     message = letter()
-    by_envelope, anew = envelopes.Frames(1, 2**17), envelopes.Frames(1, 2**17)
-    by_envelope.add(sealed(message, envelopes.encode_envelope(message)))
+    by_envelope, anew = rabbitmq.Frames(1, 2**17), rabbitmq.Frames(1, 2**17)
+    by_envelope.add(sealed(message, rabbitmq.encode_envelope(message)))
     anew.add(message)
 
     assert by_envelope.take() == anew.take()

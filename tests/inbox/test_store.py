@@ -246,7 +246,7 @@ def test_a_message_that_had_an_outcome_is_counted_afresh(
     with database.engine.begin() as connection:
         attempts.count(connection, "shop.pay", identity)
         attempts.count(connection, "shop.pay", identity)
-        attempts.forget(connection, "shop.pay", identity)
+        attempts.delete(connection, "shop.pay", identity)
 
         assert attempts.count(connection, "shop.pay", identity) == 1
 

@@ -66,7 +66,7 @@ def test_ids_are_handed_off_once(service: Service) -> None:
 def test_what_was_forgotten_is_neither_written_nor_handed_off(service: Service) -> None:
     transaction = Transaction(service.store)
     transaction.capture(message("a"))
-    transaction.forget()
+    transaction.drop()
     with service.engine.begin() as connection:
         transaction.write(connection)
     transaction.dispatch()

@@ -62,7 +62,7 @@ def test_an_outcome_is_read_with_whatever_it_was_written(
     asked, said = uuid4(), {"result": [7, None, "a\u2028\U0001f600"]}
     requests = replace(requests, serializer=serializer)
     with database.engine.begin() as connection:
-        requests.note(connection, [request(asked)])
+        requests.add(connection, [request(asked)])
     record(database, requests, asked, said)
 
     assert outcome(database, requests, asked) == said
@@ -79,7 +79,7 @@ def test_a_request_is_noted_once_and_only_if_it_is_ours(
         request(theirs, "eda.replies.stock"),
     ]
     with database.engine.begin() as connection:
-        requests.note(connection, messages)
+        requests.add(connection, messages)
 
     assert noted(database) == [ours]
 
@@ -87,7 +87,7 @@ def test_a_request_is_noted_once_and_only_if_it_is_ours(
 def test_the_first_outcome_stays(database: Database, requests: RequestStore) -> None:
     asked = uuid4()
     with database.engine.begin() as connection:
-        requests.note(connection, [request(asked)])
+        requests.add(connection, [request(asked)])
     assert outcome(database, requests, asked) is None
 
     assert record(database, requests, asked, OUTCOME)
@@ -105,6 +105,6 @@ def test_what_nobody_asked_for_is_unknown(database: Database, requests: RequestS
 def test_a_service_without_a_name_notes_nothing(database: Database) -> None:
     nameless = RequestStore(database.tables.requests, database.dialect, None, "json")
     with database.engine.begin() as connection:
-        nameless.note(connection, [request(uuid4())])
+        nameless.add(connection, [request(uuid4())])
 
     assert noted(database) == []

@@ -12,6 +12,7 @@ from celery import Celery
 from kombu import Exchange, Queue
 from kombu.transport import memory
 
+from celery_eda import EDA
 from celery_eda.brokers.base import Transport
 from celery_eda.brokers.registry import transport_of
 from tests.support import letters
@@ -113,7 +114,9 @@ def transport_to() -> Iterator[Callable[..., Transport]]:
     made: list[Transport] = []
 
     def make(url: str, *, timeout: float = 20, **conf: Any) -> Transport:
-        made.append(transport_of(app_of(url, **conf), timeout=timeout))
+        app = app_of(url, **conf)
+        EDA(app)  # a transport declares the queues of an extended app
+        made.append(transport_of(app, timeout=timeout))
         return made[-1]
 
     yield make

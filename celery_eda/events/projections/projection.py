@@ -86,8 +86,8 @@ class Projection:
             return kind(event.key)
         except (TypeError, ValueError, ArithmeticError) as error:
             raise InvalidEvent(
-                f"The key {event.key!r} of {event.type} {event.id} is no {kind.__name__}, as the "
-                f"primary key of {self.table.name} is."
+                f"The key {event.key!r} of {event.type} {event.id} is not a valid {kind.__name__}, "
+                f"the type of the primary key of {self.table.name}."
             ) from error
 
     def read(self, connection: Connection, table: Table, key: Any) -> Values | None:

@@ -1,9 +1,9 @@
 """Rebuilding a projection: a shadow table beside the live one, fed, compared and swapped in.
 
-The shadow is another consumer of the events, with its own place in the order of each key. It is fed
-from the logs of the services that emitted the events. Meanwhile the live projection passes each
-event on: applied if it is the next one, parked if it is early, ignored if the log had it. A rebuild
-that was interrupted can be repeated. Projections cannot publish.
+The shadow is another consumer of the events, with a cursor of its own for each key. It is fed from
+the logs of the services that emitted the events. Meanwhile the live projection forwards each event
+to the shadow, which applies the next one of a key, parks early ones and ignores those that were fed
+already. A rebuild that was interrupted can be repeated. Projections cannot publish.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Rebuild:
         shadow = self.shadows.share(connection, projection.name)
         self._apply_to(projection.table, connection, projection, event)
         if shadow is Shadow.following:
-            self._pass_on(connection, projection, event)
+            self._forward(connection, projection, event)
 
     def _apply_to(
         self, table: Table, connection: Connection, projection: Projection, event: Event
@@ -118,7 +118,7 @@ class Rebuild:
     def begin(self, projection: Projection, shadow: Shadow) -> None:
         """Create an empty shadow, in place of an existing one.
 
-        From then on the live projection passes its events on to a *following* shadow.
+        From then on the live projection forwards its events to a *following* shadow.
         """
         self.discard(projection)
         with self.engine.begin() as connection:
@@ -131,7 +131,7 @@ class Rebuild:
         """Drop the shadow. Idempotent."""
         with self.engine.begin() as connection:
             self.shadows.lock(connection, projection.name)
-            self._forget(connection, projection)
+            self._unset(connection, projection)
         self._drop(projection)
 
     def feed(
@@ -144,7 +144,7 @@ class Rebuild:
         Args:
             projection: whose shadow is fed.
             events: in the order of each key, from its beginning.
-            skip: ids of events that are not to be applied.
+            skip: ids of events to leave out.
 
         Yields:
             After each transaction, the number of events so far.
@@ -215,13 +215,13 @@ class Rebuild:
             connection.execute(delete(live).where(~same.correlate(live).exists()))
             names = [column.name for column in live.columns]
             connection.execute(insert(live).from_select(names, _without(shadow, live)))
-            self._forget(connection, projection)
+            self._unset(connection, projection)
         self._drop(projection)
         return difference
 
     # ── steps ───────────────────────────────────────────────────────────────────────────────
 
-    def _pass_on(self, connection: Connection, projection: Projection, event: Event) -> None:
+    def _forward(self, connection: Connection, projection: Projection, event: Event) -> None:
         """Apply an event of the live table to the shadow too, or park it for the shadow."""
         position = _position(event)
         cursor = self.cursors.lock(connection, projection.follower, position.lane)
@@ -301,7 +301,8 @@ class Rebuild:
                 f"{projection.name} has no shadow. Make one with `eda projections rebuild`."
             )
 
-    def _forget(self, connection: Connection, projection: Projection) -> None:
+    def _unset(self, connection: Connection, projection: Projection) -> None:
+        """Record that the projection has no shadow any more."""
         self.cursors.delete(connection, projection.follower)
         self.shadows.set(connection, projection.name, None)
 

@@ -82,7 +82,7 @@ def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
         waiting = eda.events.queues.waiting(channel, queue)
     if waiting is None:
         with eda.databases.engine.begin() as connection:
-            eda.events.declarations.forget(connection, queue)
+            eda.events.declarations.delete(connection, queue)
         raise click.ClickException(f"The broker has no queue {queue}.")
     if waiting and not force:
         raise click.ClickException(
@@ -93,7 +93,7 @@ def drop(context: click.Context, queue: str, force: bool, yes: bool) -> None:
     with channel_of(context) as channel:
         eda.events.queues.drop(channel, queue)
     with eda.databases.engine.begin() as connection:
-        eda.events.declarations.forget(connection, queue)
+        eda.events.declarations.delete(connection, queue)
     click.echo(f"{queue} is deleted.")
 
 

@@ -72,7 +72,7 @@ class CapturingAMQP(AMQP):
             transaction = context.current_transaction()
             if transaction is None:
                 context.refuse_publishing_if_silenced(name)
-                _forget_identity(options)
+                _remove_identity(options)
                 return send(producer, name, message, **options)
             replies = self._passes_reply_on(message)
             recorder = RecordingProducer()
@@ -116,7 +116,7 @@ class CapturingAMQP(AMQP):
         headers = recorded.pop("headers")
         reliable = REPLY_HEADER in headers or service_of(self.app).is_reliable(task)
         if headers.get("expires") and reliable:
-            # The broker would drop it unseen. A worker that receives it makes it a dead letter.
+            # The broker would drop it silently. A worker that receives it makes it a dead letter.
             recorded["properties"].pop("expiration", None)
         declared = [each for each in recorder.declare if isinstance(each, Queue)]
         unknown = [each for each in declared if self.queues.get(each.name) != each]
@@ -174,7 +174,7 @@ class CapturingAMQP(AMQP):
         return min(due, datetime.now(timezone.utc) + LONGEST_DELAY)
 
 
-def _forget_identity(options: dict[str, Any]) -> None:
+def _remove_identity(options: dict[str, Any]) -> None:
     """Remove our identity from the headers that a plain retry inherits from its message."""
     if headers := options.get("headers"):
         options["headers"] = _without_ours(headers)

@@ -34,7 +34,7 @@ from celery_eda.outbox.wiring import Outbox
 if TYPE_CHECKING:
     from celery_eda.brokers import EnvelopeTemplate
 
-#: Options of a call that a template can have: calls with the same values have alike messages.
+#: Options that a templated call may have: calls with equal values have similar messages.
 ALIKE = frozenset(
     (
         "task_type",
@@ -69,7 +69,7 @@ HEADERS = ("id", "root_id", "parent_id", "argsrepr", "kwargsrepr", ID_HEADER)
 PROPERTIES = ("correlation_id", "reply_to")
 #: The third part of a body, for a call that nothing follows.
 NOTHING_AFTER = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
-#: Kinds of calls that are remembered; further ones are left to Celery.
+#: The most kinds of calls with a template; Celery makes the messages of all others.
 MOST_KINDS = 1000
 
 Arguments = tuple[Any, Mapping[str, Any]]
@@ -104,10 +104,10 @@ class CallTemplate:
         """A template of a message that Celery made.
 
         Raises:
-            ValueError: the message has something that a template cannot have.
+            ValueError: the message has no queue, or has something that a template cannot have.
         """
         if first.queue is None or first.due or first.prerequisites or first.event_append:
-            raise ValueError("this message has something that a template cannot have")
+            raise ValueError("a template cannot have the queue, delay or event of this message")
         headers = [name for name in HEADERS if first.headers[name] is not None]
         marks = {name: f"<{name} {uuid()}>" for name in (*headers, *PROPERTIES)}
         marked = first.with_encoded(
@@ -186,7 +186,7 @@ class CallTemplates:
         for message in collected.messages:
             transaction.capture(message)
         template = self._learn(collected.messages, arguments, options, parent)
-        self._forget_what_changed()
+        self._clear_if_outdated()
         # Otherwise a setting has changed meanwhile. Using Celery for the first time changes some.
         if self._made_for is made_for:
             self._templates[kind] = template
@@ -215,7 +215,7 @@ class CallTemplates:
 
     def _template_of(self, kind: Any) -> CallTemplate | None:
         """The template of *kind*, if there is one and Celery would still find the same route."""
-        self._forget_what_changed()
+        self._clear_if_outdated()
         if (template := self._templates.get(kind)) is None:
             return None
         amqp = self._app.amqp
@@ -233,8 +233,8 @@ class CallTemplates:
             and _are_alike(options)
         )
 
-    def _forget_what_changed(self) -> None:
-        """Forget all templates after a fork, since messages name the process, or a new setting."""
+    def _clear_if_outdated(self) -> None:
+        """Drop all templates after a fork or a new setting; messages name their process."""
         process, settings = os.getpid(), self._app.conf.changes
         if (process, settings) != self._made_for:
             self._made_for = process, dict(settings)

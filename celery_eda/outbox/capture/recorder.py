@@ -15,7 +15,8 @@ from kombu import Producer, Queue
 class _Unconnected:
     """A broker connection, as Celery sees it, that connects to nothing.
 
-    Its driver type is none for which Celery delays messages by the broker: the outbox does that.
+    For some driver types Celery has the broker delay messages. This one is none of them: the outbox
+    delays messages.
     """
 
     transport = type("transport", (), {"driver_type": "outbox"})

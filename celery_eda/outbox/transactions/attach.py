@@ -155,17 +155,17 @@ class AttachedTransaction(JoinedSession):
         self.has_committed = True
         self.wrote = False
 
-    def drop(self) -> None:
-        """Drop the messages if the session wrote or failed, else store them apart."""
+    def abandon(self) -> None:
+        """Drop the messages if the session wrote or failed; otherwise store them separately."""
         undone = (self.rolled_back or self.failed) and not self.has_committed
         if self.captured and not self.wrote and not undone:
             self.write_now()
         self.rolled_back = self.rolled_back or self.failed
-        super().drop()
+        super().abandon()
         self.wrote = False
 
     def write_now(self) -> None:
-        """Store the messages apart, unless the session is part of a transaction still open."""
+        """Store the messages separately, unless the session is part of an open transaction."""
         outer, session = self.outer, self._session()
         if session and isinstance(session.bind, Connection):
             outer = joined_connection.join(session.bind, self.outbox)

@@ -25,7 +25,7 @@ class Transaction(Capture):
 
     Attributes:
         captured: messages that are not written yet.
-        written: where messages were written that may not be committed yet.
+        written: the places of messages that are written, but may not be committed yet.
     """
 
     def __init__(self, outbox: Outbox) -> None:
@@ -66,7 +66,7 @@ class Transaction(Capture):
         other._merged_into = ref(self)
         other.captured.clear()
 
-    def forget(self) -> None:
+    def drop(self) -> None:
         """Drop all messages: the transaction did not commit."""
         self.captured.clear()
         self.written.clear()

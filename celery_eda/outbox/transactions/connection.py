@@ -86,18 +86,18 @@ class JoinedConnection(Transaction):
         try:
             self.write(connection)
         except BaseException:
-            # SQLAlchemy takes this for a failed COMMIT, after which it sends no ROLLBACK: the
-            # work would wait on the connection for its next commit, without its messages.
+            # SQLAlchemy treats this like a failed COMMIT, after which it sends no ROLLBACK: the
+            # next commit of the connection would commit the work without its messages.
             connection.connection.rollback()
             raise
 
     def start(self) -> None:
         """Begin a transaction. The one before is over, even if no event reported its end."""
         self.dispatch()
-        self.forget()
+        self.drop()
 
-    def forget(self) -> None:
-        super().forget()
+    def drop(self) -> None:
+        super().drop()
         self.ending = False
 
     def dispatch_if_over(self) -> None:
@@ -115,13 +115,13 @@ def listen() -> None:
 
 
 def on_begin(connection: Connection, *_: Any) -> None:
-    """Dispatch what the transaction before has committed."""
+    """Dispatch the messages that the previous transaction has committed."""
     if joined := find(connection):
         joined.start()
 
 
 def on_savepoint(connection: Connection, *_: Any) -> None:
-    """Write the messages from before the savepoint, so that a rollback to it leaves them."""
+    """Write the messages from before the savepoint, so that a rollback to it spares them."""
     if joined := find(connection):
         joined.write(connection)
 
@@ -135,7 +135,7 @@ def on_commit(connection: Connection, *_: Any) -> None:
 def on_rollback(connection: Connection, *_: Any) -> None:
     """Drop all messages."""
     if joined := find(connection):
-        joined.forget()
+        joined.drop()
 
 
 def on_rollback_to_savepoint(connection: Connection, *_: Any) -> None:
@@ -152,7 +152,7 @@ def on_error(error: ExceptionContext) -> None:
     """Drop all messages if a COMMIT has failed: SQLAlchemy sends no ROLLBACK after it."""
     joined = find(error.connection) if error.connection is not None else None
     if joined and joined.ending:
-        joined.forget()
+        joined.drop()
 
 
 def on_checkin(dbapi_connection: Any, record: Any) -> None:

@@ -48,7 +48,7 @@ class JoinedSession(Transaction):
 
     Attributes:
         committing: True while a commit is under way, which needs the outbox's connection.
-        over: True once the transaction has committed: a publish is then outside of it.
+        over: True once the transaction has committed: a later publish is outside of it.
         rolled_back: True if the user's code asked for the rollback.
     """
 
@@ -130,7 +130,7 @@ class JoinedSession(Transaction):
         if self.over:
             self.finish(carrier)
         else:
-            self.drop()
+            self.abandon()
         self.committing = self.over = self.rolled_back = False
 
     def finish(self, carrier: JoinedConnection | None) -> None:
@@ -140,7 +140,7 @@ class JoinedSession(Transaction):
         elif self.captured:
             self.write_now()
 
-    def drop(self) -> None:
+    def abandon(self) -> None:
         """Drop the messages, and log that unless the user's code asked for the rollback."""
         if self.captured and not self.rolled_back:
             log.error(
@@ -148,7 +148,7 @@ class JoinedSession(Transaction):
                 "Commit the session, or roll it back if that was meant.",
                 ", ".join(message.task for message in self.captured),
             )
-        self.forget()
+        self.drop()
 
     def write_now(self) -> None:
         """Store the messages in a short transaction of their own."""
@@ -180,7 +180,7 @@ def listen() -> None:
 
 
 def on_after_transaction_create(session: Session, transaction: SessionTransaction) -> None:
-    """Mark where a savepoint begins, and set the savepoint of a session that was lent a connection.
+    """Mark where a savepoint begins; set the savepoint of a session on a joined connection at once.
 
     Messages that are published in the block through the joined connection have to come after that
     savepoint, which the session would set only with its first statement.
@@ -188,12 +188,12 @@ def on_after_transaction_create(session: Session, transaction: SessionTransactio
     joined = find(session)
     if joined and transaction.nested:
         joined.set_savepoint(transaction)
-    elif not joined and _is_lent(session) and transaction.origin in _EXPLICIT:
+    elif not joined and _is_on_joined_connection(session) and transaction.origin in _EXPLICIT:
         session.connection()
 
 
-def _is_lent(session: Session) -> bool:
-    """True if *session* works on a connection that is joined itself."""
+def _is_on_joined_connection(session: Session) -> bool:
+    """True if *session* uses a connection that is joined itself."""
     return isinstance(session.bind, Connection) and bool(joined_connection.find(session.bind))
 
 
