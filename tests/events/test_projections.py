@@ -376,7 +376,7 @@ def test_a_key_that_is_none_of_the_table_is_refused(shop: Shop) -> None:
     (stored,) = shop.log()
     assert stored.id == event.id
 
-    with pytest.raises(InvalidEvent, match="is no int"):
+    with pytest.raises(InvalidEvent, match="is not a valid int"):
         shop.handle(stored)
     with pytest.raises(InvalidEvent, match="has no key"):
         shop.copy.row_key(replace(stored, key=None))
