@@ -20,6 +20,7 @@ from kombu.utils.json import loads
 from redis.exceptions import ConnectionError
 
 from celery_eda.brokers.redis import replies
+from celery_eda.brokers.redis.envelopes import list_of
 from celery_eda.core.event import OF_ONE_WORKER
 
 #: The list of payloads that are not messages, or that cannot be acknowledged or restored.
@@ -205,7 +206,7 @@ class Channel(redis.Channel):
 
     def _take(self, queues: list[str]) -> list[Any]:
         self._asked = [queue for _ in self.priority_steps for queue in queues]
-        lists = [self._q_for_pri(queue, pri) for pri in self.priority_steps for queue in queues]
+        lists = [list_of(self, queue, pri) for pri in self.priority_steps for queue in queues]
         keys = [self.unacked_key, self.unacked_index_key, MALFORMED, *lists]
         prefixed = [self.global_keyprefix + key for key in keys]
         return ["EVAL", TAKE, len(keys), *prefixed, time(), *self._asked]
@@ -220,7 +221,7 @@ class Channel(redis.Channel):
         return self._wait_at(first, LOW_PRIORITY_POLL)
 
     def _wait_at(self, queue: str, seconds: float) -> list[Any]:
-        end = self.global_keyprefix + self._q_for_pri(queue, self.priority_steps[0])
+        end = self.global_keyprefix + list_of(self, queue, self.priority_steps[0])
         return ["BLMOVE", end, end, "RIGHT", "RIGHT", seconds]
 
     # ── bells ───────────────────────────────────────────────────────────────────────────────

@@ -34,6 +34,12 @@ MOST_LISTS = 1000
 _MARK = uuid4().hex
 
 
+def list_of(channel: Any, queue: str, priority: int) -> str:
+    """The list in which kombu's *channel* keeps the messages of *queue* with this *priority*."""
+    name: str = channel._q_for_pri(queue, priority)
+    return name
+
+
 class Payloads:
     """Makes payloads from envelopes, for the lists of one of kombu's channels."""
 
@@ -66,7 +72,7 @@ class Payloads:
         if len(self._lists) >= MOST_LISTS:
             self._lists.clear()
         queue, priority = route
-        key: str = self._channel._q_for_pri(queue, int(priority))
+        key = list_of(self._channel, queue, int(priority))
         self._lists[route] = key
         return key
 

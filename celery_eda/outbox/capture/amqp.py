@@ -56,9 +56,15 @@ class CapturingAMQP(AMQP):
         """A pool that needs no broker inside a transaction, and Celery's own outside."""
         return RecordingPool() if context.current_transaction() else super().producer_pool
 
+    @property
+    def make_task_sender(self) -> Callable[[], Callable[..., Any]]:
+        """The method that makes Celery's own ``send_task_message``; an app may override it."""
+        maker: Callable[[], Callable[..., Any]] = self._create_task_sender
+        return maker
+
     @cached_property
     def send_task_message(self) -> Callable[..., Any]:
-        send = self._create_task_sender()
+        send = self.make_task_sender()
 
         def send_task_message(
             producer: Any,

@@ -303,7 +303,7 @@ class CallTemplates:
                 for module, function in (
                     (app_base, self._send_task),
                     (app_amqp, amqp.create_task_message),
-                    (app_amqp, amqp._create_task_sender),
+                    (app_amqp, amqp.make_task_sender),
                 )
             )
             and type(amqp.router) is Router
