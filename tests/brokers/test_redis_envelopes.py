@@ -127,7 +127,7 @@ def test_an_envelope_for_rabbitmq_is_no_payload() -> None:
 def test_an_envelope_for_redis_is_nothing_for_rabbitmq() -> None:
     message = letter()
     by_envelope, anew = rabbitmq.Frames(1, 2**17), rabbitmq.Frames(1, 2**17)
-    by_envelope.add(sealed(message, rabbitmq.encode_envelope(message)))
+    by_envelope.add(sealed(message, encode_envelope(message)))
     anew.add(message)
 
     assert by_envelope.take() == anew.take()

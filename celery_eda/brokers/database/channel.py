@@ -149,9 +149,13 @@ class Channel(virtual.Channel):
                 self.broker.queues.bind(connection, queue, BY_NAME, queue, owner)
         known.add((BY_NAME, queue, queue))
 
-    def _has_queue(self, queue: str, **_: Any) -> bool:
+    def has_queue(self, queue: str) -> bool:
+        """True if *queue* is declared."""
         with self.broker.engine.connect() as connection:
             return self.broker.queues.exists(connection, queue)
+
+    def _has_queue(self, queue: str, **_: Any) -> bool:
+        return self.has_queue(queue)
 
     def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
         if (exchange, routing_key, queue) in self.connection.known:

@@ -95,7 +95,7 @@ class Database:
 def _queues_of(channel: Any, message: Sendable) -> list[str]:
     if not message.exchange:
         name = message.routing_key
-        is_gone = addresses.is_volatile(name) and not channel._has_queue(name)
+        is_gone = addresses.is_volatile(name) and not channel.has_queue(name)
         return [] if is_gone else [name]
     exchange, table = channel.typeof(message.exchange), channel.get_table(message.exchange)
     if message.exchange == EVENT_EXCHANGE:
