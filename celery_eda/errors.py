@@ -9,6 +9,7 @@ EDAError
 │   ├── AutocommitTransaction   there is no transaction to share
 │   ├── TwoEngines              the outbox would not commit together with the work
 │   ├── TwoSessions             cannot tell which open session a message belongs to
+│   ├── OtherBroker             called with a connection to another broker than the app's
 │   ├── OutsideTransaction      published outside, where the settings forbid it
 │   ├── VersionConflict         another transaction has appended to the event stream
 │   └── BrokenTransaction       a handler ended the transaction of its own message
@@ -77,6 +78,10 @@ class TwoEngines(TransactionError):
 
 class TwoSessions(TransactionError):
     """More than one attached session is open, so the message's transaction is ambiguous."""
+
+
+class OtherBroker(TransactionError):
+    """A call names a connection or producer to another broker than the app's."""
 
 
 class OutsideTransaction(TransactionError):

@@ -24,10 +24,17 @@ from celery_eda.core.addresses import REPLY_HEADER
 from celery_eda.core.identity import HEADERS, Identity, Lane
 from celery_eda.core.message import Message
 from celery_eda.core.service import service_of
+from celery_eda.errors import OtherBroker
 from celery_eda.ordering import keys
 from celery_eda.outbox import result_backend
 from celery_eda.outbox.capture.call_templates import CallTemplates
-from celery_eda.outbox.capture.recorder import RecordingPool, RecordingProducer
+from celery_eda.outbox.capture.recorder import (
+    LazyProducer,
+    RecordingProducer,
+    UndelayedPool,
+    is_recording,
+    recording,
+)
 from celery_eda.outbox.publisher import publishing
 from celery_eda.outbox.wiring import Outbox
 
@@ -53,8 +60,9 @@ class CapturingAMQP(AMQP):
 
     @property
     def producer_pool(self) -> Any:
-        """A pool that needs no broker inside a transaction, and Celery's own outside."""
-        return RecordingPool() if context.current_transaction() else super().producer_pool
+        """Celery's own pool; while it makes a captured message, one that needs no broker."""
+        pool = super().producer_pool
+        return UndelayedPool(pool) if is_recording() else pool
 
     @property
     def make_task_sender(self) -> Callable[[], Callable[..., Any]]:
@@ -80,10 +88,13 @@ class CapturingAMQP(AMQP):
                 context.refuse_publishing_if_silenced(name)
                 _remove_identity(options)
                 return send(producer, name, message, **options)
+            self._refuse_other_broker(name, producer)
             replies = self._passes_reply_on(message)
             recorder = RecordingProducer()
-            # The task-sent event reports a sending, which has not happened yet.
-            send(recorder, name, message._replace(sent_event=None), **options)
+            # Signal receivers publish as they would anywhere else.
+            with recording(False):
+                # The task-sent event reports a sending, which has not happened yet.
+                send(recorder, name, message._replace(sent_event=None), **options)
             identity = eda_identity or self._identify(recorder.recorded["headers"])
             lane = self.lane_of(name, key, message.body)
             captured = self._captured(name, identity, lane, recorder)
@@ -93,6 +104,23 @@ class CapturingAMQP(AMQP):
             return None
 
         return send_task_message
+
+    def _refuse_other_broker(self, task: str, producer: Any) -> None:
+        """Check that a call of *task* names no other broker than the app's.
+
+        Raises:
+            OtherBroker: the caller gave a connection or a producer to another one.
+        """
+        if isinstance(producer, LazyProducer | RecordingProducer):
+            return
+        given = producer.connection
+        if _address(given) != _address(self.app.connection_for_write()):
+            raise OtherBroker(
+                f"{task} is called with a connection or producer to {given.as_uri()}, which is not "
+                "the broker of the app. A message that is stored in the outbox goes to the broker "
+                "of the app. Call it without a connection or producer, or publish it with "
+                "`send_task` of a Celery app of that broker, which sends it at once."
+            )
 
     def _passes_reply_on(self, message: Any) -> bool:
         """Write the reply address into *message* if it replaces the one in progress.
@@ -180,6 +208,14 @@ class CapturingAMQP(AMQP):
         return min(due, datetime.now(timezone.utc) + LONGEST_DELAY)
 
 
+def _address(connection: Any) -> Any:
+    """The place that *connection* leads to, the same for a broker with several nodes."""
+    if connection.alt:
+        return list(connection.alt)
+    info = connection.info()
+    return [info[name] for name in ("transport", "hostname", "port", "virtual_host", "userid")]
+
+
 def _remove_identity(options: dict[str, Any]) -> None:
     """Remove our identity from the headers that a plain retry inherits from its message."""
     if headers := options.get("headers"):
@@ -204,11 +240,30 @@ def wrap_send_task(app: Celery, outbox: Outbox) -> None:
     ) -> Any:
         with publishing(outbox, name):
             transaction = context.current_transaction()
-            if transaction is None or rest:
+            if transaction is None:
                 return send_task(name, args, kwargs, *rest, **options)
-            return templates.send(transaction, name, args, kwargs, options)
+            with recording(True):
+                if rest:
+                    return send_task(name, args, kwargs, *rest, **options)
+                return templates.send(transaction, name, args, kwargs, options)
 
     app.send_task = send_task_or_capture
+    _acquire_late(app)
+
+
+def _acquire_late(app: Celery) -> None:
+    """Inside a transaction, let ``app.producer_or_acquire`` take a producer on its first use.
+
+    A group acquires one for its calls, which need none.
+    """
+    acquire = app._acquire_producer
+
+    def acquire_producer(timeout: float | None = None) -> Any:
+        if context.current_transaction() is None:
+            return acquire(timeout=timeout)
+        return LazyProducer(partial(acquire, timeout=timeout))
+
+    app._acquire_producer = acquire_producer
 
 
 def amqp_class(base: Any) -> type[CapturingAMQP]:

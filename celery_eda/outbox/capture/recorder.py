@@ -1,15 +1,37 @@
-"""A producer without a connection, which records the message that Celery publishes.
+"""Producers that Celery uses inside a transaction.
 
-It runs kombu's own code of ``kombu.Producer.publish``, up to the channel.
+One has no connection and records the message of a call. It runs kombu's own code of
+``kombu.Producer.publish``, up to the channel. The other takes a producer from the pool, but only if
+something else than a call publishes with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 from kombu import Producer, Queue
+
+# True while Celery makes the message of a call, which will be recorded.
+_recording: ContextVar[bool] = ContextVar("celery_eda_recording", default=False)
+
+
+@contextmanager
+def recording(yes: bool) -> Iterator[None]:
+    """A block in which Celery makes the message of a call, or calls back code of the user."""
+    token = _recording.set(yes)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def is_recording() -> bool:
+    """True while Celery makes the message of a call that is captured."""
+    return _recording.get()
 
 
 class _Unconnected:
@@ -78,23 +100,50 @@ class RecordingProducer:
             "properties": properties,
         }
 
-    def revive(self, channel: Any) -> None:
-        """Do nothing: there is no connection to revive."""
+
+class LazyProducer:
+    """A producer that takes one from the pool of the app on its first use.
+
+    Celery publishes a captured call without using its producer. Everything else goes to the broker.
+    """
+
+    def __init__(self, acquire: Callable[[], Any]) -> None:
+        self._acquire = acquire
+
+    @cached_property
+    def _acquired(self) -> Any:
+        return self._acquire()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._acquired, name)
+
+    @property
+    def connection(self) -> Any:
+        """The connection to the broker; one to nothing while Celery makes a captured message."""
+        return _Unconnected() if is_recording() else self._acquired.connection
 
     def release(self) -> None:
-        """Do nothing: no connection was acquired."""
+        """Return the producer to the pool, if one was taken."""
+        if acquired := self.__dict__.pop("_acquired", None):
+            acquired.release()
 
-    def __enter__(self) -> RecordingProducer:
+    def __enter__(self) -> LazyProducer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Do nothing: no connection was acquired."""
+        self.release()
 
 
-class RecordingPool:
-    """A producer pool, as Celery sees it, that never runs empty."""
+class UndelayedPool:
+    """The producer pool that Celery sees while it makes a message that will be recorded.
+
+    Celery looks there for the broker's type, to find out whether the broker delays messages.
+    """
 
     connections = type("connections", (), {"connection": _Unconnected()})
 
-    def acquire(self, block: bool = False, timeout: float | None = None) -> RecordingProducer:
-        return RecordingProducer()
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
