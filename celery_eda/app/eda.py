@@ -98,7 +98,7 @@ class EDA:
         return transaction(self.outbox, target)
 
     def attach(self, sessions: Any) -> None:
-        """Capture in every transaction of a ``sessionmaker``, without changes where it is used.
+        """Capture messages in every session of a ``sessionmaker``; code that uses it is unchanged.
 
         Args:
             sessions: a ``sessionmaker``, ``async_sessionmaker`` or ``scoped_session`` on the
@@ -147,7 +147,7 @@ class EDA:
             InvalidEvent: the name or the data cannot be used.
             InvalidKey: the key cannot be used.
             VersionConflict: at the commit, if another transaction appended to the stream first.
-            OutsideTransaction: ``eda_outside`` forbids to emit here.
+            OutsideTransaction: ``eda_outside`` forbids emitting here.
         """
         return self.events.emitter.emit(
             name,
@@ -202,15 +202,15 @@ class EDA:
             stream: ``<category>.<key>``.
             initial: the state before the first event.
             apply: gives the state after an event, from the state before it.
-            at: leaves out what was appended later, by the database's clock. A naive datetime is
-                in UTC.
+            at: leaves out events appended later, by the database's clock. A naive datetime is in
+                UTC.
             snapshot: a name under which the state is stored from time to time, as JSON, so that
                 the next fold with this name begins there. Use another name when *apply* changes.
             session: to read with; by default the session of the message in progress, if there is
                 one, else a connection of its own.
 
         Raises:
-            InvalidEvent: *stream* is no stream, or its state cannot be stored.
+            InvalidEvent: *stream* is not ``<category>.<key>``, or its state cannot be stored.
             ArchivedEvents: the first events have left the store.
         """
         return self.events.fold.fold(
@@ -224,9 +224,9 @@ class EDA:
 
         The function gets the row with the event's key, as a dictionary or None, and the
         :class:`celery_eda.Event`. It returns the new row, or None for no row. A projection is an
-        ordered subscription: each row is the fold of one stream. The function can publish nothing,
-        and should read nothing else, so that ``eda projections rebuild`` makes the same rows from
-        the same events at any time.
+        ordered subscription: each row is the fold of one stream. The function cannot publish, and
+        should depend on its arguments only, so that ``eda projections rebuild`` makes the same
+        rows from the same events at any time.
 
         Args:
             patterns: of the events, as in :meth:`on`; each begins with a category.
@@ -268,12 +268,12 @@ class EDA:
                 queue for this request; ``durable``, this service's database, where :meth:`reply`
                 finds it even after a restart, if a worker of this service consumes from its queue
                 ``eda.replies.<service>``. By default ``eda_reply_address``.
-            options: those of ``apply_async``. With ``expires``, a request that has not begun in
+            options: those of ``apply_async``. With ``expires``, a request that was not started in
                 time is not handled any more.
 
         Raises:
-            RequestError: nobody could reply, or an option would be unsafe.
-            OutsideTransaction: ``eda_outside`` forbids to publish here.
+            RequestError: the task cannot reply, or an option would be unsafe.
+            OutsideTransaction: ``eda_outside`` forbids publishing here.
         """
         return self.requests.client.ask(call, args, kwargs, address=address, **options)
 
@@ -285,7 +285,7 @@ class EDA:
         address: Literal["correlation", "temporary", "durable"] | None = None,
         **options: Any,
     ) -> Replies[Any]:
-        """Ask many: ``eda.scatter([north.s(sku), south.s(sku)], need=1).get(timeout=2)``.
+        """Request several: ``eda.scatter([north.s(sku), south.s(sku)], need=1).get(timeout=2)``.
 
         Args:
             calls: signatures of single tasks, which are sent together.
@@ -306,7 +306,7 @@ class EDA:
         return self.requests.client.find(correlation_id)
 
     def register_error(self, kind: type[Exception], name: str | None = None) -> type[Exception]:
-        """Let errors of this class travel with replies; also usable as a decorator.
+        """Register a class of errors that travel with replies; also usable as a decorator.
 
         The requester re-creates such an error by calling the class with its ``args``. Both
         services have to register it under the same *name*, by default ``module.Class``. All other
@@ -320,27 +320,27 @@ class EDA:
     def saga(self, name: str, version: int = 1) -> Callable[[Callable[[Steps], Any]], Saga]:
         """``@eda.saga("order")``: a business flow across services, described step by step.
 
-        The function is called once, with the :class:`celery_eda.sagas.Steps` by which it describes
-        the flow. Each step is a command to a task. The outcome of a command moves the saga on in
-        this service's database, on any worker that consumes from its queue
-        ``eda.replies.<service>``: every worker without ``-Q``. If a step fails, all steps before it
-        are compensated, the latest first.
+        The function is called once, and describes the flow with the
+        :class:`celery_eda.sagas.Steps` that it gets. Each step is a command to a task. The outcome
+        of a command advances the saga in this service's database, on any worker that consumes from
+        its queue ``eda.replies.<service>``: every worker without ``-Q``. If a step fails, all steps
+        before it are compensated, the latest first.
 
         Args:
-            name: under which instances are stored.
+            name: of the saga, under which its instances are stored.
             version: of the description; increase it when the description changes. An instance
-                stays with its version, so keep the older one in the code while instances run.
+                keeps its version, so leave the older one in the code while instances run.
 
         Raises:
-            ConfigurationError: the description makes no sense.
-            SagaError: there is another saga of that name and version.
+            ConfigurationError: the description is inconsistent.
+            SagaError: another saga has this name and version.
         """
         return saga_decorator(self.sagas, name, version)
 
     # ── checks ──────────────────────────────────────────────────────────────────────────────
 
     def check(self) -> None:
-        """Refuse to start where the promise could not be kept.
+        """Refuse to start with settings or tables that would break a guarantee.
 
         Raises:
             ConfigurationError: a setting is wrong, or the tables do not exist.

@@ -1,4 +1,4 @@
-"""Everything that is added to a Celery app."""
+"""Installation: the extensions of a Celery app."""
 
 from __future__ import annotations
 

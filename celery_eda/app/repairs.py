@@ -13,12 +13,12 @@ from celery_eda.outbox import Outbox, join
 
 
 class RepairDecorator:
-    """``@eda.repairs(charge, on=BadAmount)``: lets a function repair messages of a task.
+    """``@eda.repairs(charge, on=BadAmount)``: makes a function a repairer of a task's messages.
 
-    When the task fails for good with such an error, a message for a task of its own,
-    ``<task>.repair``, is published to the queue ``eda_repair_queue``, in the transaction that
-    writes the dead letter. So the worker that failed is not blocked. Workers without ``-Q``
-    consume from that queue. Both workers have to load the module with the repairer.
+    When the task fails for good with such an error, a call of the repair task ``<task>.repair`` is
+    published to the queue ``eda_repair_queue``, in the transaction that writes the dead letter. So
+    the worker that failed is not blocked. Workers without ``-Q`` consume from that queue. Both
+    workers have to load the module with the repairer.
 
     The function gets a :class:`celery_eda.Failure` and returns ``failure.resubmit(…)``,
     ``failure.skip(why)``, ``failure.leave(why)``, or None, which means leave. The decision takes
@@ -44,11 +44,11 @@ class RepairDecorator:
         """Register a repairer.
 
         Args:
-            task: the task or its name. Give the name where the app is configured after its tasks
-                are defined.
+            task: the task or its name. Give the name if the app is configured after its tasks are
+                defined.
             on: errors that it repairs; the first repairer of the task that accepts the error
                 gets the message.
-            name: of the repair task, to tell several repairers of one task apart.
+            name: of the repair task; several repairers of one task need different names.
             queue: of the repair task, instead of ``eda_repair_queue``.
             options: those of ``@eda.task``.
 

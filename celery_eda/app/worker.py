@@ -1,4 +1,4 @@
-"""A check before a Celery worker starts, so that none runs that could not keep the promise."""
+"""A check before a Celery worker starts: a worker that could lose messages must not run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GREEN_POOLS = ("gevent", "eventlet")
 
 
 class Guard(bootsteps.Step):
-    """Refuses to start a worker that could not keep the promise."""
+    """Refuses to start a worker with a pool, settings or tables that break a guarantee."""
 
     requires = ("celery.worker.components:Pool",)
 

@@ -1,4 +1,4 @@
-"""The queues of events, repairs and durable replies that a worker consumes beside those of tasks.
+"""The queues of events, repairs and durable replies, which a worker consumes beside task queues.
 
 A worker consumes all of them unless its option ``-Q`` names others. Each queue has a channel of its
 own, so that messages prefetched from one do not delay those of another.
@@ -56,7 +56,7 @@ class WorkerQueues(bootsteps.StartStopStep):
             beside.consume()
 
     def _renew(self) -> None:
-        """Declare this worker's own queues again, lest a broker expires them as unused."""
+        """Declare this worker's own queues again, so that the broker does not expire them."""
         for beside in self.consumers[len(self.queues) :]:
             beside.declare()
 
@@ -82,7 +82,7 @@ class WorkerQueues(bootsteps.StartStopStep):
 
 
 def _repairs_and_replies(app: Any) -> Iterator[tuple[Queue, None]]:
-    """The queues of repairs and replies that the worker would not consume anyway."""
+    """The queues of repairs and replies that the worker does not consume as task queues."""
     queues, eda = app.amqp.queues, app.eda
     if queues._consume_from is not None:
         return
@@ -91,7 +91,7 @@ def _repairs_and_replies(app: Any) -> Iterator[tuple[Queue, None]]:
     ):
         if name not in queues:
             queue = queues[name]
-            del queues[name]  # those that stay are consumed together with the tasks
+            del queues[name]  # queues that remain there are consumed together with the tasks
             yield queue, None
 
 
@@ -101,7 +101,7 @@ def _subscribed(app: Any) -> Iterator[tuple[Queue, Subscription]]:
     chosen = queues._consume_from
     for name, subscription in sorted(subscriptions.by_queue.items()):
         if chosen is None or chosen.pop(name, None) is not None:
-            queues.pop(name, None)  # made by Celery because of the option
+            queues.pop(name, None)  # Celery has created it because of the option
             yield app.eda.events.queues.queue_of(subscription), subscription
 
 

@@ -2,8 +2,8 @@
 
 Each transition is one transaction, with the commands that it sends. A command is an ordinary
 request, its outcome an ordinary reply, and a time-out a message that waits in the outbox until it
-is due. Any worker can handle any of them: it locks the saga, records the outcome, plans what
-follows and sends that. So the death of a worker loses nothing.
+is due. Any worker can handle any of them: it locks the saga, records the outcome, plans the next
+commands and sends them. So the death of a worker loses nothing.
 
 The pattern: the saga execution coordinator of Garcia-Molina and Salem, *Sagas* (1987).
 """
@@ -87,7 +87,7 @@ class Coordinator:
 
         Args:
             connection: of the transaction that handles the wake-up.
-            wakeup: a value of :class:`celery_eda.sagas.engine.Wakeup`.
+            wakeup: a value of :class:`celery_eda.sagas.messages.Wakeup`.
             id: of the saga.
             record: the id of the record that waited.
         """
@@ -193,7 +193,7 @@ class Coordinator:
         self.engine.cancel(self.engine.lock(connection, id), who)
 
     def resume(self, connection: Connection, id: str, who: str, path: str | None = None) -> None:
-        """Retry what failed in a parked saga, everywhere or at *path*, and advance the saga.
+        """Retry the failed parts of a parked saga, all or that at *path*, and advance the saga.
 
         Raises:
             SagaError: the saga is not parked, or nothing failed there.
@@ -201,7 +201,7 @@ class Coordinator:
         self._unpark(connection, id, path, Status.again, who)
 
     def skip(self, connection: Connection, id: str, who: str, path: str) -> None:
-        """Count what failed at *path* of a parked saga as done, and advance the saga.
+        """Count the failed part at *path* of a parked saga as done, and advance the saga.
 
         Raises:
             SagaError: the saga is not parked, or nothing failed there.

@@ -30,7 +30,7 @@ class Step:
         give, give_undo: make their keyword arguments from the saga's data.
         keep: the name under which the result enters the data; None drops the result.
         retry: decides on further attempts after a failure.
-        timeout: seconds until the step fails without an outcome; None waits for ever.
+        timeout: seconds until the step fails without an outcome; None waits forever.
         options: those of ``apply_async``.
     """
 
@@ -47,10 +47,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Wait:
-    """A wait for a signal: the decision of a person, or news from another system.
+    """A wait for a signal: the decision of a person, or a message from another system.
 
     Attributes:
-        timeout: seconds; None waits for ever.
+        timeout: seconds; None waits forever.
         default: the value to use after *timeout*; without a default the part fails then.
     """
 
@@ -67,7 +67,7 @@ class SubSaga:
     Attributes:
         definition: of the sub-saga; its final data are the result.
         give: makes the data of the sub-saga from the data of its parent.
-        timeout: seconds until the sub-saga is cancelled; None waits for ever.
+        timeout: seconds until the sub-saga is cancelled; None waits forever.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Lock:
     one after the other.
 
     Attributes:
-        timeout: seconds until the part fails without the lock; None waits for ever.
+        timeout: seconds until the part fails without the lock; None waits forever.
     """
 
     name: str

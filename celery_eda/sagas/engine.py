@@ -1,4 +1,4 @@
-"""The engine of sagas: plans what follows, records it and sends it, in one transaction."""
+"""The engine of sagas: plans the next decisions, records and executes them in one transaction."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class SagaEngine:
         return Transition.of(connection, self.store, self.definitions, id)
 
     def advance(self, transition: Transition) -> None:
-        """Carry out what follows now, and save the saga's new state."""
+        """Carry out all decisions that are possible now, and save the saga's new state."""
         while transition.saga.state in (State.running, State.compensating):
             was_compensating = transition.saga.back
             plan = self._plan(transition)
             if plan is None:
                 break
             if transition.saga.back and not was_compensating:
-                continue  # the decisions of this plan belong to the way forward
+                continue  # the decisions of this plan belong to the forward direction
             if not self._carry_out(transition, plan.decisions):
                 break
         transition.save()
@@ -109,7 +109,7 @@ class SagaEngine:
             self.release(connection, saga.id)
 
     def _plan(self, transition: Transition) -> Plan | None:
-        """Plan what follows, and change the saga's state accordingly; None if it is parked then."""
+        """Plan the next decisions, and change the saga's state accordingly; None if parked."""
         saga, interpreter = transition.saga, transition.interpreter()
         try:
             with context.silenced(f"A condition of the saga {saga.name}"):
@@ -197,7 +197,7 @@ class SagaEngine:
         self.advance(sub_saga)
 
     def _cancel_sub_saga(self, transition: Transition, record: Record) -> None:
-        """Cancel a running sub-saga; one that has passed its pivot goes on to its end."""
+        """Cancel a running sub-saga; one that has passed its pivot continues to its end."""
         sub_saga = self.lock(transition.connection, _sub_saga_id(transition.saga, record))
         if not sub_saga.saga.back and not sub_saga.saga.state.is_end:
             with suppress(SagaError):
@@ -255,7 +255,7 @@ def _record_of(command: SendCommand) -> Record:
 
 
 def _timeout_of(command: SendCommand) -> float | None:
-    """The time-out of a step. Its compensation has none: nothing else could follow."""
+    """The time-out of a step. Its compensation has none: there is no alternative to it."""
     return None if command.undo else command.step.timeout
 
 

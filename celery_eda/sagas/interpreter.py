@@ -64,7 +64,7 @@ class Interpreter:
 
     @property
     def pivoted(self) -> bool:
-        """True if the point of no return was passed before this look."""
+        """True if the records show that the point of no return was passed."""
         return any(each.kind is Kind.pivot for each in self.records)
 
     # ── forward ─────────────────────────────────────────────────────────────────────────────
@@ -200,7 +200,7 @@ class Interpreter:
         taken, plan = done, DONE
         if parallel.need < len(plans):
             taken, plan = self._chosen(Kind.taken, path, lambda: done[: parallel.need])
-        # Branches that are not taken begin nothing more, and what they have done is compensated.
+        # Branches that are not taken begin nothing more, and their completed steps are compensated.
         for number, branch in enumerate(parallel.branches):
             if number in taken:
                 plan = plan.followed_by(plans[number])
@@ -209,7 +209,7 @@ class Interpreter:
         return replace(plan, progress=Progress.done, failure=None)
 
     def _abandoned(self, branch: Block, rounds: str, plan: Plan) -> Plan:
-        """Compensate a *branch* that is not taken, instead of going on with its *plan*."""
+        """Compensate a *branch* that is not taken, instead of following its *plan*."""
         undoing = self._undo(names_in(branch), rounds)
         return Plan(
             Progress.done,
@@ -225,10 +225,10 @@ class Interpreter:
         return self._undo(frozenset(self.definition.parts), "")
 
     def _undo(self, names: frozenset[str], rounds: str) -> Plan:
-        """Plan the compensation of all that the parts with these *names* did.
+        """Plan the compensation of the parts with these *names*.
 
-        A step that is still under way is waited for: its outcome says if there is anything to
-        compensate.
+        A step that is still in progress is awaited: its outcome decides whether there is anything
+        to compensate.
         """
         here = [each for each in self._latest.values() if _is_of(each.path, names, rounds)]
         steps = [each for each in here if each.kind is Kind.step]

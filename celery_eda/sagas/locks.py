@@ -1,7 +1,7 @@
 """Semantic locks of sagas, and the queue for each, first come, first served.
 
 Each key has a row with ticket 0 that names the holder and stays when the holder changes. Acquiring
-and releasing lock that row, so that a saga that queues meanwhile is not overlooked.
+and releasing a lock both lock that row, so that no saga that queues meanwhile is overlooked.
 """
 
 from __future__ import annotations

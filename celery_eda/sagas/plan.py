@@ -70,7 +70,7 @@ class StartTimer:
 
 @dataclass(frozen=True)
 class RecordChoice:
-    """Record what was chosen: a case, the branches taken, one more round, passing the pivot."""
+    """Record a choice: a case, the branches taken, one more round, passing the pivot."""
 
     kind: Kind
     path: str
@@ -91,7 +91,7 @@ Decision = (
 
 @dataclass(frozen=True)
 class Plan:
-    """The progress of a part, and what to do next.
+    """The progress of a part, and the next decisions.
 
     Attributes:
         decisions: to be carried out in this order.

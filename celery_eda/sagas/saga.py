@@ -32,10 +32,10 @@ class Saga:
         """Start a saga.
 
         Args:
-            data: the initial data, by name; JSON has to be able to express them.
+            data: the initial data, by name, as JSON values.
             id: at most 255 bytes, by default a new UUID. With an id of your own, such as that of
                 the order, a second start has no effect.
-            session: whose transaction the saga starts in.
+            session: the session or connection in whose transaction the saga starts.
 
         Returns:
             The id.

@@ -7,7 +7,7 @@
             with steps.branch():
                 steps.step("make", "kitchen.make", undo="kitchen.throw_away")
             with steps.branch():
-                steps.step("tell", "notification.tell")
+                steps.step("notify", "notification.send")
 
 The function runs once, when the saga is registered, and yields a definition.
 """

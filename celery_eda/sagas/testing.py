@@ -141,11 +141,11 @@ class SagaTest:
         self._at(after, cancel)
 
     def resumes(self) -> None:
-        """Resume the parked saga: all that failed is retried."""
+        """Resume the parked saga: all failed parts are retried."""
         self._do(lambda connection: self._sagas.resume(connection, ID, "test"))
 
     def skips(self, path: str) -> None:
-        """Count what failed at *path* of the parked saga as done."""
+        """Count the failed part at *path* of the parked saga as done."""
         self._do(lambda connection: self._sagas.skip(connection, ID, "test", path))
 
     # ── running ─────────────────────────────────────────────────────────────────────────────
@@ -154,7 +154,7 @@ class SagaTest:
         """Start the saga, if *data* are given, and run it until nothing more happens.
 
         Raises:
-            AssertionError: the saga has not come to rest after 10 000 transitions.
+            AssertionError: the saga is still advancing after 10 000 transitions.
         """
         if data is not None:
             begin = self._sagas.begin

@@ -1,4 +1,4 @@
-"""The sagas of one service."""
+"""Sagas, as wired for one service."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Sagas:
         )
 
     def receive_wakeup(self, session: Session, wakeup: str, id: str, record: int) -> None:
-        """Advance a saga whose timer has ended, that got a lock, or whose sub-saga has ended."""
+        """Advance a saga after the end of a timer or sub-saga, or after a granted lock."""
         self.coordinator.wake(session.connection(), wakeup, id, record)
 
     def retention(self) -> list[Chore]:

@@ -95,7 +95,7 @@ def test_it_is_made_of_what_another_service_exports(eda: EDA) -> None:
     again = projections(eda, "rebuild", "copy", "--from", "-", "--json", log=log)
 
     assert made.exit_code == 0, made.stderr
-    assert "copies_shadow is made of 6 events." in made.stdout
+    assert "copies_shadow is built from 6 events." in made.stdout
     assert json.loads(again.stdout)["events"] == 6, "and passed over"
     assert shadow(eda) == ROWS
 
@@ -103,7 +103,7 @@ def test_it_is_made_of_what_another_service_exports(eda: EDA) -> None:
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("{}", "Line 1 of the log is not an event: this is no event"),
+        ("{}", "Line 1 of the log is not an event: this is not an event"),
         ("{", "Line 1 of the log is not an event"),
         ('{"specversion": "1.0"}', "lacks attributes"),
     ],

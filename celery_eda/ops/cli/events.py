@@ -104,7 +104,7 @@ def archive(
     """Move events from the store into a new FILE, in the format of `export`.
 
     The events are deleted once the file is on disk. A command that is killed in between leaves
-    them in both places: archive again, into another file; readers of both files recognise the
+    them in both places: archive again, into another file; readers of both files recognize the
     copies by their ids. A stream whose first events are archived can be folded only from a
     snapshot. The newest event of the store is never deleted.
     """

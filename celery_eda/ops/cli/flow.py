@@ -35,9 +35,9 @@ FORMATS: dict[str, Callable[[list[Flow]], str]] = {
 )
 @click.pass_context
 def flow(context: click.Context, format_: str, others: tuple[TextIO, ...]) -> None:
-    """Draw who emits which events, and who subscribes to them.
+    """Draw the events that services emit, and their subscriptions to them.
 
-    Each service knows its own part; add the flows of the others for the whole picture.
+    Each service knows its own part; add the flows of the others for the complete picture.
     """
     found = [_flow_of(eda_of(context))]
     for other in others:

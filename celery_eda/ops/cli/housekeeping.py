@@ -12,7 +12,7 @@ from celery_eda.ops.cli.options import as_json
 @as_json
 @click.pass_context
 def housekeeping(context: click.Context, as_json: bool) -> None:
-    """Delete what is older than the settings allow. Running relays do this by themselves."""
+    """Delete rows that are past their retention. Running relays do this by themselves."""
     eda = eda_of(context)
     eda.check()
     done = eda.outbox.housekeeping.finish()

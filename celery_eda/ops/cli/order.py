@@ -1,4 +1,4 @@
-"""``celery -A … eda order``: the numbers given to messages with an ordering key."""
+"""``celery -A … eda order``: the numbers of messages with an ordering key."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def order() -> None:
 def new_epoch(context: click.Context, stream: str | None, yes: bool, as_json: bool) -> None:
     """Restart the numbering of every key, after the database was restored from a backup.
 
-    Otherwise the numbers given since the backup would be given again, and consumers would take
-    the new messages for old ones. Exit code 1 if no key has been numbered yet.
+    Otherwise the numbers assigned since the backup would be assigned again, and consumers would
+    treat the new messages as old ones. Exit code 1 if no key has a number yet.
     """
     eda = eda_of(context)
     what = f"of {printable(stream)}" if stream else "of all tasks"

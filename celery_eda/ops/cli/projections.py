@@ -86,7 +86,7 @@ def rebuild(
         raise click.ClickException(f"Database error: {reason}. Repeat the command.") from error
     table = projection.shadow.fullname
     done = {"events": number, "shadow": table}
-    report(done, f"{table} is made of {number} events.", as_json=as_json)
+    report(done, f"{table} is built from {number} events.", as_json=as_json)
 
 
 @projections.command(cls=Command)
@@ -109,7 +109,7 @@ def compare(context: click.Context, name: str, as_json: bool) -> None:
 @as_json
 @click.pass_context
 def swap(context: click.Context, name: str, yes: bool, as_json: bool) -> None:
-    """Replace the rows of the live table with its shadow's, in one transaction, and drop it."""
+    """Replace the rows of the live table by those of its shadow, in one transaction."""
     eda, projection = _found(context, name)
     table = printable(projection.table.fullname)
     confirm(f"Replace the rows of {table} with those of its shadow?", yes=yes)

@@ -70,7 +70,7 @@ def show(context: click.Context, id: str, as_json: bool) -> None:
     for entry in entries:
         click.echo(printable(_line(entry)))
     for part in parts:
-        click.echo(printable(f"its part {_summary(part)}"))
+        click.echo(printable(f"sub-saga {_summary(part)}"))
 
 
 @sagas.command(cls=Command)
