@@ -9,8 +9,12 @@ from celery.app.task import Context
 
 from celery_eda.core import addresses
 from celery_eda.core.addresses import REPLY_HEADER
-from celery_eda.core.identity import HEADERS, WIRE, Identity, Position
+from celery_eda.core.identity import HEADERS, VERDICT, WIRE, Identity, Position
 from celery_eda.core.message import PROPERTIES, Message, Wire
+
+# Attributes of its class are no headers for Celery, which shows all others as `request.headers`.
+for _name in (WIRE, VERDICT):
+    setattr(Context, _name, None)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,21 @@ from tests.support.worker_slot import Slot
 # ── copies ───────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_handler_sees_no_headers_but_those_of_the_message(slot: Slot) -> None:
+    seen = []
+
+    @slot.task(bind=True)
+    def look(self: Any) -> None:
+        seen.append(json.loads(json.dumps(self.request.headers)))
+
+    with slot.eda.transaction():
+        look.apply_async(headers={"tenant": "north"})
+    (message,) = slot.sent()
+
+    assert slot.deliver(message) is None
+    assert seen[0].keys() == {"tenant", *message.identity.headers}
+
+
 def test_a_copy_of_a_done_message_returns_the_recorded_result(slot: Slot) -> None:
     @slot.task
     def once(number: int) -> dict[str, int]:
