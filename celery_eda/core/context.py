@@ -144,6 +144,7 @@ class InProgress:
             savepoint is rolled back.
         replier: the last message captured whose handling will send the reply, in place of this
             one: a replacement of the task, say.
+        in_handler: True while the handler runs, and after it has failed.
         finished: True once the transaction is over. What Celery publishes after that, such as a
             chord's body, is published once more with the next copy.
     """
@@ -153,6 +154,7 @@ class InProgress:
     session: Session | None = None
     next_attempt: Message | None = None
     replier: Message | None = None
+    in_handler: bool = False
     finished: bool = False
 
     @property
@@ -179,6 +181,14 @@ class InProgress:
 
 
 in_progress: ContextVar[InProgress | None] = ContextVar("celery_eda_in_progress", default=None)
+
+
+def abandon() -> None:
+    """End the scope of the message in progress, wherever an exception has interrupted it."""
+    for scope in _scopes.get():
+        scope.open = scope.open and not scope.inherited
+    if progress := in_progress.get():
+        progress.finished = True
 
 
 def current_session() -> Session:

@@ -18,6 +18,7 @@ from sqlalchemy import (
     CursorResult,
     Delete,
     Engine,
+    ExceptionContext,
     Executable,
     Insert,
     Row,
@@ -27,6 +28,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     delete,
+    event,
     func,
     insert,
     select,
@@ -84,6 +86,19 @@ class Dialect:
         is frozen, or whose machine is lost, would hold its row locks forever.
         """
         ping_idle_connections(engine)
+        self.watch(engine)
+
+    def watch(self, engine: Engine) -> None:
+        """Install the listeners that drop the connections of *engine* to a server without writes.
+
+        After a fail-over a connection to the former primary would else be used for ever.
+        """
+
+        @event.listens_for(engine, "handle_error")
+        def on_error(context: ExceptionContext) -> None:
+            error = context.sqlalchemy_exception
+            if isinstance(error, DBAPIError) and self.takes_no_writes(error):
+                context.is_disconnect = True
 
     def configure_relay_engine(self, engine: Engine) -> None:
         """Install further listeners on the *engine* of relays.
@@ -354,8 +369,12 @@ class Dialect:
     # ── errors ──────────────────────────────────────────────────────────────────────────────
 
     def is_outage(self, error: BaseException) -> bool:
-        """True if the database cannot be reached, so that the transaction's outcome is unknown."""
+        """True if the database is away or takes no writes, through no fault of the statement."""
         return isinstance(error, DBAPIError) and error.connection_invalidated
+
+    def takes_no_writes(self, error: DBAPIError) -> bool:
+        """True if the server, or this connection to it, is read-only: a replica, say."""
+        return False
 
     def is_aborted(self, connection: Connection) -> bool:
         """True if the transaction was aborted without an error: its COMMIT would roll back."""

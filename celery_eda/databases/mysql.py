@@ -44,6 +44,11 @@ DUPLICATE_KEY = 1062
 ROLLED_BACK = ((1213,), (1020,))
 _ABORTED = "celery_eda aborted"
 GONE_AWAY = frozenset({1040, 1053, 1077, 1079, 1927, 2002, 2003, 2006, 2013, 2055, 4031})
+#: The disk is full or broken, memory, threads or connections are used up.
+NO_ROOM = frozenset({1021, 1026, 1037, 1038, 1041, 1114, 1135, 1203, 1226})
+READ_ONLY = frozenset({1290, 1792, 1836})
+#: The code of several refusals, of which one is that of a read-only server.
+FORBIDDEN_BY_OPTION = 1290
 
 
 class MySQL(Dialect):
@@ -162,8 +167,12 @@ class MySQL(Dialect):
 
     def is_outage(self, error: BaseException) -> bool:
         return super().is_outage(error) or (
-            isinstance(error, OperationalError) and self.code_of(error) in GONE_AWAY
+            isinstance(error, OperationalError) and self.code_of(error) in GONE_AWAY | NO_ROOM
         )
+
+    def takes_no_writes(self, error: DBAPIError) -> bool:
+        code, text = self.code_of(error), str(error.orig).replace("_", "-")
+        return code in READ_ONLY and (code != FORBIDDEN_BY_OPTION or "read-only" in text)
 
     def is_aborted(self, connection: Connection) -> bool:
         return _ABORTED in connection.info

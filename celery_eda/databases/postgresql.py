@@ -178,11 +178,15 @@ class PostgreSQL(Upserting):
         return info is not None and info.transaction_status.name == "INERROR"
 
     def is_outage(self, error: BaseException) -> bool:
-        # 57P: shutdown or terminated backend; 08: connection; 53: resources; 25P: idle too long.
+        # 57P: shutdown or terminated backend; 08: connection; 53: no disk, memory or connections;
+        # 58030: a broken disk; 25P: idle too long.
         return super().is_outage(error) or (
             isinstance(error, OperationalError)
-            and str(self.code_of(error) or "08")[:3].startswith(("08", "57P", "53", "25P"))
+            and str(self.code_of(error) or "08").startswith(("08", "57P", "53", "58030", "25P"))
         )
+
+    def takes_no_writes(self, error: DBAPIError) -> bool:
+        return str(self.code_of(error)).startswith(("25006", "57P"))
 
     def code_of(self, error: DBAPIError) -> object:
         return getattr(error.orig, "sqlstate", None)

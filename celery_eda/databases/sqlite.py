@@ -11,7 +11,7 @@ too early).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from sqlalchemy import (
@@ -47,6 +47,7 @@ _CODES = {
     "disk I/O error": "SQLITE_IOERR",
     "database or disk is full": "SQLITE_FULL",
     "unable to open database file": "SQLITE_CANTOPEN",
+    "attempt to write a readonly database": "SQLITE_READONLY",
 }
 #: The beginning of 1970 as a Julian day.
 UNIX_EPOCH = 2440587.5
@@ -67,6 +68,8 @@ class SQLite(Upserting):
         return {"connect_args": {"timeout": 30}}
 
     def configure_engine(self, engine: Engine, timeout: float) -> None:
+        self.watch(engine)
+
         @event.listens_for(engine, "connect")
         def use_write_ahead_log(dbapi_connection: Any, record: Any) -> None:
             dbapi_connection.execute("PRAGMA journal_mode=WAL")
@@ -78,6 +81,16 @@ class SQLite(Upserting):
         ) -> None:
             if not statement.lstrip().upper().startswith(_BEGINS_NOTHING):
                 self.stop_writers(connection)
+
+    def watch(self, engine: Engine) -> None:
+        super().watch(engine)
+
+        @event.listens_for(engine, "checkin")
+        def end_transaction(dbapi_connection: Any, record: Any) -> None:
+            # After a COMMIT that failed, SQLAlchemy sends no ROLLBACK, and SQLite waits for one.
+            with suppress(engine.dialect.loaded_dbapi.ProgrammingError):  # closed already
+                if dbapi_connection is not None and dbapi_connection.in_transaction:
+                    dbapi_connection.rollback()
 
     def configure_relay_engine(self, engine: Engine) -> None:
         @event.listens_for(engine, "connect")
@@ -163,6 +176,9 @@ class SQLite(Upserting):
             isinstance(error, OperationalError)
             and self.code_of(error) in {"SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN"}
         )
+
+    def takes_no_writes(self, error: DBAPIError) -> bool:
+        return self.code_of(error) == "SQLITE_READONLY"
 
     def code_of(self, error: DBAPIError) -> object:
         # By its text: Python 3.10 exposes no code, and later versions expose the extended code.

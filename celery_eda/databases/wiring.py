@@ -57,6 +57,7 @@ class Databases:
     def engine(self) -> Engine:
         """The engine for the transactions of producers and handlers."""
         if self._given is not None:
+            self.dialect.watch(self._given)
             return engines.forkable(self._given)
         return engines.create(self.url, self.dialect, self._service.settings.transaction_timeout)
 

@@ -6,20 +6,21 @@ the acknowledgement. A copy that arrives later finds the inbox row and has no ef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from celery import Task
-from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, TaskRevokedError
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InternalError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from celery_eda.core import checkpoints, context
 from celery_eda.core.delivery import Delivery
 from celery_eda.core.identity import VERDICT, Identity
+from celery_eda.core.message import Message
 from celery_eda.core.retry import Policy
 from celery_eda.dead_letters import Reason
 from celery_eda.errors import OutOfSequence, Unwanted
@@ -37,7 +38,8 @@ from celery_eda.inbox.continuation import (
     classify,
     lost,
 )
-from celery_eda.inbox.failures import Failures
+from celery_eda.inbox.ending import Copy, Ending, Unsuccessful
+from celery_eda.inbox.failures import Failures, again
 from celery_eda.inbox.handler import HandlerResult
 from celery_eda.inbox.ordering import TurnKeeper
 from celery_eda.inbox.store import InboxStore, Outcome, RecordedOutcome
@@ -47,6 +49,9 @@ from celery_eda.ordering import Turn
 from celery_eda.requests import Responder
 
 T = TypeVar("T")
+
+#: Errors that do not depend on the message, unless its handler raises them.
+UNRELATED = (InternalError, OperationalError, ProgrammingError, SoftTimeLimitExceeded)
 
 
 @dataclass(frozen=True)
@@ -70,53 +75,48 @@ class Consumer:
     max_deliveries: int
     policy: Policy | None = None
 
-    def deliver(self, task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def deliver(self, task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> Ending:
         """Handle the message that *task* is called for; it takes effect once, despite copies.
 
         Returns:
-            The handler's result, or the recorded one if an earlier copy took effect.
+            The recorded end: the handler's result; that of an earlier copy; ``Retry``, after which
+            the next attempt is in the outbox; or the handler's error, with a dead letter.
 
         Raises:
-            Ignore: an earlier copy ended otherwise; nothing is left to do.
-            Retry: the attempt failed, its effects are rolled back, the next one is in the outbox.
-            Reject: the broker is to redeliver the message, because the handler says so or because
-                the database has been away for too long; or it is to drop it, a dead letter now.
-            Exception: the handler's own; it failed for good and the message is a dead letter.
+            Exception: no end is recorded, so the broker has to redeliver the message.
         """
         checkpoints.reach("delivery.received")
         try:
             delivery = Delivery.of(task)
         except ValueError as error:
             delivery, malformed = Delivery.malformed(task), Dead(Reason.malformed, error)
-            self._despite_outages(delivery, self._conclude, error, malformed)
-        if delivery.redelivered:
-            self._despite_outages(delivery, self._count)
-        ending = self._despite_outages(delivery, self._attempt, args, kwargs)
-        return result_for_celery(delivery, ending)
+            return self._despite_outages(delivery, self._conclude, error, malformed)
+        if delivery.redelivered and (end := self._despite_outages(delivery, self._count)):
+            return end
+        return self._despite_outages(delivery, self._attempt, args, kwargs)
 
-    def _attempt(
-        self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> HandlerResult | RecordedOutcome:
+    def _attempt(self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]) -> Ending:
         """Make one attempt: it takes effect, or it is rolled back and what follows is recorded."""
         try:
             return self._handle(delivery, args, kwargs)
+        except Transient:
+            raise
         except Exception as error:
-            policy = delivery.task.retry_policy or self.policy
-            # The unit of work has been rolled back, but the context still has its message.
             progress = context.in_progress.get()
-            next_attempt = progress.next_attempt if progress else None
+            if progress is None or progress.delivery is not delivery:
+                progress = None
+            if isinstance(error, UNRELATED) and not (progress and progress.in_handler):
+                raise
             continuation = classify(
                 delivery,
                 error,
                 self.transient_errors,
-                policy=policy,
-                next_attempt=next_attempt,
+                policy=delivery.task.retry_policy or self.policy,
+                next_attempt=progress.next_attempt if progress else None,
             )
-            self._conclude(delivery, error, continuation)
+            return self._conclude(delivery, error, continuation)
 
-    def _handle(
-        self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> HandlerResult | RecordedOutcome:
+    def _handle(self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]) -> Ending:
         """Handle the message in one transaction: admit, handle, record, commit."""
         with self.units.begin(delivery) as unit:
             turn, cursor = self.turns.turn_of(unit)
@@ -125,14 +125,16 @@ class Consumer:
             connection, identity = unit.connection, delivery.identity
             if recorded := self.inbox.admit(connection, delivery.consumer, identity):
                 self._reply_again(unit, recorded)
-                return recorded
+                return Copy(delivery, recorded)
             if turn is Turn.past:
                 raise OutOfSequence("another message has been handled in its position")
             if verdict := delivery.request.get(VERDICT):
                 raise Unwanted(verdict)
             checkpoints.reach("inbox.admitted")
+            unit.progress.in_handler = True
             ending = handler.run(delivery.task, args, kwargs)
             unit.flush()
+            unit.progress.in_handler = False
             self._reply(unit, ending)
             checkpoints.reach("delivery.handled")
             outcome = Outcome.skipped if ending.ignored else Outcome.done
@@ -143,41 +145,40 @@ class Consumer:
         unit.outgoing.dispatch()
         return ending
 
-    def _conclude(
-        self, delivery: Delivery, error: Exception, continuation: Continuation
-    ) -> NoReturn:
-        """Record what follows from a failed attempt; raise the exception for Celery."""
-        match continuation:
-            case NextAttempt(message):
-                with self._or_else_dead(delivery):
-                    self.failures.retry(delivery, message)
-                raise error
-            case TryAgain(due):
-                with self._or_else_dead(delivery):
-                    self.failures.retry_at(delivery, due)
-                raise Retry(exc=error, when=due) from error
-            case RunAgain(cause):
-                raise Transient from cause
-            case Requeue():
-                raise Reject(error, requeue=True) from error
-            case Refuse(verdict):
-                delivery.request.errbacks = None  # as with Celery, which calls none of them
-                self.failures.dead_letter(delivery, Reason(verdict), TaskRevokedError(verdict))
-                handler.report_revocation(delivery.task, verdict)
-                raise Ignore(f"the message is {verdict}") from error
-            case Dead(reason, failure):
-                self.failures.dead_letter(delivery, reason, failure)
-                raise failure
-            case Done():
-                raise error
-
-    @contextmanager
-    def _or_else_dead(self, delivery: Delivery) -> Iterator[None]:
-        """A block that records a next attempt; without that record the message fails for good."""
+    def _conclude(self, delivery: Delivery, error: Exception, continuation: Continuation) -> Ending:
+        """Record what follows from a failed attempt; return what Celery has to know of it."""
         try:
-            yield
+            match continuation:
+                case NextAttempt(message):
+                    return self._retry(delivery, message, error)
+                case TryAgain(due):
+                    return self._retry(delivery, again(delivery, due), Retry(exc=error, when=due))
+                case RunAgain(cause):
+                    raise Transient from cause
+                case Requeue():
+                    raise Reject(error, requeue=True) from error
+                case Refuse(verdict):
+                    delivery.request.errbacks = None  # as with Celery, which calls none of them
+                    self.failures.dead_letter(delivery, Reason(verdict), TaskRevokedError(verdict))
+                    handler.report_revocation(delivery.task, verdict)
+                    return Unsuccessful(Ignore(f"the message is {verdict}"))
+                case Dead(reason, failure):
+                    self.failures.dead_letter(delivery, reason, failure)
+                    return Unsuccessful(failure)
+                case Done():
+                    return Unsuccessful(error)
+        except Ignore as another_copy:
+            return Unsuccessful(another_copy)
+
+    def _retry(self, delivery: Delivery, next_attempt: Message, ending: Exception) -> Ending:
+        """Record a next attempt; if the outbox refuses it, the message fails for good."""
+        try:
+            self.failures.retry(delivery, next_attempt)
+        except (Transient, *UNRELATED):
+            raise
         except Exception as error:
-            self._conclude(delivery, error, classify(delivery, error, self.transient_errors))
+            return self._conclude(delivery, error, classify(delivery, error, self.transient_errors))
+        return Unsuccessful(ending)
 
     def _reply(self, unit: UnitOfWork, ending: HandlerResult) -> None:
         """Reply to a request with the handler's result, unless another task will reply."""
@@ -201,17 +202,18 @@ class Consumer:
         unit.commit()
         unit.outgoing.dispatch()
 
-    def _count(self, delivery: Delivery) -> None:
+    def _count(self, delivery: Delivery) -> Ending | None:
         """Count a redelivery, in a transaction of its own; one too many is a dead letter."""
         with self.engine.begin() as connection:
             if self.inbox.find(connection, delivery.consumer, delivery.identity):
-                return
+                return None
             cause = self.attempts.cause(connection, delivery.consumer, delivery.identity)
             deliveries = self.attempts.count(connection, delivery.consumer, delivery.identity)
         checkpoints.reach("delivery.started")
-        if deliveries > self.max_deliveries:
-            dead = lost(deliveries, cause)
-            self._conclude(delivery, dead.error, dead)
+        if deliveries <= self.max_deliveries:
+            return None
+        dead = lost(deliveries, cause)
+        return self._conclude(delivery, dead.error, dead)
 
     def record_time_limit(self, consumer: str, headers: Mapping[str, Any]) -> None:
         """Record that the delivery in progress of a message ended with its hard time limit.
@@ -234,20 +236,4 @@ class Consumer:
     def _forgive(self, delivery: Delivery) -> None:
         """Reset the count of redeliveries: the next one is not due to a lost worker."""
         with suppress(SQLAlchemyError), self.engine.begin() as connection:
-            self.attempts.delete(connection, delivery.consumer, delivery.identity)
-
-
-def result_for_celery(delivery: Delivery, ending: HandlerResult | RecordedOutcome) -> Any:
-    """The result of a delivery: the handler's, or for a copy the recorded one.
-
-    Raises:
-        Ignore: there is no result.
-        Exception: the recorded error, since the worker that should have reported it was lost.
-    """
-    if isinstance(ending, HandlerResult):
-        return ending.result_or_raise()
-    if ending.outcome is Outcome.done:
-        return handler.replay_recorded(delivery.task, ending.result)
-    if ending.outcome is Outcome.dead and delivery.redelivered and ending.result is not None:
-        raise handler.replay_recorded(delivery.task, ending.result)
-    raise Ignore(f"this attempt has been recorded as {ending.outcome.value}")
+            self.attempts.forget(connection, delivery.consumer, delivery.identity)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from datetime import datetime
 
-from celery.exceptions import Ignore, Reject
+from celery.exceptions import Ignore
 
 from celery_eda.core import redaction
 from celery_eda.core.delivery import Delivery
@@ -15,7 +14,7 @@ from celery_eda.dead_letters import DeadLetterStore, Reason, RepairTasks
 from celery_eda.inbox import handler
 from celery_eda.inbox.ordering import TurnKeeper
 from celery_eda.inbox.store import InboxStore, Outcome
-from celery_eda.inbox.transient import TRANSIENT_DELAY, Transient, TransientErrors
+from celery_eda.inbox.transient import TransientErrors
 from celery_eda.inbox.unit_of_work import UnitOfWork, UnitsOfWork
 from celery_eda.outbox import Transaction
 from celery_eda.requests import Responder
@@ -47,36 +46,13 @@ class Failures:
             unit.commit()
         unit.outgoing.dispatch()
 
-    def retry_at(self, delivery: Delivery, due: datetime) -> None:
-        """Record a failed attempt; the same message, sent again at *due*, is the next one.
-
-        Raises:
-            Ignore: another copy of the same attempt has recorded its end.
-        """
-        message = delivery.as_message()
-        headers = {**message.headers, "retries": delivery.retries + 1}
-        self.retry(delivery, message.revised(headers=headers, due=due))
-
     def dead_letter(self, delivery: Delivery, reason: Reason, error: Exception) -> None:
         """Record a failure for good together with the dead letter and the errbacks.
 
         Raises:
             Ignore: another copy of the same attempt has recorded its end.
-            Reject: the dead letter could not be written; the broker is to redeliver the message.
         """
-        try:
-            outgoing = self._record_death(delivery, reason, error)
-        except (Ignore, Transient):
-            raise
-        except Exception as failure:
-            if self.transient_errors.includes(failure):
-                raise
-            log.exception(
-                "%s failed, but its dead letter cannot be written; the broker redelivers it",
-                delivery.log_name,
-            )
-            time.sleep(TRANSIENT_DELAY[1])  # the redelivery comes at once
-            raise Reject(failure, requeue=True) from failure
+        outgoing = self._record_death(delivery, reason, error)
         log.error("dead letter: %s %s", delivery.log_name, reason.value)
         outgoing.dispatch()
 
@@ -135,3 +111,10 @@ class Failures:
             unit.connection, delivery.consumer, delivery.identity, outcome, recorded
         ):
             raise Ignore("another copy of this attempt has been recorded")
+
+
+def again(delivery: Delivery, due: datetime) -> Message:
+    """The next attempt by a retry policy: the same message, to be sent at *due*."""
+    message = delivery.as_message()
+    headers = {**message.headers, "retries": delivery.retries + 1}
+    return message.revised(headers=headers, due=due)

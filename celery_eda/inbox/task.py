@@ -8,13 +8,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
-from billiard.process import current_process
 from celery import Task
-from celery.exceptions import Reject
 
 from celery_eda.core import context
 from celery_eda.core.retry import Policy
 from celery_eda.core.service import service_of
+from celery_eda.inbox.requeue import requeue
 from celery_eda.inbox.wiring import Inbox
 from celery_eda.requests import Reply, Requests
 
@@ -40,15 +39,13 @@ class ReliableTask(Task):
     when_dead: Literal["block", "skip"] = "block"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        request = self.request
-        if request.called_directly or request.is_eager or _is_running(request.id):
-            return super().__call__(*args, **kwargs)
         try:
-            return service_of(self.app).wing(Inbox).consumer.deliver(self, args, kwargs)
-        except SystemExit as exit_:
-            if _ends_with(exit_):
-                raise
-            raise Reject(exit_, requeue=True) from exit_
+            request, ending = self.request, None
+            if not (request.called_directly or request.is_eager or _is_running(request.id)):
+                ending = service_of(self.app).wing(Inbox).consumer.deliver(self, args, kwargs)
+        except BaseException as error:
+            requeue(self, error)
+        return ending.result_or_raise() if ending else super().__call__(*args, **kwargs)
 
     def ask(self, *args: Any, **kwargs: Any) -> Reply[Any]:
         """Ask for a reply to a call with these arguments: ``quote.ask(sku).get(timeout=2)``.
@@ -112,14 +109,6 @@ def made_reliable(task: Task) -> None:
         (ReliableTask, type(task)),
         {"__module__": type(task).__module__, "__doc__": type(task).__doc__},
     )
-
-
-def _ends_with(exit_: SystemExit) -> bool:
-    """True if the process, or its worker, may end: Celery then has the message redelivered.
-
-    In a pool without processes Celery would not, and the message would stay unacknowledged.
-    """
-    return type(exit_) is not SystemExit or current_process().name != "MainProcess"
 
 
 def _is_running(task_id: str) -> bool:

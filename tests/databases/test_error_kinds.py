@@ -1,17 +1,30 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Barrier
 from typing import Any
 
+import pymysql
 import pytest
+from celery import Celery
 from sqlalchemy import Connection, create_engine, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
 
+from celery_eda import EDA
+from celery_eda.core.service import service_of
+from celery_eda.databases import Databases
 from celery_eda.databases.message_rows import to_row
 from celery_eda.outbox.store import OutboxStore
 from tests.support.databases import LOCKING, Database
 from tests.support.messages import message
+from tests.support.server_errors import (
+    NO_ROOM,
+    READ_ONLY,
+    REFUSALS,
+    server_error,
+    statements_of,
+)
 
 only_locking = pytest.mark.parametrize("database", LOCKING, indirect=True)
 only_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
@@ -170,3 +183,89 @@ def test_a_released_savepoint_commits_nothing(database: Database, outbox: Outbox
         connection.rollback()
 
         assert connection.execute(select(outbox.table)).all() == []
+
+
+# ── what the server says ─────────────────────────────────────────────────────────────────────────
+
+#: Those after which the same statement may be repeated; the others of REFUSALS say nothing.
+BUSY = ("40P01", 1205, "SQLITE_BUSY")
+
+
+def refusal_of(database: Database, code: Any) -> tuple[BaseException, bool]:
+    """The error of a statement refused with *code*, and whether its connection is dropped."""
+    with statements_of(database.engine) as statements, database.engine.connect() as connection:
+        with (
+            statements.refused(server_error(database.vendor, code), 0),
+            pytest.raises(DBAPIError) as refusal,
+        ):
+            connection.execute(select(1))
+        return refusal.value, connection.invalidated
+
+
+def test_a_server_that_takes_no_writes_is_away_and_its_connection_is_dropped(
+    database: Database,
+) -> None:
+    for code in READ_ONLY[database.vendor]:
+        error, dropped = refusal_of(database, code)
+
+        assert kinds(database, error) == (False, True), code
+        assert dropped, code
+
+
+def test_a_server_without_room_is_away(database: Database) -> None:
+    for code in NO_ROOM[database.vendor]:
+        error, _ = refusal_of(database, code)
+
+        assert kinds(database, error) == (False, True), code
+
+
+def test_other_refusals_are_no_outages(database: Database) -> None:
+    for code in REFUSALS[database.vendor]:
+        error, dropped = refusal_of(database, code)
+
+        assert kinds(database, error) == (code in BUSY, False), code
+        assert not dropped, code
+
+
+@pytest.mark.parametrize("database", ["mariadb"], indirect=True)
+def test_another_option_of_the_server_is_no_outage(database: Database) -> None:
+    error = pymysql.err.OperationalError(
+        1290, "The MariaDB server is running with the --secure-file-priv option so it cannot"
+    )
+    with statements_of(database.engine) as statements, database.engine.connect() as connection:
+        with statements.refused(error, 0), pytest.raises(DBAPIError) as refusal:
+            connection.execute(select(1))
+
+        assert not connection.invalidated
+    assert kinds(database, refusal.value) == (False, False)
+
+
+@only_sqlite
+def test_a_commit_that_fails_leaves_no_transaction_in_the_pool(
+    database: Database, outbox: OutboxStore
+) -> None:
+    error = server_error("sqlite", None)
+    with (
+        statements_of(database.engine) as statements,
+        database.engine.connect() as connection,
+    ):
+        outbox.add(connection, [message()])
+        with statements.refused(error, 0), pytest.raises(OperationalError):
+            connection.commit()
+
+    with database.engine.connect() as connection:
+        assert connection.execute(select(outbox.table)).all() == []
+
+
+def test_a_given_engine_drops_connections_to_a_read_only_server_too(database: Database) -> None:
+    engine = create_engine(database.engine.url)
+    app = Celery(broker="memory://", set_as_current=False)
+    EDA(app, engine=engine)
+    assert service_of(app).wing(Databases).engine is engine
+    code = next(iter(READ_ONLY[database.vendor]))
+
+    error, dropped = refusal_of(replace(database, engine=engine), code)
+
+    assert dropped
+    assert isinstance(error, DBAPIError)
+    engine.dispose()

@@ -1,0 +1,62 @@
+"""The return of a message to the broker, after a delivery whose end has not been recorded.
+
+Celery acknowledges a message whose task raises an error. So a task may raise only errors that are
+recorded; every other one is turned into a ``Reject`` here, and the broker redelivers the message.
+"""
+
+from __future__ import annotations
+
+import time
+from asyncio import CancelledError
+from contextlib import suppress
+from typing import NoReturn
+
+from billiard.process import current_process
+from celery import Task
+from celery.exceptions import Reject
+
+from celery_eda.core import context, redaction
+from celery_eda.core.error_text import loggable
+from celery_eda.inbox.transient import TRANSIENT_DELAY
+
+log = redaction.logger(__name__)
+
+
+def requeue(task: Task, error: BaseException) -> NoReturn:
+    """Have the broker redeliver the message of *task*, after a pause: it comes back at once.
+
+    Raises:
+        Reject: the broker is to redeliver the message.
+        BaseException: *error*, if it ends the worker; the broker then redelivers the message too.
+    """
+    context.abandon()
+    if _ends_worker(error) or (isinstance(error, Reject) and error.requeue):
+        raise error
+    with suppress(Exception):  # a time limit may end the pause
+        if isinstance(error, Exception):
+            log.error(
+                "the end of %s[%s] could not be recorded; the broker redelivers it. If this goes "
+                "on, check that the service may write to all of its tables.",
+                task.name,
+                task.request.id,
+                exc_info=error,
+            )
+            time.sleep(TRANSIENT_DELAY[1])
+    # As text: an exception may be one that cannot be sent to Celery's main process.
+    raise Reject(_text_of(error), requeue=True) from error
+
+
+def _text_of(error: BaseException) -> str:
+    with suppress(Exception):
+        return loggable(repr(error))
+    return type(error).__qualname__
+
+
+def _ends_worker(error: BaseException) -> bool:
+    """True if the process, or its worker, may end: Celery then has the message redelivered.
+
+    In a pool without processes Celery would not, and the message would stay unacknowledged.
+    """
+    if isinstance(error, Exception | CancelledError):
+        return False
+    return type(error) is not SystemExit or current_process().name != "MainProcess"
