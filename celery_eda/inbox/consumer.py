@@ -236,4 +236,4 @@ class Consumer:
     def _forgive(self, delivery: Delivery) -> None:
         """Reset the count of redeliveries: the next one is not due to a lost worker."""
         with suppress(SQLAlchemyError), self.engine.begin() as connection:
-            self.attempts.forget(connection, delivery.consumer, delivery.identity)
+            self.attempts.delete(connection, delivery.consumer, delivery.identity)
