@@ -111,7 +111,7 @@ class CapturingAMQP(AMQP):
         Raises:
             OtherBroker: the caller gave a connection or a producer to another one.
         """
-        if isinstance(producer, LazyProducer | RecordingProducer):
+        if producer is None or isinstance(producer, LazyProducer | RecordingProducer):
             return
         given = producer.connection
         if _address(given) != _address(self.app.connection_for_write()):
