@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 from celery import Celery
 from kombu import Exchange, Queue
-from sqlalchemy import Table, func, select
+from sqlalchemy import Table, delete, func, select
 
 from celery_eda import EDA
+from celery_eda.core import context
 from celery_eda.databases import upgrade
 from tests.support.brokers import Broker
 
@@ -99,6 +102,26 @@ def test_a_message_published_outside_any_transaction_is_put_there_too(eda: EDA) 
     send(eda, 1)
 
     assert found(eda) == (1, 0)
+
+
+def test_the_next_attempt_of_a_retry_policy_waits_in_its_queue_too(eda: EDA) -> None:
+    """Its headers hold no eta: only the message itself knows when it is due."""
+    send(eda, 1, countdown=600)
+    with eda.databases.engine.begin() as connection:
+        row = connection.execute(select(eda.databases.tables.queue)).one()
+        connection.execute(delete(eda.databases.tables.queue))
+    with context.scope_of(collected := context.Collected()):
+        send(eda, 1)
+    [message] = collected.messages
+    due = datetime.now(timezone.utc) + timedelta(hours=1)
+    eda.outbox.writer.write_now([replace(message, due=due)])
+
+    with eda.databases.engine.connect() as connection:
+        retry = connection.execute(select(eda.databases.tables.queue)).one()
+    assert found(eda) == (1, 0)
+    assert retry.owner == row.owner
+    assert retry.due is not None
+    assert retry.due > row.due
 
 
 def test_a_delayed_message_waits_in_its_queue(eda: EDA) -> None:

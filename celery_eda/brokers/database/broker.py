@@ -21,6 +21,7 @@ from celery_eda.brokers.database.queueing import RANKS, Queueing
 from celery_eda.brokers.database.queues import Lease, Queued, Queues
 from celery_eda.brokers.database.sqlite import SQLiteQueues
 from celery_eda.brokers.database.sqlite_presence import file_of, refuse_remote
+from celery_eda.core.clock import utc
 from celery_eda.databases import Dialect, PostgreSQL, SQLite, Tables, dialect_of
 from celery_eda.errors import ConfigurationError
 
@@ -210,8 +211,13 @@ class _Unsent:
         self.message = message
 
 
-def queued(queue: str, message: Mapping[str, Any]) -> Queued:
+def queued(queue: str, message: Mapping[str, Any], due: datetime | None = None) -> Queued:
     """Kombu's dictionary of a *message*, as a row of *queue*.
+
+    Args:
+        queue: the name of the queue.
+        message: the dictionary.
+        due: when the message is due; by default at its header ``eta``, or at once without one.
 
     Raises:
         Exception: a header or a property cannot be encoded as JSON.
@@ -223,7 +229,7 @@ def queued(queue: str, message: Mapping[str, Any]) -> Queued:
         message=dumps(rest),
         body=body.encode() if isinstance(body, str) else bytes(body or b""),
         rank=HIGHEST - _priority(properties.get("priority")),
-        delay=_delay(message["headers"].get("eta")),
+        delay=_delay(due or _date(message["headers"].get("eta"))),
         lifetime=_lifetime(properties.get("expiration")),
     )
 
@@ -241,15 +247,21 @@ def _priority(value: Any) -> int:
     return 0
 
 
-def _delay(eta: Any) -> float | None:
-    """Seconds until *eta*; None if it is no date, past, or absurd: the worker decides then."""
-    if not isinstance(eta, str):
+def _date(eta: Any) -> datetime | None:
+    """The date in the header ``eta``; None if it holds none: the worker decides then."""
+    try:
+        return datetime.fromisoformat(eta) if isinstance(eta, str) else None
+    except ValueError:
+        return None
+
+
+def _delay(due: datetime | None) -> float | None:
+    """Seconds until *due*; None if that is past, or absurdly far."""
+    if due is None:
         return None
     try:
-        due = datetime.fromisoformat(eta)
-        due = due if due.tzinfo else due.replace(tzinfo=timezone.utc)
-        seconds = (due - datetime.now(timezone.utc)).total_seconds()
-    except (ValueError, OverflowError):
+        seconds = (utc(due) - datetime.now(timezone.utc)).total_seconds()
+    except OverflowError:
         return None
     return seconds if 0 < seconds <= LONGEST else None
 

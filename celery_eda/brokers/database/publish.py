@@ -124,7 +124,7 @@ class DirectEnqueue:
             those with prerequisites, and those that an exchange has to route.
         """
         direct = [each for each in messages if _is_direct(each)]
-        rows = [queued(each.routing_key, kombu_message(each)) for each in direct]
+        rows = [queued(each.routing_key, kombu_message(each), each.due) for each in direct]
         self._broker.queues.put(connection, rows)
         return [row.queue for row in rows], [each for each in messages if not _is_direct(each)]
 
