@@ -85,6 +85,8 @@ NAMES = (
             "the task whose log lines are redacted", ""),
     Private("celery._state", "task_join_will_block", IN_RESULTS,
             "whether waiting for a result is refused", ""),
+    Private("celery.app.base:Celery", "_acquire_producer", "outbox/capture/amqp.py",
+            "a captured call acquires no connection", "self, timeout="),
     Private("celery.app.base:Celery", "_get_backend", IN_RESULTS,
             "the backend is made without touching its server", "self"),
     Private("celery.backends.asynchronous:AsyncBackendMixin", "_wait_for_pending", IN_RESULTS,
