@@ -88,8 +88,9 @@ class SQLite(Upserting):
         @event.listens_for(engine, "checkin")
         def end_transaction(dbapi_connection: Any, record: Any) -> None:
             # After a COMMIT that failed, SQLAlchemy sends no ROLLBACK, and SQLite waits for one.
+            # Handlers use the driver sqlite3; the connections of aiosqlite have no such attribute.
             with suppress(engine.dialect.loaded_dbapi.ProgrammingError):  # closed already
-                if dbapi_connection is not None and dbapi_connection.in_transaction:
+                if getattr(dbapi_connection, "in_transaction", False):
                     dbapi_connection.rollback()
 
     def configure_relay_engine(self, engine: Engine) -> None:
