@@ -250,9 +250,15 @@ class Lines:
 
 
 def ending_of(slot: Slot, message: Message, **delivery_info: Any) -> Any:
-    """How a delivery of *message* ended; one that ends its worker is redelivered by the broker."""
+    """How a delivery of *message* ended; one that ends its worker is redelivered by the broker.
+
+    A Reject that leaves Celery's own lines, from the result backend, is the pool's answer to
+    ``Request.on_failure``, which has the broker redeliver the message.
+    """
     try:
         return slot.deliver(message, **delivery_info)
+    except Reject as reject:
+        return reject
     except (SystemExit, MemoryError) as error:
         return Reject(error, requeue=True)
 
