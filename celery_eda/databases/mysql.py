@@ -89,6 +89,8 @@ class MySQL(Dialect):
             )
         try:
             yield
+            # The next holder of the lock has to see the work, which its owner commits later.
+            connection.exec_driver_sql("COMMIT")
         finally:
             connection.execute(select(func.release_lock(lock)))
 
