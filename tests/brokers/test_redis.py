@@ -315,6 +315,8 @@ class TestOutages:
         unknown = 0
         impatient.publish([letter()])
         for number in range(5):
+            batch = letters(200)
+            kept |= confirmed(batch, impatient.publish(batch))
             killer = threading.Timer(0.02 + 0.03 * number, redis_server.kill)
             killer.start()
             while killer.is_alive():
