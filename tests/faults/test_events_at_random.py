@@ -36,7 +36,7 @@ ENDS = ("order.delivered", "order.refunded", "order.refused")
 def market(road: Road) -> None:
     road.app = "tests.faults.programs.market"
     road.environment["ROAD_MAX_DELIVERIES"] = "1000"  # every fault here takes many workers
-    road.run("from tests.faults import market; market.open_for_business()")
+    road.run("from tests.faults.programs import market; market.open_for_business()")
 
 
 def command(

@@ -146,7 +146,7 @@ def test_every_saga_ends_honestly_whoever_dies_at_whichever_transition(
             "    parked = eda.sagas.store.select(connection, State.parked, None, 10_000)\n"
             "for each in parked:\n"
             "    with eda.transaction() as session:\n"
-            "        eda.sagas.resume(session.connection(), each.id, 'a person')\n"
+            "        eda.sagas.coordinator.resume(session.connection(), each.id, 'a person')\n"
         )
         road.until(
             lambda: set(states(road).values()) <= {"completed", "compensated"},

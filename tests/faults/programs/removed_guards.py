@@ -173,7 +173,7 @@ def reply_sent_before_the_commit() -> None:
     """A reply goes straight to the broker, beside the transaction that does the work."""
 
     def publish(self: Responder, address: str, _: Any, correlation_id: str, *rest: Any) -> None:
-        with self.app.connection_for_write() as connection:
+        with self.service.app.connection_for_write() as connection:
             connection.Producer().publish(
                 [[correlation_id, rest[-1]], {}, None],
                 routing_key=address,
