@@ -92,6 +92,9 @@ _scopes: ContextVar[tuple[Scope, ...]] = ContextVar("celery_eda_scopes", default
 def open_scope(transaction: Capture, *, attached: bool = False, inherited: bool = False) -> Scope:
     """Capture what is published from here on in *transaction*, until the scope is closed.
 
+    Three callers open scopes: ``eda.transaction`` for its block, ``eda.attach`` for a session while
+    it is in a transaction, and the unit of work for the message that a worker handles.
+
     The scope is closed by its attribute ``open``, not by a reset of the variable: ``AsyncSession``
     closes in another asyncio task, where a reset would fail.
     """

@@ -98,6 +98,8 @@ class UnitOfWork:
         """Commit the outcome, the handler's rows and its messages, all or nothing."""
         if self.delivery.redelivered:
             self.attempts.delete(self.connection, self.delivery.consumer, self.delivery.identity)
+        # The listener of the commit would write them too. An error of the outbox, raised before
+        # COMMIT is under way, is rolled back and classified like any other.
         self.outgoing.write(self.connection)
         self.progress.finished = True
         self.connection.commit()

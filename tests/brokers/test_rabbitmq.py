@@ -10,6 +10,7 @@ from uuid import UUID
 import pytest
 
 from celery_eda.brokers.base import Pipelined, Transport
+from tests.brokers.wires import PATIENCE, SLACK, BrokenWires
 from tests.support.letters import (
     begin_two_at,
     confirmed,
@@ -25,8 +26,10 @@ from tests.support.servers.proxy import Proxy
 from tests.support.servers.rabbitmq import RabbitMQ
 from tests.support.waiting import eventually
 
-PATIENCE = 3.0  # seconds that a publish may take where the broker does not answer
-SLACK = 60.0  # of a busy machine; who hangs does so for ever
+
+@pytest.fixture
+def broker_url(rabbitmq_url: str) -> str:
+    return rabbitmq_url
 
 
 @pytest.fixture
@@ -461,53 +464,8 @@ class TestOutages:
         assert verdicts(answers) == ["confirmed"] * 10
 
 
-class TestWires:
-    """Whatever becomes of the connection, the sender is not held and nothing is lost."""
-
-    def test_a_connection_cut_in_the_middle_loses_nothing_that_was_confirmed(
-        self, rabbitmq_url: str, proxy: Proxy, wired: Transport
-    ) -> None:
-        kept: set[UUID] = set()
-        broken = 0
-        wired.publish([letter()])
-        for number in range(12):
-            cut = threading.Timer(0.005 * number, proxy.cut)
-            cut.start()
-            while cut.is_alive():
-                batch = letters(100, body=b"x" * 2_000)
-                answers = wired.publish(batch)
-                kept |= confirmed(batch, answers)
-                broken += "unknown" in verdicts(answers)
-            cut.join()
-
-        assert broken
-        publish_until_confirmed(wired, [letter()])
-        assert kept <= set(ids(empty(rabbitmq_url)))
-
-    @pytest.mark.parametrize("fault", ["black hole", "nothing arrives", "no answer arrives"])
-    def test_a_silent_wire_makes_everything_unknown_in_time(
-        self, fault: str, rabbitmq_url: str, proxy: Proxy, wired: Transport
-    ) -> None:
-        wired.publish([letter()])
-        silence = {
-            "black hole": proxy.black_hole,
-            "nothing arrives": lambda: proxy.one_way("down"),
-            "no answer arrives": lambda: proxy.one_way("up"),
-        }
-        silence[fault]()
-        start = time.monotonic()
-
-        on_the_old_connection = wired.publish(letters(20))
-        on_a_new_connection = wired.publish(letters(20))
-        took = time.monotonic() - start
-        proxy.heal()
-
-        assert verdicts(on_the_old_connection) == ["unknown"] * 20
-        assert verdicts(on_a_new_connection) == ["unknown"] * 20
-        assert took < 2 * (PATIENCE + SLACK)
-        batch = letters(20)
-        publish_until_confirmed(wired, batch)
-        assert {message.identity.id for message in batch} <= set(ids(empty(rabbitmq_url)))
+class TestWires(BrokenWires):
+    """Those of every broker, and this broker's own."""
 
     def test_a_slow_wire_is_only_slow(
         self, rabbitmq_url: str, proxy: Proxy, transport_to: Callable[..., Transport]

@@ -27,7 +27,7 @@ def put(url: str, numbers: range) -> None:
 
 
 def taken(waiting: ReplyConsumer, count: int, within: float = BOUND) -> list[Any]:
-    """What comes, until there are *count* or the time is over."""
+    """Collect replies until there are *count*, or until the time is over."""
     found: list[Any] = []
     until = time.monotonic() + within
     while len(found) < count and time.monotonic() < until:

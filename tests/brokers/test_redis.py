@@ -20,6 +20,7 @@ from celery_eda.core import addresses
 from celery_eda.core.event import EVENT_EXCHANGE
 from celery_eda.events.queues import EventQueues
 from celery_eda.events.subscriptions import Subscription, Subscriptions
+from tests.brokers.wires import PATIENCE, SLACK, BrokenWires
 from tests.support.brokers import app_of
 from tests.support.letters import (
     begin_two_at,
@@ -34,8 +35,10 @@ from tests.support.letters import (
 from tests.support.servers.proxy import Proxy
 from tests.support.servers.redis import Redis
 
-PATIENCE = 3.0  # seconds that a publish may take where the server does not answer
-SLACK = 60.0  # of a busy machine; who hangs does so for ever
+
+@pytest.fixture
+def broker_url(redis_url: str) -> str:
+    return redis_url
 
 
 @pytest.fixture
@@ -398,53 +401,8 @@ class TestOutages:
         assert verdicts(answers) == ["confirmed"] * 10
 
 
-class TestWires:
-    """Whatever becomes of the connection, the sender is not held and nothing is lost."""
-
-    def test_a_connection_cut_in_the_middle_loses_nothing_that_was_confirmed(
-        self, redis_url: str, proxy: Proxy, wired: Transport
-    ) -> None:
-        kept: set[UUID] = set()
-        broken = 0
-        wired.publish([letter()])
-        for number in range(20):
-            cut = threading.Timer(0.004 * number, proxy.cut)
-            cut.start()
-            while cut.is_alive():
-                batch = letters(100, body=b"x" * 2_000)
-                answers = wired.publish(batch)
-                kept |= confirmed(batch, answers)
-                broken += "unknown" in verdicts(answers)
-            cut.join()
-
-        assert broken
-        publish_until_confirmed(wired, [letter()])
-        assert kept <= set(ids(empty(redis_url)))
-
-    @pytest.mark.parametrize("fault", ["black hole", "nothing arrives", "no answer arrives"])
-    def test_a_silent_wire_makes_everything_unknown_in_time(
-        self, fault: str, redis_url: str, proxy: Proxy, wired: Transport
-    ) -> None:
-        wired.publish([letter()])
-        silence = {
-            "black hole": proxy.black_hole,
-            "nothing arrives": lambda: proxy.one_way("down"),
-            "no answer arrives": lambda: proxy.one_way("up"),
-        }
-        silence[fault]()
-        start = time.monotonic()
-
-        on_the_old_connection = wired.publish(letters(20))
-        on_a_new_connection = wired.publish(letters(20))
-        took = time.monotonic() - start
-        proxy.heal()
-
-        assert verdicts(on_the_old_connection) == ["unknown"] * 20
-        assert verdicts(on_a_new_connection) == ["unknown"] * 20
-        assert took < 2 * (PATIENCE + SLACK)
-        batch = letters(20)
-        publish_until_confirmed(wired, batch)
-        assert {message.identity.id for message in batch} <= set(ids(empty(redis_url)))
+class TestWires(BrokenWires):
+    """Those of every broker, and this broker's own."""
 
     def test_what_takes_its_time_on_a_slow_wire_arrives_since_no_part_of_it_hangs(
         self, redis_url: str, proxy: Proxy, transport_to: Callable[..., Transport]

@@ -35,7 +35,7 @@ class Taker:
         message.ack()
 
     def wait(self, number: int) -> None:
-        """Take until there are so many."""
+        """Take *number* messages."""
         while len(self.bodies) < number:
             self.connection.drain_events(timeout=PATIENCE)
 

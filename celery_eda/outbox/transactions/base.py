@@ -2,7 +2,8 @@
 
 Nothing is sent from here. The messages are written to the outbox, or into queues in this database,
 by the caller's own commit. The sender is notified after that commit, of the ids of outbox rows
-only, so that it finds no message that was not committed.
+only, so that it finds no message that was not committed. Listeners of SQLAlchemy's events, in
+``connection.py`` and ``session.py``, call ``write`` before the commit and ``dispatch`` after it.
 """
 
 from __future__ import annotations
