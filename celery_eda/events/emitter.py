@@ -70,7 +70,7 @@ class Emitter:
             append = EventAppend(event, expected_version)
             transaction = context.current_transaction()
             assert transaction is not None, "the publisher has opened one"
-            # ``message_of`` has collected the message apart; here it becomes part of the transaction.
+            # ``message_of`` has collected the message apart; now it joins the transaction.
             transaction.capture(replace(message, lane=lane, event_append=append))
         return event
 
