@@ -22,6 +22,8 @@ class Verdict(Enum):
     confirmed = "confirmed"
     #: The broker refused this message: unroutable, nacked, queue full, queue mismatch.
     refused = "refused"
+    #: The message's queue is down, while the broker serves others. The message is not at fault.
+    unavailable = "unavailable"
     #: The connection broke, or no answer came in time. The message must be sent again.
     unknown = "unknown"
 
@@ -32,11 +34,14 @@ class PublishResult:
 
     Attributes:
         unroutable: True if the message was refused because no queue would get it.
+        is_late: True if the answer is unknown because it did not come in time: the connection was
+            not lost.
     """
 
     verdict: Verdict
     why: str = ""
     unroutable: bool = False
+    is_late: bool = False
 
 
 CONFIRMED = PublishResult(Verdict.confirmed)
@@ -51,9 +56,18 @@ def refused(error: BaseException) -> PublishResult:
     return PublishResult(Verdict.refused, _words(error), unroutable=isinstance(error, Unroutable))
 
 
-def unknown(error: BaseException) -> PublishResult:
-    """The result for messages that were in flight, or not sent yet, when *error* occurred."""
-    return PublishResult(Verdict.unknown, _words(error))
+def unavailable(error: BaseException) -> PublishResult:
+    """The result for a message whose queue is down, by the broker's *error*."""
+    return PublishResult(Verdict.unavailable, _words(error))
+
+
+def unknown(error: BaseException, *, is_late: bool | None = None) -> PublishResult:
+    """The result for messages that were in flight, or not sent yet, when *error* occurred.
+
+    It *is_late* for Python's ``TimeoutError`` unless the caller says otherwise.
+    """
+    late = isinstance(error, TimeoutError) if is_late is None else is_late
+    return PublishResult(Verdict.unknown, _words(error), is_late=late)
 
 
 def _words(error: BaseException) -> str:

@@ -61,7 +61,10 @@ def _redis() -> Broker:
 
     return Broker(
         transport=Redis,
-        consumers={redis.Transport: consume.Transport},
+        consumers={
+            redis.Transport: consume.Transport,
+            redis.SentinelTransport: consume.SentinelTransport,
+        },
         replies=ReplyQueues(redis_replies.ReplyConsumer, redis_replies.declare),
         envelopes=Envelopes(redis_envelopes.encode_envelope, redis_envelopes.EnvelopeTemplate),
     )

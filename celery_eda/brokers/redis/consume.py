@@ -9,6 +9,7 @@ workers without celery_eda can share the queues.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from queue import Empty
 from time import monotonic, time
@@ -17,11 +18,12 @@ from typing import Any
 from kombu.transport import redis, virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
-from redis.exceptions import ConnectionError
+from redis.exceptions import ConnectionError, ResponseError
 
 from celery_eda.brokers.redis import replies
 from celery_eda.brokers.redis.envelopes import list_of
 from celery_eda.core.event import OF_ONE_WORKER
+from celery_eda.errors import ConfigurationError
 
 #: The list of payloads that are not messages, or that cannot be acknowledged or restored.
 MALFORMED = "celery_eda.malformed"
@@ -159,6 +161,7 @@ class Channel(redis.Channel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._refuse_cluster()
         self.taken: str | None = None
         self._without_ack: set[str] = set()
         self._asked: list[str] = []
@@ -166,6 +169,15 @@ class Channel(redis.Channel):
         self.bells: dict[str, Bell] = {}
         self._known: Any = None
         self._client_id = 0
+
+    def _refuse_cluster(self) -> None:
+        with suppress(ResponseError):  # a user without the right to ask: kombu fails in its own way
+            if self.client.info("cluster").get("cluster_enabled"):
+                raise ConfigurationError(
+                    "This Redis is a node of a Redis Cluster. Kombu's transport, and so Celery, "
+                    "needs all keys on one server. Use a single Redis or Valkey, or several with "
+                    "Sentinel (broker_url = 'sentinel://…')."
+                )
 
     def _new_queue(self, queue: str, **options: Any) -> None:
         super()._new_queue(queue, **options)
@@ -313,3 +325,13 @@ class Transport(redis.Transport):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cycle = Poller()
+
+
+class SentinelChannel(Channel, redis.SentinelChannel):
+    """The same channel, to the master that Sentinel names."""
+
+
+class SentinelTransport(Transport, redis.SentinelTransport):
+    """The same transport, to the master that Sentinel names."""
+
+    Channel = SentinelChannel

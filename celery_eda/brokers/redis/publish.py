@@ -2,8 +2,8 @@
 
 Kombu's own channel chooses the keys and makes the format, priorities and bindings included; most
 messages were formatted when they were captured. The next batch is sent while the server works on
-the one before. ``confirmed`` means that the server has replied; its ``appendfsync`` decides whether
-the message survives a power failure.
+the one before. ``confirmed`` means that the server has replied, and behind Sentinel that a replica
+has the message; ``appendfsync`` decides whether the message survives a power failure.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from redis import exceptions
 from celery_eda.brokers.base import PublishResult, Sendable, Verdict, unknown
 from celery_eda.brokers.redis.commands import Commands, first_failure, result_of_error, results_of
 from celery_eda.brokers.redis.envelopes import Payloads
+from celery_eda.brokers.redis.replication import Replication
 from celery_eda.brokers.topology import declare
 from celery_eda.core import checkpoints
 
@@ -35,12 +36,14 @@ class _Batch:
     Attributes:
         indexes: for each message the indexes of its commands, or its result if it has none.
         commands: the names of all commands.
+        replicas: the number of replicas that have to have them.
         lost: the result of every message, if the connection was lost.
     """
 
     messages: Sequence[Sendable]
     indexes: list[list[int] | PublishResult] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
+    replicas: int = 0
     lost: PublishResult | None = None
 
 
@@ -65,6 +68,7 @@ class Redis:
         self._channel: Any = None
         self._connection: Any = None
         self._payloads: Payloads | None = None
+        self._replication = Replication(patience=hang / 2)
         self._declared: set[str] = set()
         self._batches: deque[_Batch] = deque()
 
@@ -78,15 +82,16 @@ class Redis:
         try:
             self._send(batch)
         except OUTAGES as error:
-            self._lose(unknown(error))
+            self._lose(_lost(error))
 
     def finish(self) -> list[PublishResult]:
         batch, replies = self._batches[0], list[Any]()
         try:
             if not batch.lost:
                 replies = [self._reply() for _ in batch.commands]
+                self._require_replicas(batch)
         except OUTAGES as error:
-            self._lose(unknown(error))
+            self._lose(_lost(error))
         self._batches.popleft()
         return [batch.lost] * len(batch.messages) if batch.lost else self._results(batch, replies)
 
@@ -102,7 +107,9 @@ class Redis:
         batch.commands = [command[0] for command in commands.all]
         if self._batches[0] is batch:
             self._catch_up()
-        packed = memoryview(b"".join(self._connection.pack_commands(commands.all)))
+        batch.replicas = self._replication.wanted
+        everything = [*commands.all, *self._replication.commands()]
+        packed = memoryview(b"".join(self._connection.pack_commands(everything)))
         chunks = [packed[at : at + CHUNK] for at in range(0, len(packed), CHUNK)]
         self._connection.send_packed_command(chunks)
         checkpoints.reach("relay.published")
@@ -114,7 +121,8 @@ class Redis:
         except OUTAGES:
             is_open = False
         if not is_open:
-            self._connection.disconnect()  # the next write connects again
+            self._connection.disconnect()
+            self._connection.connect()  # a write would connect too, but without asking Sentinel
 
     def _put(self, message: Sendable, commands: Commands) -> list[int] | PublishResult:
         """Add *message* to *commands*; returns the indexes of its own commands, or its refusal."""
@@ -127,6 +135,11 @@ class Redis:
             raise
         except Exception as error:  # this message alone is at fault, not the batch
             return result_of_error(error)
+
+    def _require_replicas(self, batch: _Batch) -> None:
+        """Count *batch* as lost, with its connection, if its replicas have not confirmed it."""
+        if lost := self._replication.shortfall(batch.replicas, self._reply):
+            self._lose(lost)
 
     def _reply(self) -> Any:
         """The next reply; the server's error for one command is a reply too."""
@@ -157,6 +170,7 @@ class Redis:
         # Not from the pool: the channel needs the pool's connections to declare queues meanwhile.
         self._connection = channel.pool.connection_class(**channel.pool.connection_kwargs)
         self._connection.connect()
+        self._replication.begin(channel, self._connection)
         return channel
 
     def _forget_declarations(self) -> None:
@@ -180,3 +194,7 @@ class Redis:
         self._broker.collect()
         self._channel = self._connection = self._payloads = None
         self._declared = set()
+
+
+def _lost(error: Exception) -> PublishResult:
+    return unknown(error, is_late=isinstance(error, TimeoutError | exceptions.TimeoutError))

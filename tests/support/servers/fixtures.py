@@ -23,7 +23,8 @@ from tests.support.servers.mariadb import MariaDB
 from tests.support.servers.pgbouncer import PgBouncer
 from tests.support.servers.postgresql import PostgreSQL
 from tests.support.servers.rabbitmq import RabbitMQ
-from tests.support.servers.redis import DATABASES, Redis
+from tests.support.servers.redis import DATABASES, Redis, program
+from tests.support.servers.sentinel import Sentinel
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 
@@ -85,6 +86,22 @@ def mariadb(servers_folder: Path) -> Iterator[MariaDB]:
 def redis_server(servers_folder: Path) -> Iterator[Redis]:
     """A running Redis or Valkey."""
     yield from _running(Redis, servers_folder)
+
+
+@pytest.fixture
+def sentinel(servers_folder: Path) -> Iterator[Sentinel]:
+    """A running Redis master with a replica, watched by a sentinel; new for each test."""
+    with Sentinel.beside(servers_folder) as watched:
+        yield watched
+
+
+@pytest.fixture
+def redis_cluster_url(servers_folder: Path) -> Iterator[str]:
+    """The URL of the only node of a Redis Cluster."""
+    if (executable := program()) is None:
+        raise ServerUnavailable(f"No Redis here: install {Redis.packages}.")
+    with Redis.node(executable, servers_folder, **{"cluster-enabled": "yes"}) as node:
+        yield node.url
 
 
 @pytest.fixture(scope="session")

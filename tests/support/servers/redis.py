@@ -37,15 +37,18 @@ class Redis(Server):
     @classmethod
     def local(cls, root: Path) -> Self | None:
         """A new one from a program of this machine or of pip."""
-        program = _program()
-        if program is None:
-            return None
+        executable = program()
+        return None if executable is None else cls.node(executable, root)
+
+    @classmethod
+    def node(cls, executable: Path, root: Path, **settings: str) -> Self:
+        """A new one from *executable*, with more *settings*."""
         port = ports.claim()
         folder = root / f"redis-{port}"
         folder.mkdir()
-        place = _words({"bind": "127.0.0.1", "port": str(port), "dir": str(folder)})
-        host = LocalProcess([program, *_words(SETTINGS), *place], folder)
-        return cls(host, f"redis://127.0.0.1:{port}/0")
+        place = {"bind": "127.0.0.1", "port": str(port), "dir": str(folder)}
+        words = _words({**SETTINGS, **place, **settings})
+        return cls(LocalProcess([executable, *words], folder), f"redis://127.0.0.1:{port}/0")
 
     @classmethod
     def container(cls) -> Self:
@@ -70,10 +73,13 @@ class Redis(Server):
 
 
 def _words(settings: Mapping[str, str]) -> list[str]:
-    return [word for name, value in settings.items() for word in (f"--{name}", value)]
+    return [
+        word for name, value in settings.items() for word in (f"--{name}", *(value.split() or [""]))
+    ]
 
 
-def _program() -> Path | None:
+def program() -> Path | None:
+    """The server's program, of this machine or of pip; None without one."""
     installed = shutil.which("redis-server") or shutil.which("valkey-server")
     if installed:
         return Path(installed)
