@@ -19,6 +19,11 @@ from celery_eda.core.limits import NAME_LENGTH
 ID_HEADER = "eda_id"
 REVISION_HEADER = "eda_revision"
 ORDER_HEADER = "eda_order"
+#: The previous epoch and number of a position that waits for no message that has not come.
+ANY = (0, 0)
+#: Milliseconds by which an epoch may be ahead of our clock. One that no clock has reached yet
+#: would make all later messages of its key come too late, for ever.
+AHEAD = 86_400_000
 #: Marks a replayed event, whose handler must not publish anything.
 REPLAY_HEADER = "eda_replay"
 #: Attribute of Celery's request with the :class:`celery_eda.core.message.Wire`; never sent.
@@ -118,7 +123,8 @@ class Position:
     Attributes:
         epoch: milliseconds of the clock when the count began; each epoch counts from 1.
         number: counts the messages of the lane in the order of their commits.
-        previous: epoch and number of the last message before this epoch; None if unknown.
+        previous: epoch and number of the last message before this epoch; None if unknown, ``ANY``
+            if the producer has been restored, so that the messages before it may be lost.
     """
 
     lane: Lane
@@ -137,7 +143,9 @@ class Position:
             return None
         match written:
             case [str(source), str(scope), str(key), int(epoch), int(number), *previous] if (
-                0 < epoch < 2**63 and 0 < number < 2**63 and all(map(_fits, (source, scope, key)))
+                0 < epoch <= time.time() * 1000 + AHEAD
+                and 0 < number < 2**63
+                and all(map(_fits, (source, scope, key)))
             ):
                 lane = Lane(source, scope, key)
             case _:

@@ -188,6 +188,11 @@ class Settings:
         "visibility timeout plus the longest time without any worker.",
         least=HOUR,
     )
+    order_patience: float = option(
+        600.0,
+        "Seconds after which the log warns of a key whose messages wait for one that has not come.",
+        least=1,
+    )
     housekeeping_interval: float = option(
         60.0,
         "Seconds between two rounds of a relay's housekeeping, which deletes rows older than their "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,22 +16,34 @@ from sqlalchemy import (
     CursorResult,
     Engine,
     Executable,
+    Row,
     Table,
     Text,
     bindparam,
+    case,
     cast,
+    column,
     event,
     extract,
     func,
     select,
 )
 from sqlalchemy import Dialect as SQLAlchemyDialect
-from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy import table as catalog
+from sqlalchemy.dialects.postgresql import OID, insert
+from sqlalchemy.exc import (
+    DBAPIError,
+    InternalError,
+    NotSupportedError,
+    OperationalError,
+    ProgrammingError,
+)
 
 from celery_eda.databases.dialect import Values
-from celery_eda.databases.statements import cached_statement, quoted_name
+from celery_eda.databases.statements import cached_statement, formatted_name, quoted_name
 from celery_eda.databases.upsert import Upserting
+
+log = logging.getLogger(__name__)
 
 #: The types of the outbox's columns that are not text.
 _TYPES = {
@@ -39,6 +52,11 @@ _TYPES = {
 }  # fmt: skip
 
 
+#: Errors of a server that lacks a function, or does not let this user call it.
+UNSUPPORTED = (ProgrammingError, NotSupportedError, InternalError)
+#: Hexadecimal digits of the timeline at the beginning of the name of a WAL file.
+TIMELINE_DIGITS = 8
+
 #: Key in a connection's info: True if the connection goes through a pooler.
 _POOLED = "celery_eda_pooled"
 
@@ -46,6 +64,8 @@ _POOLED = "celery_eda_pooled"
 class PostgreSQL(Upserting):
     insert = staticmethod(insert)
     transient_codes = frozenset({"40001", "40P01", "55P03"})
+    #: True if the server tells its history; None before the first question.
+    tells_history: bool | None = None
 
     def engine_options(self, timeout: float) -> dict[str, Any]:
         return {
@@ -172,6 +192,53 @@ class PostgreSQL(Upserting):
     def milliseconds(self) -> ColumnElement[int]:
         return cast(extract("epoch", func.clock_timestamp()) * 1000, BigInteger)
 
+    def _advance(
+        self, connection: Connection, table: Table, rows: Sequence[Values]
+    ) -> Sequence[Row[Any]]:
+        if not self._knows_history(connection, table):
+            return super()._advance(connection, table, rows)
+        return connection.execute(self._advancing_in_history(table), rows).all()
+
+    @cached_statement
+    def _advancing_in_history(self, table: Table) -> Any:
+        """The statement of the base, which also begins a new epoch in another history."""
+        fresh = insert(table).values(epoch=self.milliseconds(), history=_history(table))
+        old, new = table.c, fresh.excluded
+        # Unknown, hence false, if one of the two is NULL.
+        is_other = old.history != new.history
+        # A sequence without a message in its epoch still refers to the epoch before.
+        is_left = is_other & (old.last > 0)
+        statement = fresh.on_conflict_do_update(
+            index_elements=list(table.primary_key),
+            set_={
+                "last": case((is_other, new.last), else_=old.last + new.last),
+                "epoch": case((is_other, func.greatest(new.epoch, old.epoch + 1)), else_=old.epoch),
+                "previous_epoch": case((is_left, old.epoch), else_=old.previous_epoch),
+                "previous_last": case((is_left, old.last), else_=old.previous_last),
+                "version": old.version + new.version,
+                "history": new.history,
+            },
+        )
+        return statement.returning(*table.c)
+
+    def _knows_history(self, connection: Connection, table: Table) -> bool:
+        """True if the server tells its history; it is asked once, at a savepoint."""
+        if self.tells_history is None:
+            # Not `begin_nested`, whose events say that a savepoint of the user has begun.
+            connection.exec_driver_sql("SAVEPOINT eda_history")
+            try:
+                self.tells_history = connection.scalar(select(_history(table))) is not None
+            except UNSUPPORTED as error:
+                connection.exec_driver_sql("ROLLBACK TO SAVEPOINT eda_history")
+                self.tells_history = False
+                log.info(
+                    "this server does not tell whether it was restored (%s): run `eda order "
+                    "new-epoch` after a restore or a fail-over",
+                    self.code_of(error),
+                )
+            connection.exec_driver_sql("RELEASE SAVEPOINT eda_history")
+        return self.tells_history
+
     def is_aborted(self, connection: Connection) -> bool:
         # If a handler ignores a failed statement, its COMMIT succeeds but silently rolls back.
         info = getattr(connection.connection.dbapi_connection, "info", None)
@@ -190,6 +257,25 @@ class PostgreSQL(Upserting):
 
     def code_of(self, error: DBAPIError) -> object:
         return getattr(error.orig, "sqlstate", None)
+
+
+def _history(table: Table) -> Any:
+    """A text that identifies the history of *table*: another one after a restore or a fail-over.
+
+    A server begins another timeline when it was restored from a base backup, and when a standby is
+    promoted. A dump is restored into another cluster, database or table.
+    """
+    control = func.pg_control_system().table_valued("system_identifier")
+    databases = catalog("pg_database", column("oid"), column("datname"))
+    parts = (
+        select(control.c.system_identifier).scalar_subquery(),
+        func.left(func.pg_walfile_name(func.pg_current_wal_lsn()), TIMELINE_DIGITS),
+        select(databases.c.oid)
+        .where(databases.c.datname == func.current_database())
+        .scalar_subquery(),
+        cast(func.to_regclass(formatted_name(table)), OID),
+    )
+    return select(func.concat_ws(".", *parts)).scalar_subquery()
 
 
 def _read_binary(dbapi_connection: Any, record: Any) -> None:

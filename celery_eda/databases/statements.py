@@ -44,8 +44,13 @@ def columns_of(table: Table, names: tuple[str, ...]) -> Sequence[Column[Any]]:
     return [table.c[name] for name in names] or list(table.c)
 
 
-def quoted_name(table: Table) -> str:
-    """The quoted name of *table*, for the text of a statement that psycopg executes."""
+def formatted_name(table: Table) -> str:
+    """The name of *table* as PostgreSQL writes it: with its schema, and quoted if need be."""
     preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
     name: str = preparer.format_table(table)
-    return name.replace("%", "%%")
+    return name
+
+
+def quoted_name(table: Table) -> str:
+    """The formatted name of *table*, for the text of a statement that psycopg executes."""
+    return formatted_name(table).replace("%", "%%")

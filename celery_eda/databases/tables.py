@@ -260,6 +260,7 @@ def _ordering_tables(
         Column("previous_epoch", BigInteger),
         Column("previous_last", BigInteger),
         Column("version", BigInteger, nullable=False, server_default="0"),
+        Column("history", String(80)),
         PrimaryKeyConstraint("stream", "key"),
         schema=schema,
         **_OPTIONS,

@@ -1,4 +1,4 @@
-"""The audit trail of dead letters: who did what, when and why. Entries are never changed.
+"""The audit trail of repairs: who did what, when and why. Entries are never changed.
 
 An entry is written in the transaction of the action, so there is no entry without its action and
 no action without its entry.
@@ -18,13 +18,15 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, exists, func, inse
 
 from celery_eda.core import redaction
 from celery_eda.core.clock import utc
+from celery_eda.core.identity import Identity
 from celery_eda.core.limits import NAME_LENGTH
 from celery_eda.databases import Dialect, Retention
 from celery_eda.dead_letters.letter import Letter
+from celery_eda.ordering import WaitingKey
 
 
 class Action(str, Enum):
-    """An action on a dead letter.
+    """An action on a dead letter, or on a key that waits for a lost message (``skip-gap``).
 
     ``redrive``, ``edit``, ``skip`` and ``discard`` are those of a person or a repairer. ``repair``
     is a redrive by a repairer; ``leave`` is a repairer's decision that a person is needed.
@@ -36,11 +38,12 @@ class Action(str, Enum):
     discard = "discard"
     repair = "repair"
     leave = "leave"
+    skip_gap = "skip-gap"
 
 
 @dataclass(frozen=True)
 class Author:
-    """The person or repairer who acts on a dead letter, with the reason."""
+    """The person or repairer who acts, with the reason."""
 
     actor: str
     why: str = ""
@@ -53,7 +56,7 @@ class AuditEntry:
     Attributes:
         at: time of the action, in UTC.
         action: value of an :class:`Action`, or one that a newer version of this library wrote.
-        dead_letter: id of the letter.
+        dead_letter: id of the letter; None if the action was on a key.
         revision: of the message, before the action.
         detail: further facts, e.g. ``{"body": …}``, the old body of an edited message.
     """
@@ -86,16 +89,45 @@ class Audit:
         self, connection: Connection, author: Author, action: Action, letter: Letter, **detail: Any
     ) -> None:
         """Record that *author* does *action* to *letter*."""
+        identity = letter.message.identity
+        self._insert(
+            connection, author, action, letter.consumer, identity, detail, dead_letter=letter.id
+        )
+
+    def add_skipped_gap(
+        self, connection: Connection, author: Author, key: WaitingKey, next_one: Identity
+    ) -> None:
+        """Record that *author* lets *key* go on with the message *next_one*."""
+        lane = key.lane
+        detail = {
+            "source": lane.source,
+            "stream": lane.scope,
+            "key": lane.key,
+            "after": [key.epoch, key.last],
+            "next": list(key.following),
+        }
+        self._insert(connection, author, Action.skip_gap, key.consumer, next_one, detail)
+
+    def _insert(
+        self,
+        connection: Connection,
+        author: Author,
+        action: Action,
+        consumer: str | None,
+        identity: Identity,
+        detail: Mapping[str, Any],
+        dead_letter: int | None = None,
+    ) -> None:
         connection.execute(
             insert(self.table).values(
                 at=self.dialect.now(),
                 actor=redaction.storable(author.actor[:NAME_LENGTH])[:NAME_LENGTH],
                 action=action.value,
                 why=redaction.storable(redaction.redact(author.why)),
-                dead_letter=letter.id,
-                consumer=letter.consumer,
-                message_id=letter.message.identity.id,
-                revision=letter.message.identity.revision,
+                dead_letter=dead_letter,
+                consumer=consumer,
+                message_id=identity.id,
+                revision=identity.revision,
                 detail=json.dumps(detail) if detail else None,
             )
         )

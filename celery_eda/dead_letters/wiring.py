@@ -6,6 +6,7 @@ from celery_eda.core.once import cached_once
 from celery_eda.core.service import Service
 from celery_eda.databases import Chore, Databases
 from celery_eda.dead_letters.audit import Audit
+from celery_eda.dead_letters.gap_repair import GapRepair
 from celery_eda.dead_letters.repair import Repair
 from celery_eda.dead_letters.repairers import Repairers, RepairTasks
 from celery_eda.dead_letters.store import DeadLetterStore
@@ -35,6 +36,11 @@ class DeadLetters:
     def repair(self) -> Repair:
         """Redrives, edits, skips and discards dead letters."""
         return Repair(self.store, self.audit, self._ordering.cursors)
+
+    @cached_once
+    def gap_repair(self) -> GapRepair:
+        """Lets keys go on that wait for lost messages."""
+        return GapRepair(self._ordering.gaps, self.audit)
 
     @cached_once
     def repairers(self) -> Repairers:

@@ -118,5 +118,6 @@ class Events:
             subscriptions=self.subscriptions,
             registry=self.registry,
             cursors=self._ordering.cursors,
+            progress=self._ordering.progress,
             replay=self.replay,
         )

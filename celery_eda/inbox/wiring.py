@@ -15,6 +15,7 @@ from celery_eda.errors import ConfigurationError
 from celery_eda.inbox.attempts import Attempts
 from celery_eda.inbox.consumer import Consumer
 from celery_eda.inbox.failures import Failures
+from celery_eda.inbox.gaps import GivenUpMessages, OverdueKeys
 from celery_eda.inbox.ordering import ReleasedMessages, TurnKeeper
 from celery_eda.inbox.refusals import Refusals
 from celery_eda.inbox.store import InboxStore
@@ -136,12 +137,13 @@ class Inbox:
         _ = self.retry_policy
 
     def retention(self) -> list[Chore]:
-        """The rules for messages that were handled, and for parked ones that were released."""
+        """The rules for messages that were handled, and for parked ones."""
         tables, settings = self._databases.tables, self._service.settings
+        ordering = self._ordering
         return [
-            ReleasedMessages(
-                self._ordering.cursors, self._outbox.store, settings.transaction_timeout
-            ),
+            ReleasedMessages(ordering.cursors, self._outbox.store, settings.transaction_timeout),
+            GivenUpMessages(ordering.gaps, self._outbox.store),
+            OverdueKeys(ordering.progress, settings.order_patience),
             self.store.retention(
                 tables.dead_letters, tables.parked, tables.outbox, settings.inbox_retention
             ),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
-from celery_eda.core.identity import Position
+from celery_eda.core.identity import ANY, Position
 
 
 class Turn(Enum):
@@ -29,6 +29,7 @@ class Cursor:
         last: number of the last message that is done with: handled, retried or skipped.
         held: revision of the failed message that blocks the key; None if none does.
         parked: number of parked messages.
+        oldest: the earliest epoch of a parked message; None if none is parked.
         written: True if the cursor has a row.
     """
 
@@ -36,6 +37,7 @@ class Cursor:
     last: int = 0
     held: int | None = None
     parked: int = 0
+    oldest: int | None = None
     written: bool = False
 
     def turn_of(self, position: Position) -> Turn:
@@ -46,20 +48,22 @@ class Cursor:
             return Turn.now if position.number == self.last + 1 else Turn.later
         if position.epoch < self.epoch:
             return Turn.past
-        if position.number == 1 and self._previous_epoch_is_complete(position.previous):
+        if position.number == 1 and self._earlier_epochs_are_complete(position):
             return Turn.now
         return Turn.later
 
     def after(self, position: Position) -> Cursor:
         """The cursor once the message at *position* is done with."""
-        return Cursor(position.epoch, position.number, parked=self.parked, written=True)
+        return replace(self, epoch=position.epoch, last=position.number, held=None, written=True)
 
-    def _previous_epoch_is_complete(self, previous: tuple[int, int] | None) -> bool:
-        """True if every message before the new epoch has been handled.
+    def _earlier_epochs_are_complete(self, position: Position) -> bool:
+        """True if every message before the epoch of *position* has been handled.
 
-        *previous* is the last epoch and number before it, as far as the producer knows. After a
-        restore from a backup it does not; then nothing may be blocked or parked.
+        Where the producer does not know the last one, or knows that it may be lost, no earlier
+        message may be parked: those that have come are handled first.
         """
-        if previous is not None:
-            return self.held is None and (self.epoch, self.last) >= previous
-        return self.epoch == 0 or (self.held is None and self.parked == 0)
+        if self.held is not None:
+            return False
+        if position.previous not in (None, ANY):
+            return (self.epoch, self.last) >= position.previous
+        return self.oldest is None or self.oldest >= position.epoch

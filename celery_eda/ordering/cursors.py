@@ -10,6 +10,7 @@ under the row's lock that its turn has come.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ from sqlalchemy import (
     Update,
     and_,
     bindparam,
+    case,
     delete,
     func,
     or_,
@@ -34,6 +36,7 @@ from celery_eda.core.identity import Lane, Position
 from celery_eda.core.message import Message
 from celery_eda.databases import Dialect, LostRace, message_rows
 from celery_eda.ordering.cursor import Cursor, Turn
+from celery_eda.ordering.progress import NAMES
 
 
 @dataclass(frozen=True)
@@ -185,31 +188,10 @@ class Cursors:
         self._mark_released(connection, consumer, position)
         return message_rows.from_row(row)
 
-    def count_parked(self, connection: Connection, consumer: str) -> int:
-        """Number of messages parked for *consumer*."""
-        query = select(func.count()).where(self.parked.c.consumer == consumer)
-        return connection.scalar(query) or 0
-
-    def differing_keys(
-        self, connection: Connection, one: str, other: str, limit: int
-    ) -> tuple[str, ...]:
-        """Up to *limit* keys in which two consumers have made different progress."""
-        ends = self.table.alias(), self.table.alias()
-        found: dict[str, None] = {}
-        for here, there in (ends, ends[::-1]):
-            names = {ends[0]: one, ends[1]: other}
-            same = and_(
-                there.c.consumer == names[there],
-                *(here.c[name] == there.c[name] for name in _NAMES[1:]),
-            )
-            far = [
-                func.coalesce(here.c[name], 0) != func.coalesce(there.c[name], 0)
-                for name in ("epoch", "last")
-            ]
-            query = select(here.c.key).outerjoin_from(here, there, same)
-            query = query.where(here.c.consumer == names[here], or_(*far)).limit(limit)
-            found.update(dict.fromkeys(connection.scalars(query)))
-        return tuple(found)[:limit]
+    def skip_to(self, connection: Connection, consumer: str, position: Position) -> Message | None:
+        """Move the locked cursor to *position*, and release the parked message that follows it."""
+        self._set(connection, consumer, position.lane, epoch=position.epoch, last=position.number)
+        return self.release(connection, consumer, position.lane)
 
     def delete(self, connection: Connection, consumer: str) -> None:
         """Delete the cursors and the parked messages of a *consumer* that no longer exists."""
@@ -220,17 +202,21 @@ class Cursors:
         """Parked messages that were due, or released and not handled, *seconds* ago.
 
         The caller has to send them again in this transaction: a release may have been lost. A copy
-        is harmless.
+        is harmless. Messages of an epoch that the cursor has left are not parked any more: sent
+        again, they become dead letters.
         """
         parked, cursor = self.parked.c, self.table.c
         stale = or_(parked.released_at.is_(None), parked.released_at < self.dialect.later(-seconds))
+        is_left = parked.epoch < cursor.epoch
         waiting = (
             select(self.parked)
-            .join(self.table, and_(*(parked[name] == cursor[name] for name in _NAMES)))
+            .join(self.table, and_(*(parked[name] == cursor[name] for name in NAMES)))
             .where(
-                cursor.held.is_(None),
                 stale,
-                self._may_be_next(cursor.epoch, cursor.last),
+                or_(
+                    and_(cursor.held.is_(None), self._may_be_next(cursor.epoch, cursor.last)),
+                    is_left,
+                ),
             )
             .limit(limit)
             .with_for_update(skip_locked=True)
@@ -238,9 +224,15 @@ class Cursors:
         messages = []
         for row in connection.execute(waiting).all():
             lane, position = _position(row)
-            if self._read(connection, row.consumer, lane).turn_of(position) is Turn.now:
-                self._mark_released(connection, row.consumer, position)
-                messages.append(message_rows.from_row(row))
+            match self._read(connection, row.consumer, lane).turn_of(position):
+                case Turn.now:
+                    self._mark_released(connection, row.consumer, position)
+                case Turn.past:
+                    at = self._is_at(row.consumer, lane, position.epoch, position.number)
+                    self._unpark(connection, row.consumer, lane, at)
+                case Turn.later:
+                    continue
+            messages.append(message_rows.from_row(row))
         return messages
 
     # ── statements ──────────────────────────────────────────────────────────────────────────
@@ -257,6 +249,7 @@ class Cursors:
             last=row.last,
             held=row.held,
             parked=row.parked,
+            oldest=row.oldest,
             written=True,
         )
 
@@ -289,9 +282,15 @@ class Cursors:
 
     @cached_property
     def _reading(self) -> Select[Any]:
-        columns = self.table.c
-        its = (columns[name] == bindparam(f"its_{name}") for name in _NAMES)
-        return select(columns.epoch, columns.last, columns.held, columns.parked).where(*its)
+        columns, parked = self.table.c, self.parked.c
+        oldest = select(func.min(parked.epoch)).where(*_are_its(self.parked)).scalar_subquery()
+        return select(
+            columns.epoch,
+            columns.last,
+            columns.held,
+            columns.parked,
+            case((columns.parked > 0, oldest)).label("oldest"),
+        ).where(*_are_its(self.table))
 
     @cached_property
     def _locking(self) -> Select[Any]:
@@ -300,7 +299,7 @@ class Cursors:
     @cached_property
     def _moving(self) -> Update:
         columns = self.table.c
-        its = (columns[name] == bindparam(f"its_{name}") for name in (*_NAMES, "epoch", "last"))
+        its = (columns[name] == bindparam(f"its_{name}") for name in (*NAMES, "epoch", "last"))
         following: dict[str, Any] = {name: bindparam(f"next_{name}") for name in ("epoch", "last")}
         return update(self.table).where(*its).values(**following, held=None)
 
@@ -367,7 +366,9 @@ class PositionTaken(Exception):
     """Two messages have the same position."""
 
 
-_NAMES = ("consumer", "source", "stream", "key")
+def _are_its(table: Table) -> Iterator[ColumnElement[bool]]:
+    """The conditions for the rows that the parameters of :func:`_its` name."""
+    return (table.c[name] == bindparam(f"its_{name}") for name in NAMES)
 
 
 def _its(consumer: str, lane: Lane) -> dict[str, Any]:
@@ -376,7 +377,7 @@ def _its(consumer: str, lane: Lane) -> dict[str, Any]:
 
 
 def _names(consumer: str, lane: Lane) -> dict[str, str]:
-    return dict(zip(_NAMES, (consumer, lane.source, lane.scope, lane.key), strict=True))
+    return dict(zip(NAMES, (consumer, lane.source, lane.scope, lane.key), strict=True))
 
 
 def _position(row: Row[Any]) -> tuple[Lane, Position]:

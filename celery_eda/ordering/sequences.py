@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Row, Table, select, update
+from sqlalchemy import Connection, Row, Table, case, select, update
 
-from celery_eda.core.identity import ORDER_HEADER, Lane, Position
+from celery_eda.core.identity import AHEAD, ANY, ORDER_HEADER, Lane, Position
 from celery_eda.core.message import Message
 from celery_eda.databases import Dialect
 
@@ -55,25 +55,47 @@ class Sequences:
         query = select(columns.version).where(columns.stream == stream, columns.key == key)
         return connection.scalar(query) or 0
 
-    def begin_epoch(self, connection: Connection, stream: str | None = None) -> int:
+    def begin_epoch(
+        self, connection: Connection, stream: str | None = None, *, awaited: bool = False
+    ) -> int:
         """Restart the numbers of all keys, or of those of *stream*, in a new epoch.
 
         Necessary after the database was restored from a backup: numbers assigned since the backup
-        would be assigned again, and consumers would treat the new messages as old ones.
+        would be assigned again, and consumers would treat the new messages as old ones. PostgreSQL
+        tells of most restores, and then each sequence begins an epoch by itself.
+
+        Args:
+            connection: of the caller's transaction.
+            stream: the sequences of one task, or of one category of events (``<category>.#``).
+            awaited: True if consumers handle every message of the earlier epochs first. By default
+                they do not wait for messages that have not come.
 
         Returns:
             The number of sequences that were restarted.
         """
-        columns = self.table.c
+        columns, now = self.table.c, self.dialect.milliseconds()
         # A sequence without a message in this epoch still refers to the epoch before.
-        statement = update(self.table).where(columns.last > 0)
+        used = columns.last > 0
+        before: tuple[Any, Any] = (columns.epoch, columns.last)
+        if not awaited:
+            used, before = used | (columns.previous_epoch > 0), ANY
+        statement = update(self.table).where(used)
         if stream is not None:
             statement = statement.where(columns.stream == stream)
         # In this order: MariaDB assigns from left to right.
         statement = statement.ordered_values(
-            (columns.previous_epoch, columns.epoch),
-            (columns.previous_last, columns.last),
-            (columns.epoch, self.dialect.milliseconds()),
+            (columns.previous_epoch, before[0]),
+            (columns.previous_last, before[1]),
+            # Never an earlier one, though the clock may have been ahead when the last epoch began;
+            # but one that consumers have refused is left.
+            (
+                columns.epoch,
+                case(
+                    (now > columns.epoch, now),
+                    (columns.epoch > now + AHEAD, now),
+                    else_=columns.epoch + 1,
+                ),
+            ),
             (columns.last, 0),
         )
         return connection.execute(statement).rowcount

@@ -6,6 +6,8 @@ from celery_eda.core.once import cached_once
 from celery_eda.core.service import Service
 from celery_eda.databases import Databases
 from celery_eda.ordering.cursors import Cursors
+from celery_eda.ordering.gaps import Gaps
+from celery_eda.ordering.progress import Progress
 from celery_eda.ordering.sequences import Sequences
 
 
@@ -26,3 +28,14 @@ class Ordering:
         """The next number expected for each key, and the messages parked until their turn."""
         tables = self._databases.tables
         return Cursors(tables.cursors, tables.parked, self._databases.dialect)
+
+    @cached_once
+    def progress(self) -> Progress:
+        """The progress of consumers, and the keys that wait."""
+        tables = self._databases.tables
+        return Progress(tables.cursors, tables.parked, self._databases.dialect)
+
+    @cached_once
+    def gaps(self) -> Gaps:
+        """Skips numbers that never come."""
+        return Gaps(self.cursors, self.progress)

@@ -419,7 +419,7 @@ def test_what_waits_behind_a_failed_message_stays_where_it_is(
 ) -> None:
     with database.engine.begin() as connection:
         cursors.park(connection, CONSUMER, Position(LANE, 1, 2), message())
-        assert cursors.find(connection, CONSUMER, LANE) == Cursor(parked=1, written=True)
+        assert cursors.find(connection, CONSUMER, LANE) == Cursor(parked=1, oldest=1, written=True)
 
     assert housekeeping.finish()["released"] == 0
 

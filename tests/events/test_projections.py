@@ -236,14 +236,14 @@ def test_what_is_not_in_the_log_yet_comes_to_the_shadow_from_the_live_one(shop: 
         if event.category == "order":
             shop.handle(event)
     with shop.eda.databases.engine.connect() as connection:
-        assert shop.eda.ordering.cursors.count_parked(connection, shop.copy.follower) == 20, (
+        assert shop.eda.ordering.progress.count_parked(connection, shop.copy.follower) == 20, (
             "for what was before"
         )
     shop.feed(log)
 
     assert shop.shadow() == shop.rows() == shop.folded()
     with shop.eda.databases.engine.connect() as connection:
-        assert shop.eda.ordering.cursors.count_parked(connection, shop.copy.follower) == 0
+        assert shop.eda.ordering.progress.count_parked(connection, shop.copy.follower) == 0
     shop.eda.events.rebuild.swap(shop.copy)
 
 

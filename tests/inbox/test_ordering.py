@@ -321,6 +321,7 @@ def test_a_message_without_a_key_reads_and_writes_no_cursor(slot: Slot) -> None:
         ["shop", "trade", "a", 0, 1],
         ["shop", "trade", "a", 1, -1],
         ["shop", "trade", "a", 1, 2**63],
+        ["shop", "trade", "a", 2**62, 1],
         ["shop", "trade", 7, 1, 1],
         ["shop", "trade", "a", 1, 1, 1],
         ["shop", "trade", "a", 1, 1, "x", 1],

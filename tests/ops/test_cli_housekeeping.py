@@ -49,6 +49,7 @@ def test_housekeeping_by_hand_says_what_it_did(eda: EDA) -> None:
 def test_housekeeping_by_hand_says_it_in_json(eda: EDA) -> None:
     assert json.loads(run(eda, "housekeeping", "--json")) == {
         "released": 0,
+        "skipped": 0,
         "deleted": {
             "dead_letters": 0,
             "inbox": 1,

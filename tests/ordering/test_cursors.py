@@ -10,11 +10,13 @@ import pytest
 from sqlalchemy import Connection, create_engine, select, update
 from sqlalchemy.exc import OperationalError
 
-from celery_eda.core.identity import Lane, Position
+from celery_eda.core.identity import ANY, Lane, Position
 from celery_eda.core.message import Message
 from celery_eda.databases.dialect import LostRace
 from celery_eda.ordering.cursor import Cursor, Turn
 from celery_eda.ordering.cursors import Cursors, PositionTaken
+from celery_eda.ordering.gaps import Gaps
+from celery_eda.ordering.progress import Progress
 from tests.support.databases import Database
 from tests.support.messages import message
 
@@ -64,7 +66,14 @@ def park(cursors: Cursors, connection: Connection, position: Position) -> Messag
         (Cursor(NEW, 4), at(5), Turn.past),
         (Cursor(OLD, 4), at(1, NEW), Turn.now),
         (Cursor(OLD, 4), at(2, NEW), Turn.later),
-        (Cursor(OLD, 4, parked=1), at(1, NEW), Turn.later),
+        (Cursor(OLD, 4, parked=1, oldest=OLD), at(1, NEW), Turn.later),
+        (Cursor(OLD, 4, parked=1, oldest=NEW), at(1, NEW), Turn.now),
+        (Cursor(OLD, 4, parked=1, oldest=OLD), at(1, NEW, ANY), Turn.later),
+        (Cursor(OLD, 4, parked=1, oldest=NEW), at(1, NEW, ANY), Turn.now),
+        (Cursor(parked=1, oldest=OLD), at(1, NEW), Turn.later),
+        (Cursor(OLD, 4), at(1, NEW, ANY), Turn.now),
+        (Cursor(), at(1, NEW, ANY), Turn.now),
+        (Cursor(OLD, 4, held=0), at(1, NEW, ANY), Turn.later),
         (Cursor(OLD, 4, held=0), at(1, NEW, (OLD, 4)), Turn.later),
         (Cursor(OLD, 4), at(1, NEW, (OLD, 5)), Turn.later),
         (Cursor(), at(1, NEW, (OLD, 5)), Turn.later),
@@ -241,7 +250,21 @@ def test_a_new_epoch_waits_for_the_end_of_the_one_before(
     assert cursors.find(connection, "charge", LANE) == Cursor(NEW, 2, written=True)
 
 
-def test_what_waits_in_an_epoch_that_was_given_up_is_not_forgotten(
+@pytest.mark.parametrize("previous", [None, ANY])
+def test_a_new_epoch_that_knows_no_end_of_the_one_before_waits_for_what_is_parked(
+    cursors: Cursors, connection: Connection, previous: tuple[int, int] | None
+) -> None:
+    """Parked itself, it does not wait for itself."""
+    handle(cursors, connection, at(1))
+    third = park(cursors, connection, at(3))
+    first_of_new = park(cursors, connection, at(1, NEW, previous))
+
+    assert handle(cursors, connection, at(2)) == third
+    assert handle(cursors, connection, at(3)) == first_of_new
+    assert handle(cursors, connection, at(1, NEW, previous)) is None
+
+
+def test_what_waits_in_an_epoch_that_was_left_is_sent_again_to_become_a_dead_letter(
     cursors: Cursors, connection: Connection
 ) -> None:
     """The producer was restored from a backup; what it had sent beyond that waits, unread."""
@@ -251,6 +274,104 @@ def test_what_waits_in_an_epoch_that_was_given_up_is_not_forgotten(
     handle(cursors, connection, at(1, NEW, (OLD, 1)))
 
     assert connection.scalars(select(cursors.parked.c.message_id)).all() == [kept.identity.id]
+    assert cursors.sweep(connection, seconds=60, limit=10) == [kept]
+    assert connection.execute(select(cursors.parked)).all() == []
+    assert cursors.find(connection, "charge", LANE) == Cursor(NEW, 1, written=True)
+
+
+# ── gaps ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def progress(database: Database) -> Progress:
+    return Progress(database.tables.cursors, database.tables.parked, database.dialect)
+
+
+def test_a_key_that_waits_says_for_what_and_since_when(
+    cursors: Cursors, connection: Connection, progress: Progress
+) -> None:
+    handle(cursors, connection, at(1))
+    for number in (6, 5):
+        park(cursors, connection, at(number))
+
+    (key,) = progress.waiting(connection)
+
+    assert (key.consumer, key.lane, key.awaited, key.following) == ("charge", LANE, 2, (OLD, 5))
+    assert (key.parked, key.held, key.gap) == (2, None, "numbers 2 to 4")
+    assert abs(time.time() - key.since.timestamp()) < 60
+    assert progress.waiting(connection, seconds=60) == []
+    assert progress.waiting(connection, is_held=True) == []
+    assert progress.waiting(connection, key="another") == []
+    assert [each.lane for each in progress.waiting(connection, key=LANE.key)] == [LANE]
+
+
+def test_a_key_whose_next_message_is_parked_or_that_is_blocked_does_not_wait_for_a_lost_one(
+    cursors: Cursors, connection: Connection, progress: Progress
+) -> None:
+    park(cursors, connection, at(2))
+    handle(cursors, connection, at(1))
+
+    assert progress.waiting(connection) == []
+
+    handle(cursors, connection, at(2))
+    park(cursors, connection, at(4))
+    cursors.block(connection, "charge", at(3), revision=0)
+    connection.commit()
+    assert [key.held for key in progress.waiting(connection)] == [0]
+    assert progress.waiting(connection, is_held=False) == []
+
+
+def test_a_gap_is_skipped_to_the_lowest_parked_message(
+    cursors: Cursors, connection: Connection, progress: Progress
+) -> None:
+    handle(cursors, connection, at(1))
+    fifth, fourth = (park(cursors, connection, at(number)) for number in (5, 4))
+    gaps = Gaps(cursors, progress)
+    (key,) = progress.waiting(connection)
+
+    assert gaps.skip(connection, key) == fourth
+    connection.commit()
+
+    assert handle(cursors, connection, at(4)) == fifth
+    assert handle(cursors, connection, at(5)) is None
+    assert cursors.find(connection, "charge", LANE) == Cursor(OLD, 5, written=True)
+    with pytest.raises(LostRace):
+        gaps.skip(connection, key)
+
+
+def test_a_gap_at_the_end_of_an_epoch_is_skipped_to_the_next_one(
+    cursors: Cursors, connection: Connection, progress: Progress
+) -> None:
+    handle(cursors, connection, at(1))
+    first_of_new = park(cursors, connection, at(1, NEW, (OLD, 5)))
+    (key,) = progress.waiting(connection)
+
+    assert Gaps(cursors, progress).skip(connection, key) == first_of_new
+
+    assert handle(cursors, connection, at(1, NEW, (OLD, 5))) is None
+
+
+def test_a_blocked_key_is_not_skipped(
+    cursors: Cursors, connection: Connection, progress: Progress
+) -> None:
+    cursors.block(connection, "charge", at(1), revision=0)
+    park(cursors, connection, at(3))
+    (key,) = progress.waiting(connection)
+
+    with pytest.raises(LostRace):
+        Gaps(cursors, progress).skip(connection, key)
+
+
+def test_keys_whose_producer_was_restored_are_found(
+    cursors: Cursors, connection: Connection, progress: Progress
+) -> None:
+    gaps = Gaps(cursors, progress)
+    park(cursors, connection, at(3))
+    assert gaps.given_up(connection, 10) == []
+
+    park(cursors, connection, at(1, NEW, ANY))
+
+    assert [key.following for key in gaps.given_up(connection, 10)] == [(OLD, 3)]
 
 
 def test_a_lost_release_is_swept_up(cursors: Cursors, connection: Connection) -> None:

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Connection, select, update
 from sqlalchemy.exc import OperationalError
 
-from celery_eda.core.identity import Lane, Position
+from celery_eda.core.identity import ANY, Lane, Position
 from celery_eda.core.message import Message
 from celery_eda.ordering.sequences import Sequences
 from tests.support.databases import Database
@@ -144,6 +144,60 @@ def test_numbers_are_in_the_order_of_the_commits_without_a_gap(
         assert given == list(range(1, len(given) + 1))
 
 
+def test_a_new_epoch_waits_for_nothing_that_may_be_lost(
+    database: Database, sequences: Sequences
+) -> None:
+    with database.engine.begin() as connection:
+        sequences.number(connection, of_key("a", "a", "b"))
+        assert sequences.begin_epoch(connection, awaited=True) == 2
+        sequences.number(connection, of_key("b"))
+
+        assert sequences.begin_epoch(connection) == 2
+        a, b, second = places(sequences.number(connection, of_key("a", "b", "b")))
+        assert sequences.begin_epoch(connection, stream="other") == 0
+
+    assert [(each.number, each.previous) for each in (a, b, second) if each] == [
+        (1, ANY),
+        (1, ANY),
+        (2, None),
+    ]
+
+
+def test_a_new_epoch_is_later_than_one_that_began_while_the_clock_was_ahead(
+    database: Database, sequences: Sequences
+) -> None:
+    an_hour_ahead = round(time.time() * 1000) + 3_600_000
+    with database.engine.begin() as connection:
+        sequences.number(connection, of_key("a"))
+        connection.execute(update(sequences.table).values(epoch=an_hour_ahead))
+
+        sequences.begin_epoch(connection)
+        (place,) = places(sequences.number(connection, of_key("a")))
+
+    assert place is not None
+    assert place.epoch == an_hour_ahead + 1
+
+
+def test_a_new_epoch_leaves_one_that_consumers_refuse(
+    database: Database, sequences: Sequences
+) -> None:
+    """The clock was ten years ahead when it began."""
+    with database.engine.begin() as connection:
+        sequences.number(connection, of_key("a"))
+        ahead = update(sequences.table).values(
+            epoch=sequences.table.c.epoch + 10 * 365 * 86_400_000
+        )
+        connection.execute(ahead)
+        (refused,) = sequences.number(connection, of_key("a"))
+
+        sequences.begin_epoch(connection)
+        (message,) = sequences.number(connection, of_key("a"))
+
+    assert refused.position is None
+    assert message.position is not None
+    assert abs(message.position.epoch / 1000 - time.time()) < 60
+
+
 def test_a_new_epoch_begins_again_with_one_and_knows_what_came_before(
     database: Database, sequences: Sequences
 ) -> None:
@@ -152,7 +206,7 @@ def test_a_new_epoch_begins_again_with_one_and_knows_what_came_before(
     time.sleep(0.002)  # epochs are milliseconds
 
     with database.engine.begin() as connection:
-        assert sequences.begin_epoch(connection) == 1
+        assert sequences.begin_epoch(connection, awaited=True) == 1
         first, second = places(sequences.number(connection, of_key("a", "a")))
 
     assert old is not None

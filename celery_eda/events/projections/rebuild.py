@@ -44,7 +44,7 @@ from celery_eda.events.projections.shadows import Shadow, Shadows
 from celery_eda.events.registry import EventRegistry
 from celery_eda.events.replay import Replay
 from celery_eda.events.subscriptions import Subscriptions
-from celery_eda.ordering import Cursor, Cursors, Turn
+from celery_eda.ordering import Cursor, Cursors, Progress, Turn
 
 #: Events to feed in one transaction.
 AT_ONCE = 500
@@ -85,6 +85,7 @@ class Rebuild:
     subscriptions: Subscriptions
     registry: EventRegistry
     cursors: Cursors
+    progress: Progress
     replay: Replay
 
     # ── one event ───────────────────────────────────────────────────────────────────────────
@@ -183,7 +184,7 @@ class Rebuild:
         return Difference(
             **{name: _count(connection, query) for name, query in queries.items()},
             examples=tuple(examples),
-            behind=self.cursors.differing_keys(
+            behind=self.progress.differing_keys(
                 connection, projection.name, projection.follower, EXAMPLES
             ),
         )

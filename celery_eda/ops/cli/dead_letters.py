@@ -7,7 +7,6 @@ treated, 2 the command line is wrong.
 
 from __future__ import annotations
 
-import getpass
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -21,7 +20,6 @@ from celery_eda.app import EDA
 from celery_eda.core.error_text import printable
 from celery_eda.core.identity import ORDER_HEADER
 from celery_eda.dead_letters import (
-    Author,
     Letter,
     LetterFilter,
     LetterState,
@@ -32,7 +30,15 @@ from celery_eda.dead_letters import (
 from celery_eda.ops.cli import letters_view as view
 from celery_eda.ops.cli.console import Command, confirm, eda_of
 from celery_eda.ops.cli.letters_treatment import Treatment, refusal, treat
-from celery_eda.ops.cli.options import MOMENT, JSONValue, Rate, as_json, options
+from celery_eda.ops.cli.options import (
+    MOMENT,
+    JSONValue,
+    Rate,
+    as_json,
+    author_of,
+    authorship,
+    options,
+)
 
 #: Letters read by one query.
 PAGE = 500
@@ -70,10 +76,6 @@ def filters(state: str) -> Callable[[Decorated], Decorated]:
     )
 
 
-authorship = options(
-    click.option("--why", default="", help="The reason, for the audit."),
-    click.option("--actor", default=None, help="The author; by default the system's user."),
-)
 in_bulk = options(
     click.argument("ids", nargs=-1, type=LETTER_ID),
     filters("open"),
@@ -105,17 +107,6 @@ def _filter(
         until=until and until.astimezone(),
         **others,  # type: ignore[arg-type]  # task, queue, key, reason
     )
-
-
-def _author(actor: str | None, why: str) -> Author:
-    return Author(actor or _user(), why)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a container without users
-        return "unknown"
 
 
 # ── commands that read ──────────────────────────────────────────────────────────────────────
@@ -198,7 +189,7 @@ def edit(
         click.echo(printable(edited(letter, args, kwargs).body.decode()))
         return
     change = partial(eda.dead_letters.repair.edit, args=args, kwargs=kwargs)
-    treat(eda, [id], change, LetterState.open, _author(actor, why), as_json=as_json)
+    treat(eda, [id], change, LetterState.open, author_of(actor, why), as_json=as_json)
 
 
 @dead_letters.command(cls=Command)
@@ -267,7 +258,7 @@ def _in_bulk(
     if len(found) > 1:
         confirm(f"{verb} {len(found)} letters?", yes=yes)
     chosen = [letter.id for letter in found]
-    author = _author(actor, why)
+    author = author_of(actor, why)
     treat(eda, chosen, treatment, aim, author, missing=missing, rate=rate, as_json=as_json)
 
 

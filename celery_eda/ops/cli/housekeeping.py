@@ -16,10 +16,11 @@ def housekeeping(context: click.Context, as_json: bool) -> None:
     eda = eda_of(context)
     eda.check()
     done = eda.outbox.housekeeping.finish()
-    released = done.pop("released")
+    released, skipped = done.pop("released"), done.pop("skipped")
+    del done["overdue"]  # it only warns
     deleted = ", ".join(f"{rows} of {what}" for what, rows in done.items()) or "nothing"
     report(
-        {"released": released, "deleted": done},
-        f"Deleted: {deleted}. Parked messages sent again: {released}.",
+        {"released": released, "skipped": skipped, "deleted": done},
+        f"Deleted: {deleted}. Parked messages sent again: {released + skipped}.",
         as_json=as_json,
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import getpass
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 from kombu.utils import json as kombu_json
+
+from celery_eda.dead_letters import Author
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -27,6 +30,24 @@ def options(*given: Callable[[Command], Command]) -> Callable[[Command], Command
         return command
 
     return decorate
+
+
+authorship = options(
+    click.option("--why", default="", help="The reason, for the audit."),
+    click.option("--actor", default=None, help="The author; by default the system's user."),
+)
+
+
+def author_of(actor: str | None, why: str) -> Author:
+    """The author of an action, for the audit."""
+    return Author(actor or _user(), why)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container without users
+        return "unknown"
 
 
 class Rate(click.ParamType):  # type: ignore[type-arg]  # generic only in later versions of click

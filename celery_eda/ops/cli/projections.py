@@ -156,7 +156,7 @@ def _state(context: click.Context, eda: EDA, projection: Projection) -> dict[str
         waiting = eda.events.queues.waiting(channel, queue) or 0
     with eda.databases.engine.connect() as connection:
         shadow = eda.events.shadows.find(connection, name)
-        parked = eda.ordering.cursors.count_parked(connection, name)
+        parked = eda.ordering.progress.count_parked(connection, name)
         newest = eda.inbox.store.newest(connection, name)
     lag = None if newest is None else (datetime.now(timezone.utc) - newest).total_seconds()
     return {

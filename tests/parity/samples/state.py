@@ -21,6 +21,8 @@ from tests.parity.samples.program import QUEUES, Shop, totals
 FOLDER = Path(__file__).parent
 #: Columns that the samples have and no table has any more: in the first one there was only 0.
 GONE = {"eda_cursors": ("base",)}
+#: Columns that the samples do not have yet; they may be empty.
+NEW = {"eda_sequences": ("history",)}
 #: Queues without a worker, which have messages all the same.
 OTHERS = ("away",)
 
@@ -43,7 +45,12 @@ def all_tables(shop: Shop) -> tuple[Table, ...]:
 def rows(shop: Shop, *names: str) -> dict[str, list[Any]]:
     """The rows of all tables, or of those with these *names*."""
     tables = [each for each in all_tables(shop) if not names or each.name in names]
-    return {table.name: _dumped(shop.eda.databases.engine, table) for table in tables}
+    found = {table.name: _dumped(shop.eda.databases.engine, table) for table in tables}
+    for table, columns in NEW.items():
+        for row in found.get(table, ()):
+            for column in columns:
+                del row[column]
+    return found
 
 
 def _dumped(engine: Engine, table: Table) -> list[Any]:

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlsplit, urlunsplit
+from uuid import uuid4
 
 import psycopg
 from psycopg import sql
@@ -17,10 +18,18 @@ from typing_extensions import Self
 from tests.support.servers import ports
 from tests.support.servers.base import Server
 from tests.support.servers.docker import Container
+from tests.support.servers.errors import ServerUnavailable
 from tests.support.servers.hosts import LocalProcess
 from tests.support.servers.programs import beside, first, packaged, run
+from tests.support.waiting import eventually
 
-SETTINGS = {"fsync": "on", "max_connections": "200", "max_prepared_transactions": "50"}
+SETTINGS = {
+    "fsync": "on",
+    "max_connections": "200",
+    "max_prepared_transactions": "50",
+    # An archive of which nothing is left; asked only while a backup is restored.
+    "restore_command": "false",
+}
 
 
 class PostgreSQL(Server):
@@ -68,6 +77,34 @@ class PostgreSQL(Server):
         self._execute("CREATE DATABASE {}", name)
         return urlunsplit(urlsplit(self.url)._replace(path=f"/{_full(name)}"))
 
+    def back_up(self) -> Path:
+        """A copy of all its data, made while it is stopped."""
+        self.stop()
+        copy = self._data.with_name(f"backup-{uuid4()}")
+        run(["cp", "--archive", self._data, copy])
+        self.start()
+        return copy
+
+    def restore(self, backup: Path) -> None:
+        """Replace its data by those of *backup*; what came later is lost.
+
+        As a person does it who restores a base backup, it recovers from the archive, of which
+        nothing is left, and begins a new timeline.
+        """
+        self.kill()
+        shutil.rmtree(self._data)
+        run(["cp", "--archive", backup, self._data])
+        run(["touch", self._data / "recovery.signal"], user=owner())
+        self.start()
+        with self._connect() as connection:
+            eventually(lambda: not _is_recovering(connection), "the end of the recovery")
+
+    @property
+    def _data(self) -> Path:
+        if not isinstance(self.host, LocalProcess):
+            raise ServerUnavailable("The data of this PostgreSQL are not ours to replace.")
+        return self.host.log.parent / "data"
+
     def drop(self, name: str) -> None:
         """Drop a database of ours, in use or not."""
         self._execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
@@ -79,6 +116,11 @@ class PostgreSQL(Server):
     def _connect(self) -> psycopg.Connection:
         url = urlunsplit(urlsplit(self.url)._replace(scheme="postgresql"))
         return psycopg.connect(url, connect_timeout=2, autocommit=True)
+
+
+def _is_recovering(connection: psycopg.Connection) -> bool:
+    row = connection.execute("SELECT pg_is_in_recovery()").fetchone()
+    return row is not None and bool(row[0])
 
 
 def _full(name: str) -> str:

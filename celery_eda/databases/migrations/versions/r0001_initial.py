@@ -151,6 +151,7 @@ def _create_ordering_tables(prefix: str, options: dict[str, Any]) -> None:
         sa.Column("previous_epoch", sa.BigInteger()),
         sa.Column("previous_last", sa.BigInteger()),
         sa.Column("version", sa.BigInteger(), nullable=False, server_default="0"),
+        sa.Column("history", sa.String(80)),
         sa.PrimaryKeyConstraint("stream", "key"),
         **options,
     )
