@@ -31,6 +31,8 @@ EDAError
 ├── SagaTimeout                 why a step or a wait of a saga has failed; also TimeoutError
 ├── NoDelivery                  asked for the delivery's session outside a reliable task
 ├── NoNextAttempt               a handler raised Retry by itself
+├── Interrupted                 a handler ended with what is no Exception
+├── Unprintable                 instead of an error whose own methods fail
 ├── Malformed                   why a message is not handled; also ValueError
 │   ├── TooLarge
 │   └── Undecodable
@@ -203,6 +205,17 @@ class NoDelivery(EDAError):
 
 class NoNextAttempt(EDAError):
     """A handler raised ``Retry`` although it had not published another attempt."""
+
+
+class Interrupted(EDAError):
+    """A handler ended with what is no ``Exception``, such as ``asyncio.CancelledError``.
+
+    That is the ``__cause__``. Retry policies and repairers get this error instead.
+    """
+
+
+class Unprintable(EDAError):
+    """Celery gets this error instead of one that it could not print, compare or send."""
 
 
 class Malformed(EDAError, ValueError):

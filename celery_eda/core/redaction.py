@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -83,7 +84,10 @@ def secrets_of(arguments: Mapping[str, Any]) -> list[str]:
     for number, value in enumerate(_secret_values(arguments)):
         if number >= MOST_VALUES:
             break
-        text = str(value)
+        try:
+            text = str(value)
+        except BaseException:  # nothing that could be quoted
+            continue
         found.update((text, repr(text)[1:-1], json.dumps(text)[1:-1]))
     return sorted((each for each in found if len(each) >= SHORTEST_SECRET), key=len, reverse=True)
 
@@ -118,8 +122,7 @@ class Redaction(logging.Filter):
         secrets = secrets_in_progress()
         record.msg, record.args = storable(redact(_message(record), secrets)), ()
         if record.exc_info:
-            traceback = _formatter.formatException(record.exc_info)
-            record.exc_text = storable(redact(traceback, secrets))
+            record.exc_text = storable(redact(_traceback(record.exc_info), secrets))
         return True
 
 
@@ -143,8 +146,15 @@ def storable(text: str) -> str:
 def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
-    except Exception:  # the `__str__` of an argument may fail
-        return str(record.msg)
+    except BaseException:  # the `__str__` of an argument may fail, in any way
+        return record.msg if isinstance(record.msg, str) else object.__repr__(record.msg)
+
+
+def _traceback(exc_info: Any) -> str:
+    try:
+        return _formatter.formatException(exc_info)
+    except BaseException:  # a SyntaxError with odd arguments, for instance
+        return "".join([*traceback.format_tb(exc_info[2]), exc_info[0].__qualname__])
 
 
 def _secret_values(arguments: Mapping[str, Any]) -> Iterator[Any]:

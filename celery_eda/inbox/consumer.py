@@ -19,7 +19,9 @@ from sqlalchemy.exc import InternalError, OperationalError, ProgrammingError, SQ
 
 from celery_eda.core import checkpoints, context
 from celery_eda.core.delivery import Delivery
+from celery_eda.core.error_text import presentable
 from celery_eda.core.identity import VERDICT, Identity
+from celery_eda.core.interruption import exceptions_only
 from celery_eda.core.message import Message
 from celery_eda.core.retry import Policy
 from celery_eda.dead_letters import Reason
@@ -132,8 +134,9 @@ class Consumer:
                 raise Unwanted(verdict)
             checkpoints.reach("inbox.admitted")
             unit.progress.in_handler = True
-            ending = handler.run(delivery.task, args, kwargs)
-            unit.flush()
+            with exceptions_only():
+                ending = handler.run(delivery.task, args, kwargs)
+                unit.flush()
             unit.progress.in_handler = False
             self._reply(unit, ending)
             checkpoints.reach("delivery.handled")
@@ -152,11 +155,12 @@ class Consumer:
                 case NextAttempt(message):
                     return self._retry(delivery, message, error)
                 case TryAgain(due):
-                    return self._retry(delivery, again(delivery, due), Retry(exc=error, when=due))
+                    retry = Retry(exc=presentable(error), when=due)
+                    return self._retry(delivery, again(delivery, due), retry)
                 case RunAgain(cause):
                     raise Transient from cause
                 case Requeue():
-                    raise Reject(error, requeue=True) from error
+                    raise Reject(presentable(error), requeue=True) from error
                 case Refuse(verdict):
                     delivery.request.errbacks = None  # as with Celery, which calls none of them
                     self.failures.dead_letter(delivery, Reason(verdict), TaskRevokedError(verdict))
@@ -164,7 +168,7 @@ class Consumer:
                     return Unsuccessful(Ignore(f"the message is {verdict}"))
                 case Dead(reason, failure):
                     self.failures.dead_letter(delivery, reason, failure)
-                    return Unsuccessful(failure)
+                    return Unsuccessful(presentable(failure))
                 case Done():
                     return Unsuccessful(error)
         except Ignore as another_copy:

@@ -12,6 +12,7 @@ from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry
 
 from celery_eda.core import redaction
 from celery_eda.core.delivery import Delivery
+from celery_eda.core.interruption import exceptions_only
 from celery_eda.core.message import Message
 from celery_eda.core.retry import Policy
 from celery_eda.databases import LostRace
@@ -142,7 +143,8 @@ def _due(delivery: Delivery, error: Exception, policy: Policy) -> datetime | Non
     if isinstance(error, MaxRetriesExceededError | PublishingForbidden):
         return None  # the handler has given up; nothing would change
     try:
-        delay = policy(delivery.retries + 1, error)
+        with exceptions_only():
+            delay = policy(delivery.retries + 1, error)
         if delay is None:
             return None
         return datetime.now(timezone.utc) + timedelta(seconds=max(0.0, float(delay)))

@@ -9,6 +9,8 @@ from celery.exceptions import Ignore
 
 from celery_eda.core import redaction
 from celery_eda.core.delivery import Delivery
+from celery_eda.core.error_text import presentable
+from celery_eda.core.interruption import exceptions_only
 from celery_eda.core.message import Message
 from celery_eda.dead_letters import DeadLetterStore, Reason, RepairTasks
 from celery_eda.inbox import handler
@@ -57,8 +59,9 @@ class Failures:
         outgoing.dispatch()
 
     def _record_death(self, delivery: Delivery, reason: Reason, error: Exception) -> Transaction:
+        shown = presentable(error)
         with self.units.begin(delivery) as unit:
-            self._record(unit, Outcome.dead, handler.recorded(delivery.task, error))
+            self._record(unit, Outcome.dead, handler.recorded(delivery.task, shown))
             letter = self.dead_letters.add(
                 unit.connection,
                 delivery.as_message(),
@@ -68,8 +71,8 @@ class Failures:
                 consumer=delivery.consumer,
                 first_at=self.inbox.first_at(unit.connection, delivery.consumer, delivery.identity),
             )
-            self._publish_errbacks(unit, error)
-            self.responder.fail(delivery, error)
+            self._publish_errbacks(unit, shown)
+            self.responder.fail(delivery, shown)
             self._publish_repair(unit, error, letter)
             self.turns.block_or_skip(unit)
             unit.commit()
@@ -91,7 +94,7 @@ class Failures:
         if not request.errbacks:
             return
         try:
-            with unit.connection.begin_nested():
+            with unit.connection.begin_nested(), exceptions_only():
                 handler.publish_errbacks(unit.delivery.task, error)
                 unit.flush()
         except Exception as failure:

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
+from billiard.einfo import ExceptionInfo
 from celery import signals
 from celery.utils.log import get_logger
 from celery.worker import state
@@ -78,12 +79,24 @@ class ReliableRequest(Request):
             return
         state.task_ready(self)
         log.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
-        self.reject(requeue=True)
         consumer = service_of(self._app).wing(Inbox).consumer
         record = partial(consumer.record_time_limit, self.task.name, self._request_dict)
-        # The process still exists, and may hold the only write lock of its database.
-        call_soon = getattr(get_event_loop(), "call_soon", None)
-        call_soon(record) if call_soon else record()
+        if call_soon := getattr(get_event_loop(), "call_soon", None):
+            # The process still exists, and may hold the only write lock of its database.
+            call_soon(record)
+        else:  # a greenlet has ended, and the next delivery may come at once
+            record()
+        self.reject(requeue=True)
+
+    def on_success(self, outcome: Any, **options: Any) -> None:
+        """Have the broker redeliver a message whose call ended with what is no ``Exception``.
+
+        A pool without processes passes such an end here as if it were a success.
+        """
+        if isinstance(outcome, ExceptionInfo):
+            self.on_failure(outcome)
+        else:
+            super().on_success(outcome, **options)
 
     def _success_was_stored(self) -> bool:
         """False, always: Celery would acknowledge a lost worker's message once its result exists.

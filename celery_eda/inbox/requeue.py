@@ -7,16 +7,15 @@ recorded; every other one is turned into a ``Reject`` here, and the broker redel
 from __future__ import annotations
 
 import time
-from asyncio import CancelledError
 from contextlib import suppress
 from typing import NoReturn
 
-from billiard.process import current_process
 from celery import Task
 from celery.exceptions import Reject
 
 from celery_eda.core import context, redaction
 from celery_eda.core.error_text import loggable
+from celery_eda.core.interruption import ends_worker
 from celery_eda.inbox.transient import TRANSIENT_DELAY
 
 log = redaction.logger(__name__)
@@ -30,7 +29,7 @@ def requeue(task: Task, error: BaseException) -> NoReturn:
         BaseException: *error*, if it ends the worker; the broker then redelivers the message too.
     """
     context.abandon()
-    if _ends_worker(error) or (isinstance(error, Reject) and error.requeue):
+    if ends_worker(error) or (isinstance(error, Reject) and error.requeue):
         raise error
     with suppress(Exception):  # a time limit may end the pause
         if isinstance(error, Exception):
@@ -47,16 +46,6 @@ def requeue(task: Task, error: BaseException) -> NoReturn:
 
 
 def _text_of(error: BaseException) -> str:
-    with suppress(Exception):
+    with suppress(BaseException):
         return loggable(repr(error))
     return type(error).__qualname__
-
-
-def _ends_worker(error: BaseException) -> bool:
-    """True if the process, or its worker, may end: Celery then has the message redelivered.
-
-    In a pool without processes Celery would not, and the message would stay unacknowledged.
-    """
-    if isinstance(error, Exception | CancelledError):
-        return False
-    return type(error) is not SystemExit or current_process().name != "MainProcess"

@@ -75,7 +75,9 @@ class TransientErrors:
 
 
 def _causes(error: object) -> Iterator[BaseException]:
-    """*error*, if it is an exception, and the exceptions that it came from."""
-    while isinstance(error, BaseException):
+    """*error*, if it is an exception, and those that it came from, which may form a circle."""
+    seen: set[int] = set()
+    while isinstance(error, BaseException) and id(error) not in seen:
         yield error
-        error = error.__cause__ or error.__context__
+        seen.add(id(error))
+        error = error.__context__ if error.__cause__ is None else error.__cause__

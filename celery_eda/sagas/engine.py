@@ -11,6 +11,8 @@ from sqlalchemy import Connection
 
 from celery_eda.core import context, redaction
 from celery_eda.core.addresses import SAGA_HEADER
+from celery_eda.core.error_text import text_of
+from celery_eda.core.interruption import exceptions_only
 from celery_eda.core.limits import KEY_BYTES
 from celery_eda.errors import SagaError
 from celery_eda.sagas.definition import Definitions, Lock, SubSaga
@@ -112,7 +114,8 @@ class SagaEngine:
         """Plan the next decisions, and change the saga's state accordingly; None if parked."""
         saga, interpreter = transition.saga, transition.interpreter()
         try:
-            with context.silenced(f"A condition of the saga {saga.name}"):
+            silence = context.silenced(f"A condition of the saga {saga.name}")
+            with silence, exceptions_only():
                 plan = interpreter.backward() if saga.back else interpreter.forward()
         except Exception as error:
             log.exception(
@@ -120,7 +123,7 @@ class SagaEngine:
                 "`celery eda sagas resume`",
                 saga.id,
             )
-            _park(transition, f"its definition fails: {type(error).__name__}: {error}")
+            _park(transition, f"its definition fails: {type(error).__name__}: {text_of(error)}")
             return None
         if plan.stuck is not None:
             why, record = plan.stuck
