@@ -9,7 +9,7 @@ from celery import bootsteps
 
 from celery_eda.app.installation import make_reliable
 from celery_eda.errors import UnsafeSetting
-from celery_eda.inbox import ReliableTask, is_asynchronous
+from celery_eda.inbox import ReliableTask, is_asynchronous, make_safe
 
 #: Pools that run greenlets.
 GREEN_POOLS = ("gevent", "eventlet")
@@ -26,6 +26,8 @@ class Guard(bootsteps.Step):
         if why := eda.databases.dialect.refused_pools.get(pool):
             raise UnsafeSetting(f"The pool {pool} cannot be used with this database: {why}.")
         make_reliable(worker.app)
+        for task in _reliable(worker.app.tasks.values()):
+            make_safe(task)
         if pool in GREEN_POOLS and (names := _asynchronous(worker.app.tasks.values())):
             raise UnsafeSetting(
                 f"The pool {pool} cannot run `async def` tasks ({', '.join(names)}): its greenlets "
@@ -36,7 +38,9 @@ class Guard(bootsteps.Step):
         eda.events.record_queues()
 
 
+def _reliable(tasks: Iterable[Any]) -> list[ReliableTask]:
+    return [task for task in tasks if isinstance(task, ReliableTask)]
+
+
 def _asynchronous(tasks: Iterable[Any]) -> list[str]:
-    return sorted(
-        task.name for task in tasks if isinstance(task, ReliableTask) and is_asynchronous(task.run)
-    )
+    return sorted(task.name for task in _reliable(tasks) if is_asynchronous(task.run))

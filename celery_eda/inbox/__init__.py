@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from celery_eda.inbox.decorator import TaskDecorator
+from celery_eda.inbox.safety import make_safe
 from celery_eda.inbox.task import ReliableTask, is_asynchronous, made_reliable, run_async
 from celery_eda.inbox.wiring import Inbox
 
@@ -12,5 +13,6 @@ __all__ = [
     "TaskDecorator",
     "is_asynchronous",
     "made_reliable",
+    "make_safe",
     "run_async",
 ]

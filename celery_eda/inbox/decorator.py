@@ -14,7 +14,8 @@ from celery_eda.core.context import current_session
 from celery_eda.core.retry import Policy, checked_policy
 from celery_eda.core.service import Service
 from celery_eda.errors import ConfigurationError, UnsafeSetting
-from celery_eda.inbox.task import ReliableTask, reliable_class, run_async
+from celery_eda.inbox.safety import SAFE, unsafe_options
+from celery_eda.inbox.task import reliable_class, run_async
 from celery_eda.ordering import Key, key_function
 from celery_eda.requests import Reply
 
@@ -161,9 +162,8 @@ def _refuse_unsafe(options: dict[str, Any]) -> None:
         raise ConfigurationError(
             f"when_dead must be 'block' or 'skip', not {options['when_dead']!r}."
         )
-    for name in ("acks_late", "acks_on_failure", "acks_on_timeout", "reject_on_worker_lost"):
-        if options.get(name, getattr(ReliableTask, name)) != getattr(ReliableTask, name):
-            raise UnsafeSetting(
-                f"@eda.task needs {name}={getattr(ReliableTask, name)}: with any other value a "
-                "killed worker loses the message. Leave the option out, or use @app.task."
-            )
+    for name in unsafe_options(options):
+        raise UnsafeSetting(
+            f"@eda.task needs {name}={SAFE[name]}: with any other value a worker that is killed "
+            "loses the message or repeats its effect. Leave the option out, or use @app.task."
+        )

@@ -26,6 +26,7 @@ class ReliableTask(Task):
     acks_on_failure = True
     acks_on_timeout = False
     reject_on_worker_lost = True
+    retry_on_worker_lost = False
     #: Read by :meth:`celery_eda.core.service.Service.is_reliable`.
     reliable = True
     Request = "celery_eda.inbox.request:ReliableRequest"

@@ -5,6 +5,7 @@ The same faults with every guard in place are in the other tests of this folder.
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,49 @@ def test_acknowledged_too_early_the_message_of_a_killed_worker_is_lost(
     strike_worker(road, "inbox.admitted", mutation)
 
     assert settled_effects(road) == COMMITTED - 1
+
+
+def strike_worker_with(road: Road, step: str, mutation: str, **settings: object) -> None:
+    road.environment["ROAD_SETTINGS"] = json.dumps(settings)
+    strike_worker(road, step, mutation)
+
+
+EARLY = {"*": {"acks_late": False, "reject_on_worker_lost": False, "rate_limit": "100/s"}}
+
+
+def test_annotations_of_tasks_do_not_acknowledge_too_early(road: Road) -> None:
+    strike_worker_with(road, "inbox.admitted", "", task_annotations=EARLY)
+
+    assert settled_effects(road) == COMMITTED
+    assert road.logged("road.charge has acks_late=False, reject_on_worker_lost=False, by") == 1
+
+
+def test_if_annotations_of_tasks_stood_the_message_of_a_killed_worker_would_be_lost(
+    road: Road,
+) -> None:
+    strike_worker_with(road, "inbox.admitted", "annotations_stand", task_annotations=EARLY)
+
+    assert settled_effects(road) == COMMITTED - 1
+
+
+def test_the_message_of_a_worker_that_is_lost_takes_effect_once_though_celery_would_retry_it(
+    road: Road,
+) -> None:
+    retry = {"task_retry_on_worker_lost": True}
+    strike_worker_with(road, "delivery.committed", "", **retry)
+
+    assert settled_effects(road) == COMMITTED
+
+
+def test_if_celery_retried_the_message_of_a_worker_that_is_lost_it_would_take_effect_twice(
+    road: Road,
+) -> None:
+    again = {"*": {"default_retry_delay": 0}}
+    strike_worker_with(
+        road, "delivery.committed", "lost_workers_are_retried", task_annotations=again
+    )
+
+    assert settled_effects(road) == COMMITTED + 1
 
 
 def test_acknowledged_too_early_a_failing_message_is_neither_in_the_queue_nor_a_dead_letter(

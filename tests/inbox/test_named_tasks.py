@@ -163,11 +163,6 @@ def test_an_eager_task_runs_at_once_as_a_plain_function(slot: Slot) -> None:
     assert slot.waiting() == []
 
 
-def test_options_that_would_lose_messages_are_refused(slot: Slot) -> None:
-    with pytest.raises(UnsafeSetting, match="acks_late"):
-        slot.task(acks_late=False)(lambda: None)
-
-
 def test_an_outage_in_the_handler_is_waited_for_and_then_left_to_the_broker(slot: Slot) -> None:
     @slot.task(bind=True, autoretry_for=(Exception,), max_retries=0)
     def unlucky(self: Task, session: Session, number: int) -> None:

@@ -16,7 +16,10 @@ from celery_eda.brokers.base import CONFIRMED
 from celery_eda.brokers.rabbitmq import confirm_channel, envelopes
 from celery_eda.core.addresses import REPLY_TASK
 from celery_eda.core.identity import Identity, Position
-from celery_eda.inbox import handler
+from celery_eda.databases.dialect import Dialect
+from celery_eda.databases.mysql import MySQL
+from celery_eda.databases.postgresql import PostgreSQL
+from celery_eda.inbox import handler, safety, task
 from celery_eda.inbox.attempts import Attempts
 from celery_eda.inbox.intake import Intake
 from celery_eda.inbox.request import ReliableRequest
@@ -90,10 +93,40 @@ def kombu_takes_from_redis() -> None:
 
 def early_acknowledgement() -> None:
     ReliableTask.acks_late = False
+    safety.SAFE["acks_late"] = False
 
 
 def no_reject_on_worker_lost() -> None:
     ReliableTask.reject_on_worker_lost = False
+    safety.SAFE["reject_on_worker_lost"] = False
+
+
+def annotations_stand() -> None:
+    """What `task_annotations` say of a task holds in workers too."""
+    safety.SAFE.clear()
+
+
+def lost_workers_are_retried() -> None:
+    """Celery itself sends the message of a lost worker again, as another message."""
+    ReliableTask.retry_on_worker_lost = True
+    safety.SAFE["retry_on_worker_lost"] = True
+
+
+def refused_statements_fail_messages() -> None:
+    """A server that takes no writes, or has no room, is not away: the message has failed."""
+    for each in (PostgreSQL, MySQL):
+        each.takes_no_writes = Dialect.takes_no_writes  # type: ignore[method-assign]
+        each.is_outage = Dialect.is_outage  # type: ignore[method-assign]
+    errors_of_ours_are_told_to_celery()
+
+
+def errors_of_ours_are_told_to_celery() -> None:
+    """Any error that ends a delivery is the handler's, and Celery acknowledges the message."""
+
+    def tell(_: Any, error: BaseException) -> None:
+        raise error
+
+    task.requeue = tell  # type: ignore[assignment]
 
 
 def retry_keeps_the_failed_attempt() -> None:
@@ -209,6 +242,10 @@ MUTATIONS: dict[str, Callable[[], None]] = {
         kombu_takes_from_redis,
         early_acknowledgement,
         no_reject_on_worker_lost,
+        annotations_stand,
+        lost_workers_are_retried,
+        refused_statements_fail_messages,
+        errors_of_ours_are_told_to_celery,
         retry_keeps_the_failed_attempt,
         links_published_by_celery_too,
         retry_keeps_its_identity,
