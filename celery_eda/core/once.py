@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
+
+from celery_eda.core.forks import on_fork
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,4 +51,4 @@ def _renew_locks() -> None:
         each._lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_renew_locks)
+on_fork(_renew_locks)

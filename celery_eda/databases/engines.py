@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 from sqlalchemy import URL, Engine, create_engine
 
+from celery_eda.core.forks import on_fork
 from celery_eda.databases.dialect import Dialect
 
 
@@ -27,5 +27,5 @@ def create(url: URL, dialect: Dialect, timeout: float) -> Engine:
 
 def forkable(engine: Engine) -> Engine:
     """*engine*, which from now on opens connections of its own in every forked child."""
-    os.register_at_fork(after_in_child=partial(engine.dispose, close=False))
+    on_fork(partial(engine.dispose, close=False))
     return engine

@@ -14,6 +14,7 @@ from typing import Any
 
 from celery import bootsteps
 
+from celery_eda.core.forks import CAN_FORK
 from celery_eda.core.service import service_of
 from celery_eda.outbox.relay import Relay
 from celery_eda.outbox.wiring import Outbox
@@ -43,7 +44,7 @@ class EmbeddedRelay(bootsteps.StartStopStep):
 
     def start(self, worker: Any) -> None:
         outbox = service_of(worker.app).wing(Outbox)
-        if worker.pool_cls.__module__.endswith("prefork"):
+        if CAN_FORK and worker.pool_cls.__module__.endswith("prefork"):
             self.runner = process = RelayProcess(outbox)
             worker.timer.call_repeatedly(REVIVAL, process.revive)
         else:

@@ -7,7 +7,6 @@ dies first, any relay finds the message in the outbox.
 from __future__ import annotations
 
 import atexit
-import os
 import queue
 import threading
 import time
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_eda.core import redaction
+from celery_eda.core.forks import on_fork
 from celery_eda.core.retry import OUTAGE_DELAY, backoff
 from celery_eda.outbox.relay import Relay
 
@@ -50,11 +50,7 @@ class CommitSender:
         self._relay = relay
         self._thread: threading.Thread | None
         self._reset()
-        os.register_at_fork(
-            before=self._pause,
-            after_in_parent=self._resume,
-            after_in_child=self._reset,
-        )
+        on_fork(self._reset, before=self._pause, in_parent=self._resume)
         atexit.register(self.finish)
 
     def _reset(self) -> None:

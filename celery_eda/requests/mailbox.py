@@ -7,7 +7,6 @@ waits for (late, a copy, forged, malformed) is dropped, counted, and logged in o
 from __future__ import annotations
 
 import atexit
-import os
 import threading
 from collections import Counter, OrderedDict
 from concurrent.futures import Future, InvalidStateError
@@ -17,6 +16,7 @@ from weakref import WeakValueDictionary
 
 from celery_eda.brokers import Brokers, ReplyConsumer
 from celery_eda.core import addresses, redaction
+from celery_eda.core.forks import on_fork
 from celery_eda.core.retry import OUTAGE_DELAY, backoff
 from celery_eda.requests.outcomes import ReplyReader
 
@@ -42,7 +42,7 @@ class Mailbox:
         self._brokers = brokers
         self._reader = reader
         self._reset()
-        os.register_at_fork(after_in_child=self._reset)
+        on_fork(self._reset)
         atexit.register(self.close)
 
     def _reset(self) -> None:

@@ -6,7 +6,6 @@ with the first wait and ends after the last one.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from uuid import UUID
 from sqlalchemy import Engine
 
 from celery_eda.core import redaction
+from celery_eda.core.forks import on_fork
 from celery_eda.core.retry import OUTAGE_DELAY, backoff
 from celery_eda.requests.outcomes import ReplyReader
 from celery_eda.requests.store import RequestStore, StoredOutcome, unknown_request
@@ -75,7 +75,7 @@ class ReplyWatcher:
         self._requests = requests
         self._reader = reader
         self._reset()
-        os.register_at_fork(after_in_child=self._reset)
+        on_fork(self._reset)
 
     def _reset(self) -> None:
         # A forked child has neither the thread nor the waiting callers.

@@ -20,8 +20,13 @@ from celery_eda.brokers.database.postgresql import PostgreSQLQueues
 from celery_eda.brokers.database.queueing import RANKS, Queueing
 from celery_eda.brokers.database.queues import Lease, Queued, Queues
 from celery_eda.brokers.database.sqlite import SQLiteQueues
-from celery_eda.brokers.database.sqlite_presence import file_of, refuse_remote
+from celery_eda.brokers.database.sqlite_presence import (
+    file_of,
+    refuse_remote,
+    refuse_without_pipes,
+)
 from celery_eda.core.clock import utc
+from celery_eda.core.forks import on_fork
 from celery_eda.databases import Dialect, PostgreSQL, SQLite, Tables, dialect_of
 from celery_eda.errors import ConfigurationError
 
@@ -68,7 +73,7 @@ class DatabaseBroker:
         self.creates = bool(options.get("create_tables", True))
         self.late: deque[Lease] = deque()
         self._ready = False
-        os.register_at_fork(after_in_child=partial(self.engine.dispose, close=False))
+        on_fork(partial(self.engine.dispose, close=False))
 
     def make_ready(self) -> None:
         """Connect to the database, and create the tables if they are missing.
@@ -124,6 +129,7 @@ def queueing_of(dialect: Dialect, url: URL) -> Queueing:
     if isinstance(dialect, PostgreSQL):
         return PostgreSQLQueues(dialect)
     if isinstance(dialect, SQLite):
+        refuse_without_pipes()
         refuse_remote(file_of(url))
         return SQLiteQueues(dialect)
     raise ConfigurationError(

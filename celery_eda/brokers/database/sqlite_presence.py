@@ -6,7 +6,6 @@ into a queue writes to every pipe; a write to the file without that shows in its
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -80,6 +79,19 @@ def refuse_remote(path: Path, mounts: str | None = None) -> None:
         )
 
 
+def refuse_without_pipes() -> None:
+    """Refuse a system without the pipes by which processes wake each other.
+
+    Raises:
+        ConfigurationError: this is such a system.
+    """
+    if not hasattr(os, "mkfifo"):
+        raise ConfigurationError(
+            "SQLite cannot be the broker on this system, which has no named pipes. Use "
+            "eda+postgresql://, RabbitMQ or Redis; SQLite can still be the service's database."
+        )
+
+
 def _file_system(path: Path, mounts: str | None) -> str:
     if mounts is None:
         try:
@@ -104,7 +116,7 @@ class LockedPipe:
         hidden = folder / f".{self.name}"
         os.mkfifo(hidden)
         self._descriptor: int | None = os.open(hidden, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(self._descriptor)
         hidden.rename(self._path)
 
     def announce(self, connection: Connection, taker: int) -> None:
@@ -149,7 +161,7 @@ def is_gone(folder: Path, name: str) -> bool:
     except PermissionError:  # another user's pipe: that user's processes look after it
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor)
     except BlockingIOError:
         return False
     else:
@@ -157,6 +169,17 @@ def is_gone(folder: Path, name: str) -> bool:
         return True
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Lock a pipe.
+
+    Raises:
+        BlockingIOError: a process holds the lock.
+    """
+    import fcntl  # not on Windows, where SQLite cannot be the broker
+
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def wake_all(folder: Path) -> None:

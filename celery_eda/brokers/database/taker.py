@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Sequence
@@ -15,6 +14,7 @@ from sqlalchemy import Connection
 
 from celery_eda.brokers.database.broker import DatabaseBroker
 from celery_eda.brokers.database.watermarks import Watermarks
+from celery_eda.core.forks import on_fork
 
 log = logging.getLogger(__name__)
 
@@ -187,4 +187,4 @@ def _disown_all() -> None:
 
 #: The parent's takers, kept from being collected: only the parent may close their connections.
 _inherited: list[Any] = []
-os.register_at_fork(after_in_child=_disown_all)
+on_fork(_disown_all)

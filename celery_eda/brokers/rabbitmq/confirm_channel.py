@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import select
-import socket
 import time
 from collections import deque
 from itertools import count
@@ -13,6 +11,7 @@ from amqp import Connection
 from celery_eda.brokers.base import PublishResult, Sendable, refused
 from celery_eda.brokers.rabbitmq.confirms import InFlight
 from celery_eda.brokers.rabbitmq.envelopes import Frames
+from celery_eda.brokers.readiness import readable
 from celery_eda.core import checkpoints
 
 CHUNK = 2**17  # bytes written at once: the broker starts early, and its confirms are read soon
@@ -43,7 +42,7 @@ class ConfirmChannel:
 
     @property
     def is_readable(self) -> bool:
-        return readable(self._connection.sock)
+        return bool(readable(self._connection.sock))
 
     def close(self) -> None:
         self._channel.close()
@@ -69,13 +68,6 @@ class ConfirmChannel:
         self._connection.sock.settimeout(left(until))
         self._connection.transport.write(self._frames.take())
         checkpoints.reach("relay.published")
-
-
-def readable(sock: socket.socket) -> bool:
-    """True if the broker has sent something, or has closed the connection."""
-    watch = select.poll()
-    watch.register(sock, select.POLLIN)
-    return bool(watch.poll(0))
 
 
 def left(until: float) -> float:

@@ -19,7 +19,8 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from celery_eda.brokers.base import PublishResult, Sendable, Verdict, refused, unknown
-from celery_eda.brokers.rabbitmq.confirm_channel import ConfirmChannel, left, readable
+from celery_eda.brokers.rabbitmq.confirm_channel import ConfirmChannel, left
+from celery_eda.brokers.readiness import readable
 from celery_eda.brokers.topology import declare
 
 WINDOW = 1000  # messages in flight at the same time

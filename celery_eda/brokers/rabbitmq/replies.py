@@ -8,7 +8,6 @@ be published on the channel that waits for the reply, and a relay publishes on a
 
 from __future__ import annotations
 
-import select
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +15,7 @@ from celery import Celery
 from kombu import Queue
 
 from celery_eda.brokers.bell import Bell
+from celery_eda.brokers.readiness import readable
 
 #: Seconds between two heartbeats; without any for twice as long the broker counts as lost.
 HEARTBEAT = 10
@@ -92,10 +92,7 @@ class ReplyConsumer:
         broker = self._broker.connection.sock
         if getattr(broker, "pending", int)():
             return True
-        watch = select.poll()
-        watch.register(broker, select.POLLIN)
-        watch.register(self._bell, select.POLLIN)
-        ready = dict(watch.poll(timeout * 1000))
+        ready = readable(broker, self._bell, within=timeout)
         if self._bell.fileno() in ready:
             self._bell.reset()
         return broker.fileno() in ready
