@@ -39,6 +39,11 @@ class PendingReply(Protocol):
         """
         ...
 
+    @property
+    def given_up(self) -> bool:
+        """True if the reply can no longer arrive, because a wait for it has ended without it."""
+        ...
+
     def cancel(self) -> None:
         """Stop waiting."""
         ...
@@ -109,7 +114,7 @@ class Reply(Generic[R_co]):
             RemoteError: the responder failed permanently. If the type of its error is built into
                 Python, or registered with ``eda.register_error``, that error is raised instead.
         """
-        self.check_sent()
+        self._check()
         seconds = self._timeout if timeout is None else timeout
         try:
             outcome = self.pending.future(seconds).result(seconds)
@@ -129,8 +134,23 @@ class Reply(Generic[R_co]):
         if self._guard is not None:
             self._guard.check()
 
-    async def _get_async(self) -> R_co:
+    def _check(self) -> None:
+        """Refuse to wait for a reply that cannot arrive.
+
+        Raises:
+            UnsentRequest: the transaction that holds the request is not committed.
+            RequestTimeout: an earlier wait has given the reply up.
+        """
         self.check_sent()
+        if self.pending.given_up:
+            raise RequestTimeout(
+                f"The reply to {self.correlation_id} was given up by an earlier wait that timed "
+                "out or was cancelled, and a later reply is dropped. Ask again, or ask with "
+                '`address="durable"`, whose replies can be waited for repeatedly.'
+            )
+
+    async def _get_async(self) -> R_co:
+        self._check()
         future = asyncio.wrap_future(self.pending.future(self._timeout))
         try:
             await asyncio.wait([future], timeout=self._timeout)
@@ -234,8 +254,11 @@ class Replies(Generic[R]):
             index = futures.pop(future)
             if not future.cancelled():
                 tally.add(index, future.result())
-        if not tally.decided and tally.successes + len(futures) < self._need:  # some were cancelled
-            raise self._too_few(tally, seconds)
+        if not tally.decided and tally.successes + len(futures) < self._need:
+            raise RequestTimeout(
+                f"{tally.successes} of {self._need} replies have arrived; others were given up by "
+                "an earlier wait that timed out or was cancelled. Ask again."
+            )
         return tally, futures
 
     def _too_few(self, tally: _Tally[R], seconds: float) -> RequestTimeout:
@@ -306,6 +329,10 @@ class MailboxReply:
     def future(self, timeout: float) -> Future[Any]:
         return self.arrival
 
+    @property
+    def given_up(self) -> bool:
+        return self.arrival.cancelled()
+
     def cancel(self) -> None:
         self.mailbox.cancel(self.correlation_id)
         self.arrival.cancel()
@@ -313,6 +340,8 @@ class MailboxReply:
 
 class StoredReply:
     """A durable reply: it arrives in the database of the service and can be read repeatedly."""
+
+    given_up = False
 
     def __init__(self, correlation_id: UUID, watcher: ReplyWatcher) -> None:
         self._correlation_id = correlation_id
@@ -341,6 +370,7 @@ class EagerReply:
     """
 
     outcome: Any
+    given_up = False
 
     @property
     def done(self) -> bool:

@@ -366,18 +366,51 @@ def test_the_time_out_of_a_responder_is_no_lack_of_a_reply(shop: Shop, ask: str)
         asyncio.run(_await(waiting))
 
 
-@pytest.mark.parametrize("ask", ["request", "scatter"])
-def test_what_was_given_up_is_not_waited_for_again(shop: Shop, ask: str) -> None:
-    calls = [shop.quote.s(7)]
-    waiting: Any = shop.eda.request(*calls) if ask == "request" else shop.eda.scatter(calls)
-    waiting.cancel()
+def by_cancel(reply: Any) -> None:
+    reply.cancel()
+
+
+def by_time_out(reply: Any) -> None:
+    with pytest.raises(RequestTimeout, match="within"):
+        reply.get(timeout=0.01)
+
+
+def by_wait_for(reply: Any) -> None:
+    async def wait_briefly() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(_await(reply), 0.01)
+
+    asyncio.run(wait_briefly())
+
+
+@pytest.mark.parametrize("give_up", [by_cancel, by_time_out, by_wait_for])
+@pytest.mark.parametrize("ask", [*VOLATILE, "scatter"])
+def test_what_was_given_up_is_not_waited_for_again(
+    make_shop: Callable[..., Shop], ask: Any, give_up: Callable[[Any], None]
+) -> None:
+    shop = make_shop(eda_request_timeout=10 * BOUND)
+    call = shop.quote.s(7)
+    waiting: Any = (
+        shop.eda.scatter([call]) if ask == "scatter" else shop.eda.request(call, address=ask)
+    )
+    give_up(waiting)
     started = time.monotonic()
 
-    with pytest.raises(RequestTimeout):
-        waiting.get(timeout=600)
-    with pytest.raises(RequestTimeout):
+    with pytest.raises(RequestTimeout, match="given up"):
+        waiting.get(timeout=10 * BOUND)
+    with pytest.raises(RequestTimeout, match="given up"):
         asyncio.run(_await(waiting))
+    assert not waiting.done
     assert time.monotonic() - started < BOUND
+
+
+def test_a_durable_reply_that_was_given_up_can_be_waited_for_again(shop: Shop) -> None:
+    reply = shop.eda.request(shop.quote, (7,), address="durable")
+    by_time_out(reply)
+    by_wait_for(reply)
+    shop.answer(reply.correlation_id, {"result": 7})
+
+    assert reply.get(timeout=BOUND) == 7
 
 
 def test_where_every_task_is_eager_the_reply_is_there_at_once(
