@@ -4,6 +4,7 @@ EDAError
 ├── ConfigurationError          also Celery's ImproperlyConfigured
 │   ├── UnknownSetting          a misspelt eda_* key
 │   ├── UnsafeSetting           a combination that would lose or double messages
+│   ├── NameTaken               a service with another database has the same name
 │   └── SchemaOutdated          tables missing or from another version
 ├── TransactionError
 │   ├── AutocommitTransaction   there is no transaction to share
@@ -11,6 +12,7 @@ EDAError
 │   ├── TwoSessions             cannot tell which open session a message belongs to
 │   ├── OtherBroker             called with a connection to another broker than the app's
 │   ├── OutsideTransaction      published outside, where the settings forbid it
+│   ├── StatementTooLarge       more than the server accepts at once
 │   ├── VersionConflict         another transaction has appended to the event stream
 │   └── BrokenTransaction       a handler ended the transaction of its own message
 ├── RepairError                 a dead letter cannot be treated like that
@@ -37,6 +39,7 @@ EDAError
 │   ├── TooLarge
 │   └── Undecodable
 ├── TimeLimit                   why a message that overruns its hard limit is a dead letter
+├── TransactionTimeout          why one is whose transactions were idle for too long
 ├── Unwanted                    a message is expired or revoked
 └── WorkersLost                 why a message that ends its workers is a dead letter
 """
@@ -60,6 +63,10 @@ class UnknownSetting(ConfigurationError):
 
 class UnsafeSetting(ConfigurationError):
     """A setting, or a combination of settings, would lose or double messages."""
+
+
+class NameTaken(ConfigurationError):
+    """Workers with another database use the name of this service on the same broker."""
 
 
 class SchemaOutdated(ConfigurationError):
@@ -92,6 +99,10 @@ class OutsideTransaction(TransactionError):
 
 class BrokenTransaction(TransactionError):
     """A handler's work would not be committed together with its inbox row."""
+
+
+class StatementTooLarge(TransactionError):
+    """A statement is larger than the database accepts; a repetition would fail too."""
 
 
 class VersionConflict(TransactionError):
@@ -232,6 +243,10 @@ class Undecodable(Malformed):
 
 class TimeLimit(EDAError):
     """A message exceeded its hard time limit at each delivery."""
+
+
+class TransactionTimeout(EDAError):
+    """The database ended the transaction of each delivery of a message, because it was idle."""
 
 
 class Unwanted(EDAError):

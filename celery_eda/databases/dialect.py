@@ -372,6 +372,10 @@ class Dialect:
         """True if the database is away or takes no writes, through no fault of the statement."""
         return isinstance(error, DBAPIError) and error.connection_invalidated
 
+    def ended_idle(self, error: BaseException) -> bool:
+        """True if the database says that it ended the transaction because it was idle."""
+        return False
+
     def takes_no_writes(self, error: DBAPIError) -> bool:
         """True if the server, or this connection to it, is read-only: a replica, say."""
         return False

@@ -29,6 +29,7 @@ from sqlalchemy.dialects.mysql import Insert, insert
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
+from celery_eda.databases import packets
 from celery_eda.databases.dialect import Dialect, Values
 from celery_eda.databases.statements import cached_statement
 from celery_eda.databases.types import Moment
@@ -77,6 +78,10 @@ class MySQL(Dialect):
                 cursor.execute("SHOW VARIABLES LIKE 'idle_transaction_timeout'")
                 name = "idle_transaction_timeout" if cursor.fetchall() else "wait_timeout"
                 cursor.execute(f"SET SESSION {name} = {seconds}")
+
+    def watch(self, engine: Engine) -> None:
+        super().watch(engine)
+        packets.explain_refusals(engine)
 
     @contextmanager
     def exclusive(self, connection: Connection, name: str) -> Iterator[None]:

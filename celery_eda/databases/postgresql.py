@@ -61,6 +61,10 @@ TIMELINE_DIGITS = 8
 _POOLED = "celery_eda_pooled"
 
 
+#: The transaction was idle, or open, for longer than the session or the server allows.
+IDLE_TOO_LONG = frozenset({"25P03", "25P04"})
+
+
 class PostgreSQL(Upserting):
     insert = staticmethod(insert)
     transient_codes = frozenset({"40001", "40P01", "55P03"})
@@ -251,6 +255,9 @@ class PostgreSQL(Upserting):
             isinstance(error, OperationalError)
             and str(self.code_of(error) or "08").startswith(("08", "57P", "53", "58030", "25P"))
         )
+
+    def ended_idle(self, error: BaseException) -> bool:
+        return isinstance(error, DBAPIError) and self.code_of(error) in IDLE_TOO_LONG
 
     def takes_no_writes(self, error: DBAPIError) -> bool:
         return str(self.code_of(error)).startswith(("25006", "57P"))

@@ -25,6 +25,10 @@ from celery_eda.databases import Dialect, Retention
 
 #: The cause of a delivery without an outcome: the handler exceeded its hard time limit.
 TIME_LIMIT = "time limit"
+#: Another one: the database ended the transaction of the handler, because it was idle for too long.
+IDLE = "idle transaction"
+#: Redeliveries without an outcome of a message whose handler stalls; each takes that long.
+MOST_STALLS = 2
 
 
 def is_attempt(table: Table) -> ColumnElement[bool]:

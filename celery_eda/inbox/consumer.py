@@ -17,7 +17,7 @@ from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, Task
 from sqlalchemy import Engine
 from sqlalchemy.exc import InternalError, OperationalError, ProgrammingError, SQLAlchemyError
 
-from celery_eda.core import checkpoints, context
+from celery_eda.core import checkpoints, context, redaction
 from celery_eda.core.delivery import Delivery
 from celery_eda.core.error_text import presentable
 from celery_eda.core.identity import VERDICT, Identity
@@ -27,7 +27,7 @@ from celery_eda.core.retry import Policy
 from celery_eda.dead_letters import Reason
 from celery_eda.errors import OutOfSequence, Unwanted
 from celery_eda.inbox import handler
-from celery_eda.inbox.attempts import TIME_LIMIT, Attempts
+from celery_eda.inbox.attempts import IDLE, MOST_STALLS, TIME_LIMIT, Attempts
 from celery_eda.inbox.continuation import (
     Continuation,
     Dead,
@@ -45,10 +45,12 @@ from celery_eda.inbox.failures import Failures, again
 from celery_eda.inbox.handler import HandlerResult
 from celery_eda.inbox.ordering import TurnKeeper
 from celery_eda.inbox.store import InboxStore, Outcome, RecordedOutcome
-from celery_eda.inbox.transient import Transient, TransientErrors
+from celery_eda.inbox.transient import Stalled, Transient, TransientErrors
 from celery_eda.inbox.unit_of_work import UnitOfWork, UnitsOfWork
 from celery_eda.ordering import Turn
 from celery_eda.requests import Responder
+
+log = redaction.logger(__name__)
 
 T = TypeVar("T")
 
@@ -62,6 +64,7 @@ class Consumer:
 
     Attributes:
         max_deliveries: redeliveries without an outcome after which a message is a dead letter.
+        transaction_timeout: seconds after which the database ends an idle transaction.
         policy: decides on further attempts of tasks without a policy of their own; None for no
             further attempt.
     """
@@ -75,6 +78,7 @@ class Consumer:
     responder: Responder
     transient_errors: TransientErrors
     max_deliveries: int
+    transaction_timeout: float
     policy: Policy | None = None
 
     def deliver(self, task: Task, args: Sequence[Any], kwargs: dict[str, Any]) -> Ending:
@@ -95,13 +99,18 @@ class Consumer:
             return self._despite_outages(delivery, self._conclude, error, malformed)
         if delivery.redelivered and (end := self._despite_outages(delivery, self._count)):
             return end
-        return self._despite_outages(delivery, self._attempt, args, kwargs)
+        try:
+            return self._despite_outages(delivery, self._attempt, args, kwargs)
+        except Stalled as stalled:
+            self._record_cause(delivery.consumer, delivery.identity, IDLE)
+            log.error("%s stalled, and is redelivered: %r", delivery.log_name, stalled.__cause__)
+            raise Reject(repr(stalled.__cause__), requeue=True) from stalled
 
     def _attempt(self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]) -> Ending:
         """Make one attempt: it takes effect, or it is rolled back and what follows is recorded."""
         try:
             return self._handle(delivery, args, kwargs)
-        except Transient:
+        except (Transient, Stalled):
             raise
         except Exception as error:
             progress = context.in_progress.get()
@@ -178,7 +187,7 @@ class Consumer:
         """Record a next attempt; if the outbox refuses it, the message fails for good."""
         try:
             self.failures.retry(delivery, next_attempt)
-        except (Transient, *UNRELATED):
+        except (Transient, Stalled, *UNRELATED):
             raise
         except Exception as error:
             return self._conclude(delivery, error, classify(delivery, error, self.transient_errors))
@@ -214,9 +223,9 @@ class Consumer:
             cause = self.attempts.cause(connection, delivery.consumer, delivery.identity)
             deliveries = self.attempts.count(connection, delivery.consumer, delivery.identity)
         checkpoints.reach("delivery.started")
-        if deliveries <= self.max_deliveries:
+        if deliveries <= (MOST_STALLS if cause == IDLE else self.max_deliveries):
             return None
-        dead = lost(deliveries, cause)
+        dead = lost(deliveries, cause, self.transaction_timeout)
         return self._conclude(delivery, dead.error, dead)
 
     def record_time_limit(self, consumer: str, headers: Mapping[str, Any]) -> None:
@@ -227,9 +236,12 @@ class Consumer:
         identity = Identity.of_headers(headers) or Identity.of_foreign(
             headers["id"], headers.get("retries") or 0, headers.get("replaced_task_nesting") or 0
         )
+        self._record_cause(consumer, identity, TIME_LIMIT)
+
+    def _record_cause(self, consumer: str, identity: Identity, cause: str) -> None:
         with suppress(SQLAlchemyError), self.engine.begin() as connection:
             if not self.inbox.find(connection, consumer, identity):
-                self.attempts.record_cause(connection, consumer, identity, TIME_LIMIT)
+                self.attempts.record_cause(connection, consumer, identity, cause)
 
     def _despite_outages(self, delivery: Delivery, step: Callable[..., T], *arguments: Any) -> T:
         """Run *step*, repeatedly while the database is busy or away."""

@@ -22,10 +22,11 @@ from celery_eda.errors import (
     OutOfSequence,
     PublishingForbidden,
     TimeLimit,
+    TransactionTimeout,
     Unwanted,
     WorkersLost,
 )
-from celery_eda.inbox.attempts import TIME_LIMIT
+from celery_eda.inbox.attempts import IDLE, TIME_LIMIT
 from celery_eda.inbox.transient import Transient, TransientErrors
 
 log = redaction.logger(__name__)
@@ -129,8 +130,16 @@ def classify(
     return Dead(Reason.exhausted if delivery.retries else Reason.failed, error)
 
 
-def lost(deliveries: int, cause: str | None) -> Dead:
+def lost(deliveries: int, cause: str | None, transaction_timeout: float) -> Dead:
     """The end of a message that has had too many *deliveries* without an outcome."""
+    if cause == IDLE:
+        stalled = (
+            f"{deliveries} deliveries had no outcome: the database ended the last transaction, "
+            f"which had been idle for longer than eda_transaction_timeout ({transaction_timeout:g} "
+            "s), or than the database itself allows. Raise it, or let the task do what takes long "
+            "before it uses the database, or in a task of its own; then redrive the message."
+        )
+        return Dead(Reason.time_limit, TransactionTimeout(stalled))
     if cause == TIME_LIMIT:
         overrun = f"{deliveries} deliveries had no outcome, the last within its time limit"
         return Dead(Reason.time_limit, TimeLimit(overrun))

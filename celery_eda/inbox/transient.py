@@ -28,6 +28,13 @@ class Transient(Exception):
     """The database was busy or away, as ``__cause__`` says; the step may be repeated."""
 
 
+class Stalled(Exception):
+    """The database ended a transaction that was idle for too long, as ``__cause__`` says.
+
+    The step is not repeated here: it took long, and is likely to stall again.
+    """
+
+
 @dataclass(frozen=True)
 class TransientErrors:
     """Recognizes transient errors of one database, and repeats steps that failed with one.
@@ -48,12 +55,15 @@ class TransientErrors:
 
         Raises:
             Reject: the time is up; the broker is to redeliver the message.
+            Stalled: the database ended the transaction of the step.
         """
         deadline = time.monotonic() + self.seconds
         for delay in delays(*TRANSIENT_DELAY):
             try:
                 return step()
             except Exception as error:
+                if isinstance(error, Stalled):
+                    raise
                 if not isinstance(error, Transient) and not self.includes(error):
                     raise
                 cause = error.__cause__ if isinstance(error, Transient) else error
@@ -67,14 +77,14 @@ class TransientErrors:
 
     def includes(self, error: object) -> bool:
         """True if *error*, or an error that it came from, is a transient one."""
-        return self._is_busy(error) or any(map(self.dialect.is_outage, _causes(error)))
+        return self._is_busy(error) or any(map(self.dialect.is_outage, causes_of(error)))
 
     def _is_busy(self, error: object) -> bool:
         """True if another transaction was in the way, so that the message is not to blame."""
-        return any(map(self.dialect.is_transient, _causes(error)))
+        return any(map(self.dialect.is_transient, causes_of(error)))
 
 
-def _causes(error: object) -> Iterator[BaseException]:
+def causes_of(error: object) -> Iterator[BaseException]:
     """*error*, if it is an exception, and those that it came from, which may form a circle."""
     seen: set[int] = set()
     while isinstance(error, BaseException) and id(error) not in seen:

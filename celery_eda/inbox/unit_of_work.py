@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from celery_eda.core import context
 from celery_eda.core.context import InProgress
 from celery_eda.core.delivery import Delivery
 from celery_eda.databases import Dialect
-from celery_eda.errors import BrokenTransaction
+from celery_eda.errors import BrokenTransaction, StatementTooLarge
 from celery_eda.inbox.attempts import Attempts
-from celery_eda.inbox.transient import Transient
+from celery_eda.inbox.transient import Stalled, Transient, causes_of
 from celery_eda.outbox import Outbox, Transaction, join
 
 
@@ -24,12 +25,14 @@ class UnitsOfWork:
 
     Attributes:
         outbox: stores the messages that handlers publish.
+        timeout: seconds after which the database may end a transaction that is idle.
     """
 
     engine: Engine
     dialect: Dialect
     attempts: Attempts
     outbox: Outbox
+    timeout: float
 
     @contextmanager
     def begin(self, delivery: Delivery) -> Iterator[UnitOfWork]:
@@ -38,8 +41,10 @@ class UnitsOfWork:
         The block commits it by :meth:`UnitOfWork.commit`; else it is rolled back at the end.
 
         Raises:
+            Stalled: the database ended the transaction, because it was idle.
             Transient: the connection to the database broke.
         """
+        began = time.monotonic()
         with self.engine.connect() as connection:
             progress = InProgress(delivery, connection.begin())
             context.in_progress.set(progress)
@@ -48,9 +53,14 @@ class UnitsOfWork:
                 with context.scope_of(outgoing, inherited=True):
                     yield UnitOfWork(delivery, progress, outgoing, self.dialect, self.attempts)
             except Exception as error:
-                if connection.invalidated:
-                    raise Transient from error
-                raise
+                causes = list(causes_of(error))
+                if not connection.invalidated or isinstance(causes[0], StatementTooLarge):
+                    raise
+                # Some servers close the connection of an idle transaction without a word.
+                overdue = time.monotonic() - began > self.timeout
+                if overdue or any(map(self.dialect.ended_idle, causes)):
+                    raise Stalled from error
+                raise Transient from error
             finally:
                 progress.finished = True
 

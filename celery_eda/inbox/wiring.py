@@ -75,7 +75,8 @@ class Inbox:
         """Handles deliveries so that each message takes effect once."""
         databases, settings = self._databases, self._service.settings
         attempts = self.attempts
-        units = UnitsOfWork(databases.engine, databases.dialect, attempts, self._outbox)
+        timeout = settings.transaction_timeout
+        units = UnitsOfWork(databases.engine, databases.dialect, attempts, self._outbox, timeout)
         turns = TurnKeeper(self._ordering.cursors)
         transient = TransientErrors(databases.dialect, settings.outage_patience)
         return Consumer(
@@ -96,6 +97,7 @@ class Inbox:
             responder=self._requests.responder,
             transient_errors=transient,
             max_deliveries=settings.max_deliveries,
+            transaction_timeout=timeout,
             policy=self.retry_policy,
         )
 

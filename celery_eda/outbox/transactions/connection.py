@@ -88,7 +88,7 @@ class JoinedConnection(Transaction):
         except BaseException:
             # SQLAlchemy treats this like a failed COMMIT, after which it sends no ROLLBACK: the
             # next commit of the connection would commit the work without its messages.
-            connection.connection.rollback()
+            _roll_back(connection)
             raise
 
     def start(self) -> None:
@@ -105,6 +105,16 @@ class JoinedConnection(Transaction):
         connection = self._connection()
         if connection is None or connection.get_transaction() is None:
             self.dispatch()
+
+
+def _roll_back(connection: Connection) -> None:
+    """Roll back by the driver, or give the connection up: the error to report came before."""
+    if connection.invalidated:
+        return
+    try:
+        connection.connection.rollback()
+    except Exception:
+        connection.invalidate()
 
 
 @cache

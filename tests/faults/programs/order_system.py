@@ -97,6 +97,15 @@ def slow(session: Session, number: int, seconds: float) -> int:
     return number
 
 
+@eda.task(name="road.stall")
+def stall(session: Session, number: int, seconds: float, always: bool = False) -> int:
+    """Computes for so long after it wrote, the first time or every time."""
+    session.execute(insert(effects).values(name="stall", number=number))
+    if always or _first_time(f"stall{number}"):
+        time.sleep(seconds)
+    return number
+
+
 @eda.task(name="road.patient")
 def patient(session: Session, number: int, seconds: float) -> int:
     """As :func:`slow`, but content with less when its soft limit comes."""
