@@ -16,9 +16,9 @@ class RepairDecorator:
     """``@eda.repairs(charge, on=BadAmount)``: makes a function a repairer of a task's messages.
 
     When the task fails for good with such an error, a call of the repair task ``<task>.repair`` is
-    published to the queue ``eda_repair_queue``, in the transaction that writes the dead letter. So
-    the worker that failed is not blocked. Workers without ``-Q`` consume from that queue. Both
-    workers have to load the module with the repairer.
+    published to the queue ``eda_repair_queue``, by default ``eda.repair.<service>``, in the
+    transaction that writes the dead letter. So the worker that failed is not blocked. Workers
+    without ``-Q`` consume from that queue. Both workers have to load the module with the repairer.
 
     The function gets a :class:`celery_eda.Failure` and returns ``failure.resubmit(…)``,
     ``failure.skip(why)``, ``failure.leave(why)``, or None, which means leave. The decision takes

@@ -56,8 +56,8 @@ class Service:
         """
         if not (name := self.name_or_none):
             raise ConfigurationError(
-                "Messages with an ordering key need the name of the service that publishes them. "
-                "Set eda_service, or give the Celery app a name."
+                "Messages with an ordering key, durable requests, events and repairs need the name "
+                "of their service. Set eda_service, or give the Celery app a name."
             )
         return name
 

@@ -103,9 +103,10 @@ class Settings:
         "Redeliveries of one message, each after a lost worker, before it becomes a dead letter.",
         least=1,
     )
-    repair_queue: str = option(
-        "eda.repair",
-        "Queue of the tasks that `@eda.repairs` creates; workers without `-Q` consume from it.",
+    repair_queue: str | None = option(
+        None,
+        "Queue of the tasks that `@eda.repairs` creates; workers without `-Q` consume from it. By "
+        "default `eda.repair.<service>`. Two services must not share one.",
     )
     max_repairs: int = option(
         3, "Automatic repairs of one message; after them, only a person can repair it."

@@ -24,6 +24,9 @@ from celery_eda.dead_letters.letter import Letter
 from celery_eda.dead_letters.repair import Repair
 from celery_eda.errors import ConfigurationError, UnreadableBody
 
+#: Beginning of the names of the queues of repair tasks.
+REPAIRS = "eda.repair"
+
 
 @dataclass(frozen=True)
 class Repairers:
@@ -155,13 +158,18 @@ class RepairTasks:
     def queues(self) -> set[str]:
         """The queues of all repair tasks."""
         everything = (each for repairers in self.known.values() for each in repairers)
-        return {queue or self.service.settings.repair_queue for _, _, queue in everything}
+        return {queue or self._default_queue for _, _, queue in everything}
+
+    @property
+    def _default_queue(self) -> str:
+        """The queue of repair tasks without one of their own; services do not share it."""
+        return self.service.settings.repair_queue or f"{REPAIRS}.{self.service.name}"
 
     def dispatch(self, task: Task, error: Exception, letter: int) -> None:
         """Publish a call of the first repair task for *error* of *task*, if there is any."""
         for on, name, queue in self.known.get(task.name, ()):
             if isinstance(error, on):
                 self.service.app.tasks[name].apply_async(
-                    (letter,), queue=queue or self.service.settings.repair_queue
+                    (letter,), queue=queue or self._default_queue
                 )
                 return

@@ -74,7 +74,10 @@ def test_a_repair_is_published_with_the_dead_letter(slot: Slot, charge: Any) -> 
     (repair,) = slot.sent()
 
     (letter,) = letters(slot)
-    assert (repair.task, repair.routing_key) == ("charge.repair", "eda.repair")
+    assert (repair.task, repair.routing_key) == (
+        "charge.repair",
+        f"eda.repair.{slot.app.main}",
+    )
     assert repair.body.startswith(b"[[%d], {}" % letter.id)
     assert repair.headers["parent_id"] == message.headers["id"]
 

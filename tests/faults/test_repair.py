@@ -40,7 +40,7 @@ def mending(road: Road) -> None:
 
 
 def worker(road: Road, name: str = "one", **environment: str) -> Process:
-    return road.worker("-Q", "road,eda.repair", "-n", f"{name}@%h", **environment)
+    return road.worker("-Q", "road,eda.repair.road", "-n", f"{name}@%h", **environment)
 
 
 def dead_letters(road: Road, *arguments: object, **environment: str) -> Process:

@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from celery_eda.app.installation import make_reliable
-from celery_eda.errors import NoDelivery, UnsafeSetting
+from celery_eda.errors import NoDelivery
 from celery_eda.inbox.task import ReliableTask
 from tests.support.databases import Database
 from tests.support.worker_slot import Slot

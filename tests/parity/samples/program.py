@@ -57,6 +57,8 @@ class Shop:
             eda_database_url=database,
             eda_send_after_commit=False,
             task_default_queue="shop",
+            # The name by default when the samples were stored.
+            eda_repair_queue="eda.repair",
             accept_content=ACCEPTED,
         )
         self.app._local.oid = "0f9c1d52-0000-4000-8000-000000000000"
