@@ -22,6 +22,9 @@ from celery_eda.brokers.database.taker import Busy, Taker
 
 #: Seconds that an acknowledgement waits for others to share its transaction.
 BATCHING_DELAY = 0.01
+#: Seconds until the next turn of the event loop, for calls from within a callback. There kombu's
+#: ``call_soon`` would call after the next event, be that a second away.
+NEXT_TURN = 0.0005
 
 
 class Transport(virtual.Transport):
@@ -42,6 +45,7 @@ class Transport(virtual.Transport):
         self._broker: DatabaseBroker | None = None
         self._taker: Taker | None = None
         self._loop: Any = None
+        self._loop_thread: int | None = None
         self._timers: list[Any] = []
         self._later: Any = None
         self._soon = False
@@ -100,7 +104,7 @@ class Transport(virtual.Transport):
     # ── in an event loop ────────────────────────────────────────────────────────────────────
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        self._loop = loop
+        self._loop, self._loop_thread = loop, threading.get_ident()
         if self._taker is not None:
             self._attach()
 
@@ -137,8 +141,12 @@ class Transport(virtual.Transport):
             self._call_soon()
 
     def _call_soon(self) -> None:
-        if self._loop is not None and not self._soon:
-            self._soon = True
+        if self._loop is None or self._soon:
+            return
+        self._soon = True
+        if self._loop_thread == threading.get_ident():
+            self._loop.call_later(NEXT_TURN, self._on_soon)
+        else:
             self._loop.call_soon(self._on_soon)
 
     def _on_soon(self) -> None:
@@ -206,7 +214,8 @@ class Transport(virtual.Transport):
         self.receive_wakeups()
         if busy:
             self._call_later(RETRY_DELAY)
-        elif any(channel.is_urgent for channel in self.channels):
+        elif number or any(channel.is_urgent for channel in self.channels):
+            # With the pool solo, Celery runs what was delivered in the next turn of the loop.
             self._call_soon()
         return number
 
