@@ -30,7 +30,8 @@ class RelayResult:
     Attributes:
         confirmed: the broker has them.
         dropped: replies to processes that have ended, and events without a subscription.
-        refused: refused by the broker, or with a prerequisite that failed. They are retried later.
+        refused: refused by the broker, with a queue that is down, or with a prerequisite that
+            failed. They are retried later.
         unknown: the broker was away. They stay in the outbox as they were.
     """
 
@@ -77,10 +78,12 @@ class Settlement:
         unprepared: Mapping[int, str],
     ) -> RelayResult:
         """Clear the confirmed rows, postpone those that cannot be sent, release the others."""
-        confirmed, refused, unknown = (
+        confirmed, refused, unavailable, unknown = (
             [pair for pair in answered if pair[1].verdict is verdict]
-            for verdict in (Verdict.confirmed, Verdict.refused, Verdict.unknown)
-        )
+            for verdict in (
+                Verdict.confirmed, Verdict.refused, Verdict.unavailable, Verdict.unknown,
+            )
+        )  # fmt: skip
         dropped = [each for each, answer in refused if _may_be_dropped(each, answer)]
         gone = [*(each for each, _ in confirmed), *dropped]
         self.outbox.clear(connection, self.owner, [each.id for each in gone])
@@ -89,12 +92,13 @@ class Settlement:
             if each not in dropped:
                 self._refuse(connection, each, answer.why)
         self._postpone_unprepared(connection, unprepared)
+        self._await_queues(connection, unavailable)
         if unknown:
             self._leave(connection, unknown, broker_answers=bool(confirmed))
         return RelayResult(
             confirmed=len(confirmed),
             dropped=len(dropped),
-            refused=len(refused) - len(dropped) + len(unprepared),
+            refused=len(refused) - len(dropped) + len(unavailable) + len(unprepared),
             unknown=len(unknown),
         )
 
@@ -108,12 +112,27 @@ class Settlement:
         """Leave messages with an unknown fate in the outbox; no attempt is charged."""
         why = unknown[0][1].why
         log.warning("%d messages stay in the outbox, to be sent again: %s", len(unknown), why)
-        if not broker_answers:
-            self.outbox.release(connection, self.owner, [each.id for each, _ in unknown])
-            return
-        for each, _ in unknown:
-            # A queue that never confirms must not hold up the others.
-            self._postpone(connection, each.id, self.settings.claim_timeout, why)
+        at_once = []
+        for each, answer in unknown:
+            if broker_answers and answer.is_late:
+                # A queue that never confirms must not hold up the others.
+                self._postpone(connection, each.id, self.settings.claim_timeout, answer.why)
+            else:
+                at_once.append(each.id)
+        self.outbox.release(connection, self.owner, at_once)
+
+    def _await_queues(
+        self, connection: Connection, unavailable: Sequence[tuple[Pending, PublishResult]]
+    ) -> None:
+        """Let messages rest whose queues are down; no attempt is charged."""
+        for each, answer in unavailable:
+            self._postpone(connection, each.id, OUTAGE_DELAY[1], answer.why)
+        if unavailable:
+            log.warning(
+                "%d messages wait for queues that are down: %s",
+                len(unavailable),
+                unavailable[0][1].why,
+            )
 
     def _postpone_unprepared(self, connection: Connection, unprepared: Mapping[int, str]) -> None:
         for row_id, why in unprepared.items():

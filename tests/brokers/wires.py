@@ -45,6 +45,7 @@ class BrokenWires:
                 answers = wired.publish(batch)
                 kept |= confirmed(batch, answers)
                 broken += "unknown" in verdicts(answers)
+                assert not any(each.is_late for each in answers)
             cut.join()
 
         assert broken
@@ -70,6 +71,7 @@ class BrokenWires:
         proxy.heal()
 
         assert verdicts(on_the_old_connection) == ["unknown"] * 20
+        assert all(each.is_late for each in on_the_old_connection)
         assert verdicts(on_a_new_connection) == ["unknown"] * 20
         assert took < 2 * (PATIENCE + SLACK)
         batch = letters(20)

@@ -27,7 +27,9 @@ from tests.support.messages import message
 from tests.support.waiting import eventually
 
 REFUSED = PublishResult(Verdict.refused, "312 NO_ROUTE")
-UNKNOWN = PublishResult(Verdict.unknown, "no answer in time")
+UNKNOWN = PublishResult(Verdict.unknown, "no answer in time", is_late=True)
+LOST = PublishResult(Verdict.unknown, "connection reset")
+DOWN = PublishResult(Verdict.unavailable, "NOT_FOUND - home node is down")
 
 MakeRelay = Callable[..., tuple[Relay, list[str]]]
 
@@ -156,6 +158,33 @@ def test_a_queue_that_never_confirms_does_not_hold_up_the_others(
 
     assert sent == ["mute", "good", "good"]
     assert waiting(database) == [("mute", 0)]
+
+
+def test_what_was_on_a_lost_connection_is_sent_again_at_once_though_some_was_confirmed(
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay
+) -> None:
+    relay, sent = make_relay({"lost": LOST})
+    store(database, outbox, "good", "lost")
+
+    relay.send()
+    relay.send()
+
+    assert sent == ["good", "lost", "lost"]
+    assert waiting(database) == [("lost", 0)]
+
+
+def test_a_queue_that_is_down_is_charged_to_no_message_and_holds_up_no_other(
+    database: Database, outbox: OutboxStore, make_relay: MakeRelay
+) -> None:
+    relay, sent = make_relay({"down": DOWN}, max_attempts=1)
+    store(database, outbox, "down", "good")
+
+    assert relay.send() == RelayResult(confirmed=1, refused=1)
+    store(database, outbox, "good")
+    relay.send()
+
+    assert sent == ["down", "good", "good"]
+    assert waiting(database) == [("down", 0)]
 
 
 def test_a_row_that_cannot_be_read_says_why_and_does_not_hold_up_the_others(

@@ -14,11 +14,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from amqp import Connection
-from amqp.exceptions import AMQPError, Blocked, ConnectionForced
+from amqp.exceptions import AMQPError, Blocked, ConnectionForced, InternalError, NotFound
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from celery_eda.brokers.base import PublishResult, Sendable, Verdict, refused, unknown
+from celery_eda.brokers.base import (
+    PublishResult,
+    Sendable,
+    Verdict,
+    refused,
+    unavailable,
+    unknown,
+)
 from celery_eda.brokers.rabbitmq.confirm_channel import ConfirmChannel, left
 from celery_eda.brokers.readiness import readable
 from celery_eda.brokers.topology import declare
@@ -228,16 +235,19 @@ class RabbitMQ:
             except (AMQPError, KeyError) as error:
                 if isinstance(error, AMQPError) and not _closed_over_message(error):
                     raise
-                self._refuse_queue(name, error)
+                if is_down(error):
+                    self._settle_queue(name, unavailable(error))
+                    continue
+                self._settle_queue(name, refused(error))
             self._declared.add(name)
         channel.close()
 
-    def _refuse_queue(self, name: str, error: Exception) -> None:
-        """Refuse every unsent message for the queue *name*."""
+    def _settle_queue(self, name: str, result: PublishResult) -> None:
+        """Make *result* that of every unsent message for the queue *name*."""
         unsent, self._unsent = self._unsent, deque()
         for number, message in unsent:
             if message.queue == name:
-                self._results[number] = refused(error)
+                self._results[number] = result
             else:
                 self._unsent.append((number, message))
 
@@ -254,3 +264,15 @@ class RabbitMQ:
 def _closed_over_message(error: AMQPError) -> bool:
     """True if the broker closed the channel or connection because of a message or declaration."""
     return error.method_sig is not None and error.reply_code != ConnectionForced.code
+
+
+def is_down(error: Exception) -> bool:
+    """True if the broker cannot declare a queue because the queue's process or node is down.
+
+    RabbitMQ reports that as ``NOT_FOUND``, as it does a missing exchange, but in other words ("home
+    node … is down", "process is stopped", "due to timeout"), and for a queue without a leader as
+    ``INTERNAL_ERROR``.
+    """
+    if isinstance(error, NotFound):
+        return not str(error.reply_text).startswith("NOT_FOUND - no ")
+    return isinstance(error, InternalError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -15,7 +16,7 @@ from typing_extensions import Self
 from tests.support.servers import ports
 from tests.support.servers.base import Server
 from tests.support.servers.docker import Container
-from tests.support.servers.errors import ServerFailed
+from tests.support.servers.errors import ServerFailed, ServerUnavailable
 from tests.support.servers.hosts import LocalProcess
 from tests.support.servers.programs import beside
 
@@ -34,14 +35,37 @@ class RabbitMQ(Server):
     def local(cls, root: Path) -> Self | None:
         """A new node from the programs of this machine."""
         programs = _programs()
-        if programs is None:
-            return None
+        return None if programs is None else cls.node(programs, root, epmd=ports.claim())
+
+    @classmethod
+    def node(cls, programs: Path, root: Path, *, epmd: int) -> Self:
+        """A new node, which meets others by the port of their *epmd*."""
         port = ports.claim()
         folder = root / f"rabbitmq-{port}"
         folder.mkdir()
-        environment = _environment(programs, folder, port)
+        environment = _environment(programs, folder, port, epmd)
         host = LocalProcess([programs / "rabbitmq-server"], folder, environment=environment)
         return cls(host, _url(port))
+
+    @classmethod
+    @contextlib.contextmanager
+    def pair(cls, root: Path) -> Iterator[tuple[Self, Self]]:
+        """Two running nodes of one cluster."""
+        programs = _programs()
+        if programs is None:
+            raise ServerUnavailable(f"No {cls.name} here: install {cls.packages}.")
+        epmd = ports.claim()
+        first, second = (cls.node(programs, root, epmd=epmd) for _ in range(2))
+        with first, second:
+            second.ctl("stop_app")
+            second.ctl("join_cluster", first.node_name)
+            second.ctl("start_app")
+            yield first, second
+
+    @property
+    def node_name(self) -> str:
+        """The name by which Erlang knows this node."""
+        return f"eda{self.port}@localhost"
 
     @classmethod
     def container(cls) -> Self:
@@ -103,9 +127,8 @@ class RabbitMQ(Server):
         """
         if not shutil.which("erl_call") or not isinstance(self.host, LocalProcess):
             return self.ctl("eval", f"{expression}.").rstrip()
-        node = f"eda{self.port}@localhost"
         # -r: a name of its own, or a call is refused while the one before it says good-bye.
-        call = ["erl_call", "-r", "-sname", node, "-c", COOKIE, "-e"]
+        call = ["erl_call", "-r", "-sname", self.node_name, "-c", COOKIE, "-e"]
         answer = self.host.run(call, f"{expression}.\n")
         if not answer.startswith("{ok, "):
             raise ServerFailed(f"{self.name} could not evaluate {expression}: {answer}")
@@ -131,7 +154,7 @@ def _url(port: int) -> str:
     return f"amqp://guest:guest@127.0.0.1:{port}//"
 
 
-def _environment(programs: Path, folder: Path, port: int) -> dict[str, str]:
+def _environment(programs: Path, folder: Path, port: int, epmd: int) -> dict[str, str]:
     """Everything that tells this node from another one on the same machine."""
     cookie = folder / ".erlang.cookie"
     cookie.write_text(COOKIE)
@@ -144,7 +167,7 @@ def _environment(programs: Path, folder: Path, port: int) -> dict[str, str]:
         "HOME": str(folder),
         "PATH": f"{programs}:{os.environ['PATH']}",
         "ERL_EPMD_ADDRESS": "127.0.0.1",
-        "ERL_EPMD_PORT": str(ports.claim()),
+        "ERL_EPMD_PORT": str(epmd),
         "ERL_CRASH_DUMP_BYTES": "0",
         "RABBITMQ_CONF_ENV_FILE": str(folder / "none"),
         "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
