@@ -24,7 +24,7 @@ from celery_eda.dead_letters import DeadLetters
 from celery_eda.events import Apply, Events, Projection, SubscriptionDecorator
 from celery_eda.inbox import Inbox, TaskDecorator
 from celery_eda.ordering import Ordering
-from celery_eda.outbox import Outbox, attach, transaction
+from celery_eda.outbox import Outbox, attach, outside, transaction
 from celery_eda.requests import Replies, Reply, Requests
 from celery_eda.sagas import WAKEUP_TASK, Saga, Sagas, Steps, saga_decorator
 
@@ -42,7 +42,8 @@ class EDA:
     Args:
         app: the Celery app, or None to call :meth:`init_app` later.
         engine: an engine on the service's own database, at READ COMMITTED. After a fork, the child
-            replaces its connection pool. Made from ``eda_database_url`` if None.
+            replaces its connection pool. Relays connect as it does, with its ``creator``,
+            ``connect_args`` and listeners. Made from ``eda_database_url`` if None.
 
     Attributes:
         task: the decorator ``@eda.task`` of reliable tasks.
@@ -96,6 +97,19 @@ class EDA:
             A context manager that gives the session or connection.
         """
         return transaction(self.outbox, target)
+
+    def outside(self) -> AbstractContextManager[None]:
+        """A block whose messages are sent whatever becomes of the transaction around it.
+
+        ``with eda.outside(): alert.delay("payment failed")`` publishes as outside any transaction:
+        by default a message of a reliable task is stored in a short transaction of its own, and
+        any other is sent at once. With ``eda_outside = "raise"`` nothing is refused here.
+
+        In a reliable task the messages leave once per attempt. On SQLite, which has one writer,
+        storing waits in vain for a transaction that has written: publish before the first write
+        or after the rollback.
+        """
+        return outside()
 
     def attach(self, sessions: Any) -> None:
         """Capture messages in every session of a ``sessionmaker``; code that uses it is unchanged.

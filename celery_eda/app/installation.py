@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery import Celery
+from celery import Celery, signals
 
-from celery_eda.core import redaction
+from celery_eda.core import context, redaction
 from celery_eda.core.service import service_of
 from celery_eda.inbox import made_reliable
 from celery_eda.outbox import (
     Outbox,
     amqp_class,
     defer_results,
+    listen_for_unattached,
     listen_to_sessions,
     wrap_send_task,
 )
@@ -35,11 +36,18 @@ def install(app: Celery, outbox: Outbox) -> None:
     wrap_send_task(app, outbox)
     defer_results(app)
     listen_to_sessions()
+    listen_for_unattached()
+    signals.beat_init.connect(publish_on_schedule)
     for name in LOGS_OF_ERRORS:
         redaction.logger(name)
     app.steps["worker"].update(WORKER_STEPS)
     app.steps["consumer"].update(CONSUMER_STEPS)
     app.on_after_finalize.connect(make_reliable)
+
+
+def publish_on_schedule(**_: Any) -> None:
+    """Let ``beat`` publish although ``eda_outside`` refuses publishing outside a transaction."""
+    context.open_scope(None)
 
 
 def make_reliable(sender: Celery, **_: Any) -> None:

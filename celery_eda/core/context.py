@@ -7,22 +7,38 @@ itself, because a session may be closed in another context than it was opened in
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from enum import IntEnum
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from celery import Task
 from sqlalchemy import Connection, RootTransaction
 from sqlalchemy.orm import Session
 
-from celery_eda.errors import NoDelivery, PublishingForbidden, TwoSessions
+from celery_eda.errors import NoDelivery, TwoSessions
 
 if TYPE_CHECKING:
     from celery_eda.core.delivery import Delivery
     from celery_eda.core.event import Event
     from celery_eda.core.identity import Identity
     from celery_eda.core.message import Message
+    from celery_eda.core.service import Service
+
+
+log = logging.getLogger(__name__)
+
+
+class Stage(IntEnum):
+    """States of a transaction."""
+
+    over = 0
+    begun = 1
+    written = 2
 
 
 class Capture:
@@ -30,9 +46,18 @@ class Capture:
 
     Attributes:
         over: True once it has committed; messages published later do not belong to it.
+        scopes: the code that publishes into it.
+        service: the service whose outbox gets the messages, if that is decided.
     """
 
     over = False
+    scopes: tuple[Scope, ...] = ()
+    service: Service | None = None
+
+    @property
+    def stage(self) -> Stage:
+        """The state of the transaction; ``over`` between two transactions of a session."""
+        return Stage.begun
 
     @property
     def connection(self) -> Connection:
@@ -68,49 +93,123 @@ def running_task() -> asyncio.Task[Any] | None:
 
 @dataclass(eq=False)
 class Scope:
-    """The code between two points, whose messages belong to one transaction.
+    """The code between two points, whose messages belong to one transaction, or to none.
 
     Child tasks inherit context variables, but not a transaction: only the asyncio task that opened
     the scope, or a thread that runs on its behalf, publishes into it. An *inherited* scope covers
     child tasks too; a message has one, since its handler's event loop ends before its transaction.
+    A scope of a *publisher* covers what Celery publishes for this Celery task, not the functions
+    that it calls meanwhile.
     """
 
-    transaction: Capture
+    transaction: Capture | None
     attached: bool = False
     inherited: bool = False
+    publisher: Task | None = None
     open: bool = True
-    owner: asyncio.Task[Any] | None = field(default_factory=running_task)
+    owners: list[asyncio.Task[Any] | None] = field(default_factory=lambda: [running_task()])
 
     def covers(self) -> bool:
         """True if a message published right here belongs to this scope."""
-        return self.open and (self.inherited or running_task() in (None, self.owner))
+        if not self.open or not (
+            self.inherited or (task := running_task()) is None or task in self.owners
+        ):
+            return False
+        return self.publisher is None or self.publisher.app.current_task is self.publisher
 
 
 _scopes: ContextVar[tuple[Scope, ...]] = ContextVar("celery_eda_scopes", default=())
 
 
-def open_scope(transaction: Capture, *, attached: bool = False, inherited: bool = False) -> Scope:
+def open_scope(
+    transaction: Capture | None,
+    *,
+    attached: bool = False,
+    inherited: bool = False,
+    publisher: Task | None = None,
+) -> Scope:
     """Capture what is published from here on in *transaction*, until the scope is closed.
 
     Three callers open scopes: ``eda.transaction`` for its block, ``eda.attach`` for a session while
-    it is in a transaction, and the unit of work for the message that a worker handles.
+    it is in a transaction, and the unit of work for the message that a worker handles. Without a
+    transaction nothing is captured, although scopes around this one are open.
 
     The scope is closed by its attribute ``open``, not by a reset of the variable: ``AsyncSession``
     closes in another asyncio task, where a reset would fail.
     """
-    scope = Scope(transaction, attached, inherited)
+    scope = Scope(transaction, attached, inherited, publisher)
+    if transaction is not None:
+        transaction.scopes = (*(each for each in transaction.scopes if each.open), scope)
     _scopes.set((*(each for each in _scopes.get() if each.open), scope))
     return scope
 
 
+def resume(transaction: Capture) -> None:
+    """Let the scope of *transaction* cover this code too, since it uses the same session.
+
+    FastAPI calls a ``def`` dependency in a copy of the context: the scope that opens there is not
+    visible where the session is used.
+    """
+    if not (opened := [each for each in transaction.scopes if each.open]):
+        return
+    scope = opened[-1]
+    if (task := running_task()) not in scope.owners:
+        scope.owners.append(task)
+    if scope in _scopes.get():
+        return
+    _scopes.set((*(each for each in _scopes.get() if each.open), scope))
+    if (task_name := published_outside.get()) is not None:
+        log.warning(
+            "%s was published before the session in use was used here, so it is not part of the "
+            "session's transaction. A `def` dependency of FastAPI runs in a context of its own: "
+            "use an `async def` dependency, or publish after the first use of the session.",
+            task_name,
+        )
+
+
+#: The task that was published last outside any transaction, in this context.
+published_outside: ContextVar[str | None] = ContextVar("celery_eda_outside", default=None)
+
+
 @contextmanager
-def scope_of(transaction: Capture, *, inherited: bool = False) -> Iterator[None]:
-    """Capture what is published inside the block in *transaction*."""
-    scope = open_scope(transaction, inherited=inherited)
+def scope_of(
+    transaction: Capture | None, *, inherited: bool = False, publisher: Task | None = None
+) -> Iterator[None]:
+    """Capture what is published inside the block in *transaction*; without one, nothing."""
+    scope = open_scope(transaction, inherited=inherited, publisher=publisher)
     try:
         yield
     finally:
         scope.open = False
+
+
+@contextmanager
+def apart_from_sessions(publisher: Task | None) -> Iterator[None]:
+    """A block in which Celery publishes what follows the task *publisher*.
+
+    Those messages belong to the transaction of the message in progress, or to none. They share no
+    fate with a session or a savepoint of the user: a retry must leave although the exception that
+    causes it rolls them back.
+    """
+    progress = in_progress.get()
+    kept = progress.kept if progress and not progress.finished else None
+    with scope_of(kept, publisher=publisher):
+        yield
+
+
+def _scopes_here() -> list[Scope]:
+    """The open scopes that cover this code, the innermost last."""
+    return [
+        scope
+        for scope in _scopes.get()
+        if scope.covers() and (scope.transaction is None or not scope.transaction.over)
+    ]
+
+
+def is_outside_on_purpose() -> bool:
+    """True if the code said that its messages belong to no transaction."""
+    here = _scopes_here()
+    return bool(here) and here[-1].transaction is None
 
 
 def current_transaction() -> Capture | None:
@@ -119,15 +218,33 @@ def current_transaction() -> Capture | None:
     Raises:
         TwoSessions: two attached sessions are open beside each other.
     """
-    here = [scope for scope in _scopes.get() if scope.covers() and not scope.transaction.over]
+    here = _scopes_here()
     if not here:
         return None
-    if len(here) > 1 and here[-1].attached and here[-2].attached:
+    attached = list(takewhile(lambda scope: scope.attached, reversed(here)))
+    if len(attached) > 1:
+        return _furthest([scope.transaction for scope in attached if scope.transaction])
+    return here[-1].transaction
+
+
+def _furthest(sessions: list[Capture]) -> Capture:
+    """The transaction that a message belongs to, of attached sessions open beside each other.
+
+    A message shares the fate of writes, so it belongs to the only one that has written. One whose
+    session is used belongs rather to that than to a session between two transactions.
+
+    Raises:
+        TwoSessions: two have come equally far.
+    """
+    furthest = max(each.stage for each in sessions)
+    first, *more = [each for each in sessions if each.stage is furthest]
+    if more and furthest is not Stage.over:
         raise TwoSessions(
             "Two attached sessions are open, so it is unclear which one this message belongs to. "
-            "Say which: `with eda.transaction(session): …`."
+            "Say which: `with eda.transaction(session): …`. A message after the first write of "
+            "one of them belongs to that one."
         )
-    return here[-1].transaction
+    return first
 
 
 def holds(identity: Identity, transaction: Capture | None) -> bool:
@@ -147,6 +264,7 @@ class InProgress:
             savepoint is rolled back.
         replier: the last message captured whose handling will send the reply, in place of this
             one: a replacement of the task, say.
+        kept: messages for the end of the transaction, which no savepoint undoes.
         in_handler: True while the handler runs, and after it has failed.
         finished: True once the transaction is over. What Celery publishes after that, such as a
             chord's body, is published once more with the next copy.
@@ -157,6 +275,7 @@ class InProgress:
     session: Session | None = None
     next_attempt: Message | None = None
     replier: Message | None = None
+    kept: Collected = field(default_factory=Collected)
     in_handler: bool = False
     finished: bool = False
 
@@ -183,6 +302,8 @@ class InProgress:
             self.replier = captured
 
 
+#: All messages in progress in this process.
+running: list[InProgress] = []
 in_progress: ContextVar[InProgress | None] = ContextVar("celery_eda_in_progress", default=None)
 
 
@@ -221,60 +342,3 @@ def handling(event: Event) -> Iterator[None]:
         yield
     finally:
         handled_event.reset(token)
-
-
-# The reason why nothing may be published right here; None if publishing is allowed.
-_silenced_by: ContextVar[str | None] = ContextVar("celery_eda_silenced_by", default=None)
-
-
-@contextmanager
-def silenced(what: str) -> Iterator[None]:
-    """Forbid publishing inside the block; *what* is the subject of the error's text."""
-    token = _silenced_by.set(what)
-    try:
-        yield
-    finally:
-        _silenced_by.reset(token)
-
-
-def refuse_publishing_if_silenced(name: str) -> None:
-    """Check that a call of the task *name* may be published right here.
-
-    Raises:
-        PublishingForbidden: the code runs inside a :func:`silenced` block.
-    """
-    if (what := _silenced_by.get()) is not None:
-        raise PublishingForbidden(
-            f"{what} publishes {name}, which must not leave: it was published when the event was "
-            "new. Publish from a separate subscription. If this is a replay and the message should "
-            "be sent once more, redrive the dead letter or replay with --publish."
-        )
-
-
-# The identities of a chord's messages, which have to be the same when a part's copy completes it.
-# Celery's backend publishes them itself, through methods that take no options of ours. Every other
-# publish gets its identity as the option `eda_identity`.
-_identities: ContextVar[Iterator[Identity] | None] = ContextVar(
-    "celery_eda_identities", default=None
-)
-
-
-@contextmanager
-def identified(identities: Iterator[Identity]) -> Iterator[None]:
-    """Give these *identities*, in this order, to the messages that complete a chord."""
-    token = _identities.set(identities)
-    try:
-        yield
-    finally:
-        _identities.reset(token)
-
-
-def gives_identities() -> bool:
-    """True while a chord is completed, whose messages have identities of their own."""
-    return _identities.get() is not None
-
-
-def next_identity() -> Identity | None:
-    """The identity of the next message of a chord that is completed; None elsewhere."""
-    identities = _identities.get()
-    return next(identities) if identities else None

@@ -46,13 +46,6 @@ Values = Mapping[str, Any]
 SEQUENCES_AT_ONCE = 200
 
 
-class LostRace(Exception):
-    """A concurrent transaction has committed first; this one can only be rolled back.
-
-    A copy of the message has been handled, or the row to be written has changed meanwhile.
-    """
-
-
 class Dialect:
     """The statements of one database."""
 
@@ -89,10 +82,7 @@ class Dialect:
         self.watch(engine)
 
     def watch(self, engine: Engine) -> None:
-        """Install the listeners that drop the connections of *engine* to a server without writes.
-
-        After a fail-over a connection to the former primary would else be used for ever.
-        """
+        """Drop the connections of *engine* to a server without writes, such as a former primary."""
 
         @event.listens_for(engine, "handle_error")
         def on_error(context: ExceptionContext) -> None:
@@ -119,6 +109,13 @@ class Dialect:
 
         Row locks do so; a database without row locks stops all other writers.
         """
+
+    def changes_before(self, connection: Connection) -> object:
+        """A value for :meth:`has_written`, taken when the transaction of *connection* begins."""
+
+    def has_written(self, connection: Connection, before: object) -> bool | None:
+        """True if the transaction of *connection* has written; None if the database cannot tell."""
+        return None
 
     # ── the database's clock ────────────────────────────────────────────────────────────────
 

@@ -111,6 +111,17 @@ class PostgreSQL(Upserting):
         connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
         yield
 
+    def has_written(self, connection: Connection, before: object) -> bool:
+        """True if the transaction has an id: PostgreSQL gives it with the first write or lock."""
+        # Not through SQLAlchemy, whose events would report a statement of the user.
+        cursor = connection.connection.cursor()
+        try:
+            cursor.execute("SELECT txid_current_if_assigned() IS NOT NULL")
+            row = cursor.fetchone()
+            return bool(row and row[0])
+        finally:
+            cursor.close()
+
     def moment(self) -> ColumnElement[Any]:
         # Without the subquery the clock would be read again for each row.
         return select(self.now()).scalar_subquery()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from kombu.utils.imports import symbol_by_name
 from sqlalchemy import URL
 
 from celery_eda.databases.dialect import Dialect
 from celery_eda.errors import ConfigurationError
 
-__all__ = ["ALIASES", "Dialect", "dialect_of"]
+__all__ = ["ALIASES", "Dialect", "dialect_of", "known_dialect"]
 
 ALIASES = {
     "postgresql": "celery_eda.databases.postgresql:PostgreSQL",
@@ -34,3 +36,9 @@ def dialect_of(url: URL, *, claim_timeout: float = 60.0) -> Dialect:
         )
     dialect: Dialect = symbol_by_name(ALIASES[backend])(claim_timeout)
     return dialect
+
+
+@cache
+def known_dialect(name: str) -> Dialect | None:
+    """The dialect of SQLAlchemy's *name*; None if the database is not supported."""
+    return dialect_of(URL.create(name)) if name in ALIASES else None

@@ -108,6 +108,13 @@ class SQLite(Upserting):
         if not driver.in_transaction:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
+    def changes_before(self, connection: Connection) -> object:
+        """The number of rows that the connection has ever changed."""
+        return getattr(connection.connection.driver_connection, "total_changes", None)
+
+    def has_written(self, connection: Connection, before: object) -> bool:
+        return self.changes_before(connection) != before
+
     def now(self) -> ColumnElement[Any]:
         return func.strftime(_FORMAT, "now", type_=Moment)
 

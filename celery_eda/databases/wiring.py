@@ -64,6 +64,7 @@ class Databases:
     @cached_once
     def relay_engine(self) -> Engine:
         """The engine of the relays, whose claims end sooner than a handler's transaction."""
-        engine = engines.create(self.url, self.dialect, self._service.settings.claim_timeout)
+        timeout = self._service.settings.claim_timeout
+        engine = engines.create(self.url, self.dialect, timeout, like=self._given)
         self.dialect.configure_relay_engine(engine)
         return engine

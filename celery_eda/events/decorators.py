@@ -16,6 +16,7 @@ from celery_eda.core import context
 from celery_eda.core.event import Event
 from celery_eda.core.identity import ORDER_HEADER, REPLAY_HEADER
 from celery_eda.core.service import Service
+from celery_eda.core.silence import silenced
 from celery_eda.errors import ConfigurationError
 from celery_eda.events.projections.projection import Apply, Projection
 from celery_eda.events.registry import EventRegistry
@@ -72,7 +73,7 @@ class EventReceiver:
         """A scope in which nothing can be published, if the message in progress is a replay."""
         task = self.app.current_worker_task
         if task is not None and task.request.get(REPLAY_HEADER):
-            return context.silenced(f"The replay to {self.subscription.task}")
+            return silenced(f"The replay to {self.subscription.task}")
         return nullcontext()
 
 

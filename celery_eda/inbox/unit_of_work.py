@@ -48,6 +48,7 @@ class UnitsOfWork:
         with self.engine.connect() as connection:
             progress = InProgress(delivery, connection.begin())
             context.in_progress.set(progress)
+            context.running.append(progress)
             outgoing = join(connection, self.outbox)
             try:
                 with context.scope_of(outgoing, inherited=True):
@@ -63,6 +64,7 @@ class UnitsOfWork:
                 raise Transient from error
             finally:
                 progress.finished = True
+                context.running.remove(progress)
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class UnitOfWork:
                 f"{consumer} rolled back the transaction of its own message, or a failed flush "
                 "did. Put statements that may fail into `with session.begin_nested():`."
             )
+        for message in progress.kept.messages:
+            self.outgoing.capture(message)
 
     def commit(self) -> None:
         """Commit the outcome, the handler's rows and its messages, all or nothing."""

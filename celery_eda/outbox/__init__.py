@@ -9,8 +9,9 @@ from celery_eda.outbox.result_backend import defer as defer_results
 from celery_eda.outbox.store import OutboxStore
 from celery_eda.outbox.transactions.attach import attach
 from celery_eda.outbox.transactions.base import Transaction
-from celery_eda.outbox.transactions.join import join, transaction
+from celery_eda.outbox.transactions.join import join, outside, transaction
 from celery_eda.outbox.transactions.session import listen as listen_to_sessions
+from celery_eda.outbox.transactions.unattached import listen as listen_for_unattached
 from celery_eda.outbox.wiring import Outbox
 from celery_eda.outbox.writer import Writer, Written
 
@@ -24,7 +25,9 @@ __all__ = [
     "attach",
     "defer_results",
     "join",
+    "listen_for_unattached",
     "listen_to_sessions",
+    "outside",
     "publishing",
     "result_backend",
     "stored",

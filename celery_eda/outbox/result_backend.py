@@ -25,6 +25,7 @@ from kombu import Exchange, Queue
 
 from celery_eda import brokers
 from celery_eda.core import context
+from celery_eda.core.chord_identities import identified
 from celery_eda.core.identity import Identity
 
 #: Calls that have to precede a message: names and arguments, see :func:`run_prerequisites`.
@@ -115,6 +116,7 @@ def _deferring(backend: Backend) -> Backend:
     _defer_replies(backend)
     _defer_waiting(backend)
     _identify_chords(backend)
+    _publish_apart_from_sessions(backend)
     _requeue_on_failure(backend)
     return backend
 
@@ -186,10 +188,28 @@ def _identify_chords(backend: Backend) -> None:
 
     def complete_as_itself(request: Any, *args: Any, **kwargs: Any) -> Any:
         key = f"{request.group} {_last_id(request.chord)}"
-        with context.identified(Identity.of_foreign(key, 0, position) for position in count()):
+        with identified(Identity.of_foreign(key, 0, position) for position in count()):
             return complete(request, *args, **kwargs)
 
     backend.on_chord_part_return = complete_as_itself
+
+
+def _publish_apart_from_sessions(backend: Backend) -> None:
+    """Let errbacks and the bodies of chords leave whatever becomes of the sessions of the task.
+
+    Celery publishes them while it stores the end of the task, which may have left a session open.
+    """
+    for name in ("mark_as_done", "mark_as_failure", "mark_as_revoked"):
+        setattr(backend, name, _apart_from_sessions(backend.app, getattr(backend, name)))
+
+
+def _apart_from_sessions(app: Celery, store: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(store)
+    def store_and_publish(*args: Any, **kwargs: Any) -> Any:
+        with context.apart_from_sessions(app.current_task):
+            return store(*args, **kwargs)
+
+    return store_and_publish
 
 
 def _requeue_on_failure(backend: Backend) -> None:

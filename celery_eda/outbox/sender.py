@@ -77,10 +77,9 @@ class CommitSender:
         self._waiting.put(list(ids))
         with self._starting:
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="celery_eda sender", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="celery_eda sender", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def finish(self) -> None:
         """Wait until the waiting messages are sent, for at most ``EXIT_PATIENCE`` seconds."""

@@ -8,11 +8,16 @@ from typing import Protocol
 from sqlalchemy import Connection, Engine
 
 from celery_eda.brokers import DirectEnqueue
+from celery_eda.core import redaction
 from celery_eda.core.message import Message
 from celery_eda.ordering import Sequences
 from celery_eda.outbox.sender import CommitSender
 from celery_eda.outbox.store import OutboxStore
 
+log = redaction.logger(__name__)
+
+#: The execution option of connections that celery_eda itself commits.
+OWN = "celery_eda_own"
 #: The id of a row of the outbox.
 RowId = int
 #: The name of the queue that a message was put into directly.
@@ -79,16 +84,21 @@ class Writer:
     def dispatch(self, written: Sequence[Written]) -> None:
         """Send what :meth:`write` has written, now that its transaction is over.
 
-        Returns at once. A transaction that did not commit left no rows, so nothing is sent.
+        Returns at once. A transaction that did not commit left no rows, so nothing is sent. Raises
+        nothing: the caller would take a transaction that has committed for one that has failed.
         """
         ids = [each for each in written if isinstance(each, RowId)]
-        if self._direct and len(ids) < len(written):
-            self._direct.wake_all()
-        if ids and self._sender:
-            self._sender.send(ids)
+        try:
+            if self._direct and len(ids) < len(written):
+                self._direct.wake_all()
+            if ids and self._sender:
+                self._sender.send(ids)
+        except Exception:
+            log.exception("messages just committed are left to the relays and workers")
 
     def write_now(self, messages: Sequence[Message]) -> None:
         """Write *messages* in a short transaction of their own, and dispatch them."""
         with self._engine.begin() as connection:
+            connection.execution_options(**{OWN: True})
             written = self.write(connection, messages)
         self.dispatch(written)

@@ -9,11 +9,12 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 from sqlalchemy import Connection
 
-from celery_eda.core import context, redaction
+from celery_eda.core import redaction
 from celery_eda.core.addresses import SAGA_HEADER
 from celery_eda.core.error_text import text_of
 from celery_eda.core.interruption import exceptions_only
 from celery_eda.core.limits import KEY_BYTES
+from celery_eda.core.silence import silenced
 from celery_eda.errors import SagaError
 from celery_eda.sagas.definition import Definitions, Lock, SubSaga
 from celery_eda.sagas.locks import SagaLocks
@@ -114,7 +115,7 @@ class SagaEngine:
         """Plan the next decisions, and change the saga's state accordingly; None if parked."""
         saga, interpreter = transition.saga, transition.interpreter()
         try:
-            silence = context.silenced(f"A condition of the saga {saga.name}")
+            silence = silenced(f"A condition of the saga {saga.name}")
             with silence, exceptions_only():
                 plan = interpreter.backward() if saga.back else interpreter.forward()
         except Exception as error:

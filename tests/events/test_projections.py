@@ -19,7 +19,7 @@ from sqlalchemy.exc import OperationalError
 
 from celery_eda import EDA, Event
 from celery_eda.core.identity import Position
-from celery_eda.databases.dialect import LostRace
+from celery_eda.databases.lost_race import LostRace
 from celery_eda.errors import ConfigurationError, InvalidEvent, PublishingForbidden, RebuildError
 from celery_eda.events.projections import rebuild
 from celery_eda.events.projections.shadows import Shadow

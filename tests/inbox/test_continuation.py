@@ -12,7 +12,8 @@ from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry
 
 from celery_eda.core.delivery import Delivery
 from celery_eda.core.identity import Identity
-from celery_eda.databases.dialect import Dialect, LostRace
+from celery_eda.databases.dialect import Dialect
+from celery_eda.databases.lost_race import LostRace
 from celery_eda.dead_letters.letter import Reason
 from celery_eda.errors import NoNextAttempt, OutOfSequence, PublishingForbidden, Unwanted
 from celery_eda.inbox.attempts import TIME_LIMIT

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from celery_eda.core.identity import Identity
-from celery_eda.databases.dialect import LostRace
+from celery_eda.databases.lost_race import LostRace
 from celery_eda.inbox.attempts import Attempts
 from celery_eda.inbox.store import InboxStore, Outcome, RecordedOutcome
 from tests.support.databases import LOCKING, Database

@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from celery_eda.core.identity import ANY, Lane, Position
 from celery_eda.core.message import Message
-from celery_eda.databases.dialect import LostRace
+from celery_eda.databases.lost_race import LostRace
 from celery_eda.ordering.cursor import Cursor, Turn
 from celery_eda.ordering.cursors import Cursors, PositionTaken
 from celery_eda.ordering.gaps import Gaps

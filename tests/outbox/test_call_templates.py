@@ -31,6 +31,7 @@ from celery_eda import EDA
 from celery_eda.core import context
 from celery_eda.core.identity import Identity
 from celery_eda.core.message import Message
+from celery_eda.core.silence import silenced
 from celery_eda.databases.message_rows import to_row
 from celery_eda.databases.upgrade import upgrade
 from celery_eda.errors import PublishingForbidden
@@ -375,7 +376,7 @@ def test_who_wants_to_be_told_of_each_message_is_told(known: Publishing) -> None
 
 
 def test_nothing_is_published_where_nothing_may_be(known: Publishing) -> None:
-    with context.silenced("A replay"), pytest.raises(PublishingForbidden):
+    with silenced("A replay"), pytest.raises(PublishingForbidden):
         known.publish(lambda: known.pay.delay(1))
 
 

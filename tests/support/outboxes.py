@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
 from celery_eda.core.message import Message
 
@@ -27,16 +27,26 @@ class StandInWriter:
 
 
 @dataclass(frozen=True)
+class StandInDatabases:
+    """The database of the outbox."""
+
+    engine: Engine | None
+
+
+@dataclass(frozen=True)
 class StandInOutbox:
-    """An outbox with nothing but a writer."""
+    """An outbox with nothing but a writer and an engine."""
 
     writer: StandInWriter
+    databases: StandInDatabases
+    service: None = None
 
 
 def stand_in_outbox(
     write: Callable[[Connection, Sequence[Message]], Sequence[Any]],
     dispatch: Callable[[list[Any]], object],
     write_now: Callable[[Sequence[Message]], object],
+    engine: Engine | None = None,
 ) -> Any:
-    """An outbox whose writer calls these functions."""
-    return StandInOutbox(StandInWriter(write, dispatch, write_now))
+    """An outbox on *engine* whose writer calls these functions."""
+    return StandInOutbox(StandInWriter(write, dispatch, write_now), StandInDatabases(engine))

@@ -57,7 +57,7 @@ class Service:
     def __post_init__(self) -> None:
         self.engine = self.database.engine
         self.outbox = OutboxStore(self.database.tables.outbox, self.database.dialect)
-        self.store = stand_in_outbox(self._add, self._hand_off, self.store_apart)
+        self.store = stand_in_outbox(self._add, self._hand_off, self.store_apart, self.engine)
         self._names: dict[int, str] = {}
 
     def publish(self, name: str) -> None:

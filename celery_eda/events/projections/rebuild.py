@@ -32,11 +32,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import OperationalError
 
-from celery_eda.core import context
 from celery_eda.core.arguments import Arguments
 from celery_eda.core.event import Event
 from celery_eda.core.identity import ORDER_HEADER, Lane, Position
 from celery_eda.core.message import Message
+from celery_eda.core.silence import silenced
 from celery_eda.databases import LongText
 from celery_eda.errors import InvalidEvent, RebuildError
 from celery_eda.events.projections.projection import Projection, Values
@@ -111,7 +111,7 @@ class Rebuild:
 
     def _after(self, projection: Projection, row: Values | None, event: Event) -> Values | None:
         """Return the row after *event*; the function cannot publish."""
-        with context.silenced(f"The projection {projection.name}"):
+        with silenced(f"The projection {projection.name}"):
             return projection(row, self.registry.restored(event))
 
     # ── the shadow ──────────────────────────────────────────────────────────────────────────

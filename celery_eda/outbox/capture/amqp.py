@@ -7,7 +7,8 @@ message is exactly the one that Celery would have sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timedelta, timezone
 from functools import cached_property, partial, wraps
 from typing import Any
@@ -19,11 +20,12 @@ from kombu import Queue
 from kombu.utils.imports import symbol_by_name
 
 from celery_eda.brokers import SafeConnection, dead_letter_exchange
-from celery_eda.core import addresses, context
+from celery_eda.core import addresses, chord_identities, context
 from celery_eda.core.addresses import REPLY_HEADER
 from celery_eda.core.identity import HEADERS, Identity, Lane
 from celery_eda.core.message import Message
 from celery_eda.core.service import service_of
+from celery_eda.core.silence import refuse_publishing_if_silenced
 from celery_eda.errors import OtherBroker
 from celery_eda.ordering import keys
 from celery_eda.outbox import result_backend
@@ -40,6 +42,7 @@ from celery_eda.outbox.wiring import Outbox
 
 #: The longest delay of a message in the outbox; dates in databases end in the year 9999.
 LONGEST_DELAY = timedelta(days=36500)
+_NOTHING = nullcontext()
 
 
 class CapturingAMQP(AMQP):
@@ -85,7 +88,7 @@ class CapturingAMQP(AMQP):
         ) -> Any:
             transaction = context.current_transaction()
             if transaction is None:
-                context.refuse_publishing_if_silenced(name)
+                refuse_publishing_if_silenced(name)
                 _remove_identity(options)
                 return send(producer, name, message, **options)
             self._refuse_other_broker(name, producer)
@@ -104,6 +107,11 @@ class CapturingAMQP(AMQP):
             return None
 
         return send_task_message
+
+    def _retry_publish(self, publish: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Publish a link, the next task of a chain or the body of a chord, as Celery does."""
+        with context.apart_from_sessions(self.app.current_task):
+            return super()._retry_publish(publish, *args, **kwargs)
 
     def _refuse_other_broker(self, task: str, producer: Any) -> None:
         """Check that a call of *task* names no other broker than the app's.
@@ -171,7 +179,7 @@ class CapturingAMQP(AMQP):
         progress = context.in_progress.get()
         if progress and identity == progress.delivery.identity.next:
             return message.at(progress.delivery.position)
-        context.refuse_publishing_if_silenced(task)
+        refuse_publishing_if_silenced(task)
         return message
 
     def _queue_of(self, declared: Sequence[Queue], exchange: str) -> str | None:
@@ -188,7 +196,7 @@ class CapturingAMQP(AMQP):
 
     def _identify(self, headers: dict[str, Any]) -> Identity:
         """The identity of a message to which its publisher gave none."""
-        if identity := context.next_identity():
+        if identity := chord_identities.next_identity():
             return identity
         progress = context.in_progress.get()
         task = self.app.current_worker_task
@@ -206,6 +214,20 @@ class CapturingAMQP(AMQP):
             return None
         due: datetime = maybe_make_aware(maybe_iso8601(eta), self.app.timezone)
         return min(due, datetime.now(timezone.utc) + LONGEST_DELAY)
+
+
+def _refuse_other_app(task: str, app: Celery, other: Celery) -> None:
+    """Check that the transaction of the app *other* can have a message of *app*.
+
+    Raises:
+        OtherBroker: the apps have different brokers; the message would go to the wrong one.
+    """
+    if _address(app.connection_for_write()) != _address(other.connection_for_write()):
+        raise OtherBroker(
+            f"{task} of the app {app.main!r} is called in a transaction of the app "
+            f"{other.main!r}, whose messages go to another broker. Call it in a transaction of its "
+            "own app, or inside `with eda.outside():`, which does not wait for the commit."
+        )
 
 
 def _address(connection: Any) -> Any:
@@ -238,8 +260,10 @@ def wrap_send_task(app: Celery, outbox: Outbox) -> None:
     def send_task_or_capture(
         name: str, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any
     ) -> Any:
-        with publishing(outbox, name):
+        with _continuing(app, options), publishing(outbox, name, options.get("key")):
             transaction = context.current_transaction()
+            if transaction and transaction.service not in (None, outbox.service):
+                _refuse_other_app(name, app, transaction.service.app)
             if transaction is None:
                 return send_task(name, args, kwargs, *rest, **options)
             with recording(True):
@@ -249,6 +273,24 @@ def wrap_send_task(app: Celery, outbox: Outbox) -> None:
 
     app.send_task = send_task_or_capture
     _acquire_late(app)
+
+
+def _continuing(app: Celery, options: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """A block that publishes a call; apart from sessions if the call continues the running task.
+
+    Both a retry and a replacement end their task by an exception, which may roll sessions back.
+    """
+    if not options.get("retries") and not options.get("replaced_task_nesting"):
+        return _NOTHING
+    if (task := app.current_worker_task) is None:
+        return _NOTHING
+    request = task.request
+    retries, nesting = options.get("retries") or 0, options.get("replaced_task_nesting") or 0
+    if (
+        options.get("task_id") == request.id and retries == request.retries + 1
+    ) or nesting > request.replaced_task_nesting:
+        return context.apart_from_sessions(task)
+    return _NOTHING
 
 
 def _acquire_late(app: Celery) -> None:

@@ -24,10 +24,11 @@ from kombu import serialization
 from kombu.utils.uuid import uuid
 
 from celery_eda import brokers
-from celery_eda.core import context
+from celery_eda.core import chord_identities, context
 from celery_eda.core.context import Capture
 from celery_eda.core.identity import ID_HEADER, Identity, Lane
 from celery_eda.core.message import Encoded, Message
+from celery_eda.core.silence import refuse_publishing_if_silenced
 from celery_eda.core.template import Template
 from celery_eda.outbox.wiring import Outbox
 
@@ -198,7 +199,7 @@ class CallTemplates:
             signals.before_task_publish.receivers
             or signals.after_task_publish.receivers
             or signals.task_sent.receivers
-            or context.gives_identities()
+            or chord_identities.gives_identities()
             or (args is not None and type(args) not in (tuple, list))
             or (kwargs is not None and type(kwargs) is not dict)
             or (parent and not all(type(each) is str for each in _ancestry(parent)))
@@ -250,7 +251,7 @@ class CallTemplates:
         parent: Any,
     ) -> Any:
         """Publish the message that Celery would make, filled into a template."""
-        context.refuse_publishing_if_silenced(name)
+        refuse_publishing_if_silenced(name)
         task_id, identity = uuid(), Identity.fresh()
         values = self._values(template, task_id, identity, arguments, parent)
         _, _, body = template.body(arguments)

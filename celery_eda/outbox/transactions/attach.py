@@ -2,14 +2,16 @@
 
 Existing code publishes before, between and after its commits, and expects Celery to send. So a
 message *shares the fate of writes*: it belongs to the session's current transaction, or to the
-next one if none is open.
+first one if the session has had none yet.
 
 1. The transaction commits: the message is written in it.
 2. The transaction wrote, or tried to, and does not commit: the message is dropped. An error is
    logged if the session was only closed or garbage-collected.
 3. The transaction ends without having written: there is no fate to share, and the message is
-   stored in a short transaction of its own. But if a session that has never committed is rolled
-   back or closed by an exception, the message is dropped.
+   stored in a short transaction of its own. But if the first transaction of a session is rolled
+   back, or ended by an exception, the message is dropped.
+4. After a commit or a rollback, until the session is used again, there is no transaction. The
+   message is stored at once: a daemon may not use its session again before it is told to end.
 
 A session that is made while a message is handled moves its messages to the transaction of that
 message. Its own work becomes part of that transaction too, if its engine is on the same database.
@@ -18,19 +20,21 @@ message. Its own work becomes part of that transaction too, if its engine is on 
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakKeyDictionary, finalize, ref
+from weakref import finalize
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from celery_eda.core import context
+from celery_eda.core.context import Stage
+from celery_eda.core.message import Message
+from celery_eda.databases import is_same_database
 from celery_eda.outbox.transactions import connection as joined_connection
 from celery_eda.outbox.transactions import session as joined_session
+from celery_eda.outbox.transactions import writes
 from celery_eda.outbox.transactions.connection import JoinedConnection
 from celery_eda.outbox.transactions.session import JoinedSession
 from celery_eda.outbox.wiring import Outbox
@@ -42,15 +46,6 @@ else:
     AsyncSession = object
 
 log = logging.getLogger(__name__)
-
-# Statements that begin like this write nothing. WITH may begin a query or a write.
-_READS = re.compile(
-    r"(?:\s|/\*.*?\*/|--[^\n]*\n)*"
-    r"(?:SELECT|SHOW|EXPLAIN|PRAGMA|VALUES|SET|BEGIN|SAVEPOINT|RELEASE|ROLLBACK"
-    r"|WITH(?!.*\b(?:INSERT|UPDATE|DELETE|MERGE)\b))\b",
-    re.IGNORECASE | re.DOTALL,
-)
-_users: WeakKeyDictionary[Connection, ref[AttachedSession]] = WeakKeyDictionary()
 
 
 def attach(target: Any, outbox: Outbox) -> None:
@@ -97,14 +92,15 @@ class AttachedTransaction(JoinedSession):
 
     Attributes:
         outer: the transaction of the message that is being handled where the session is used.
-        wrote: True if the session's transaction wrote, or tried to.
-        has_committed: True if the session has committed since it was opened.
+        work: what the session's transaction did.
+        has_ended: True if the session has committed or rolled back since it was opened.
         failed: True if the session is closed because of an exception.
     """
 
     def __init__(self, session: Session, outbox: Outbox) -> None:
         super().__init__(session, outbox)
         self.scope: context.Scope | None = None
+        self.work = writes.Work()
         self.outer: JoinedConnection | None = None
         self.open()
 
@@ -120,7 +116,8 @@ class AttachedTransaction(JoinedSession):
             self.scope.open = False
         self.outer = outer
         self.scope = context.open_scope(self, attached=True)
-        self.has_committed = self.wrote = self.failed = False
+        self.work.end()
+        self.has_ended = self.failed = False
 
     def _transaction_in_progress(self) -> JoinedConnection | None:
         """The transaction of the message that is being handled here; None outside of any."""
@@ -135,6 +132,22 @@ class AttachedTransaction(JoinedSession):
             self.scope.open = False
         self.end()
 
+    @property
+    def stage(self) -> Stage:
+        """The stage of the session; ``over`` too while it is being garbage-collected."""
+        if (session := self._session()) is None:
+            return Stage.over
+        if self.work.wrote or _has_changes(session):
+            return Stage.written
+        return Stage.over if self.has_ended and not session.in_transaction() else Stage.begun
+
+    def capture(self, message: Message) -> None:
+        """Buffer *message*; store it at once if the session has no transaction any more."""
+        at_once = self.stage is Stage.over
+        super().capture(message)
+        if at_once:
+            self.write_now()
+
     def begin(self) -> None:
         """Do nothing: existing code may begin after it has published."""
 
@@ -144,7 +157,7 @@ class AttachedTransaction(JoinedSession):
 
     def note_pending(self, session: Session) -> None:
         """Count pending changes, which the next flush would write, as written."""
-        self.wrote = self.wrote or bool(session.new or session.dirty or session.deleted)
+        self.work.wrote = self.work.wrote or _has_changes(session)
 
     def roll_back(self) -> None:
         super().roll_back()
@@ -152,17 +165,18 @@ class AttachedTransaction(JoinedSession):
 
     def finish(self, carrier: JoinedConnection | None) -> None:
         super().finish(carrier)
-        self.has_committed = True
-        self.wrote = False
+        self.has_ended = True
+        self.work.end()
 
     def abandon(self) -> None:
         """Drop the messages if the session wrote or failed; otherwise store them separately."""
-        undone = (self.rolled_back or self.failed) and not self.has_committed
-        if self.captured and not self.wrote and not undone:
+        undone = (self.rolled_back or self.failed) and not self.has_ended
+        if self.captured and not self.work.wrote and not undone:
             self.write_now()
+        self.has_ended = self.has_ended or self.rolled_back
         self.rolled_back = self.rolled_back or self.failed
         super().abandon()
-        self.wrote = False
+        self.work.end()
 
     def write_now(self) -> None:
         """Store the messages separately, unless the session is part of an open transaction."""
@@ -196,7 +210,7 @@ class AttachedSession(Session):
         bind = super().get_bind(*arguments, **options)
         if (outer := self._joined.outer) is None or isinstance(bind, Connection):
             return bind
-        if _is_same_database(bind, outer.connection.engine):
+        if is_same_database(bind, outer.connection.engine):
             return outer.connection
         if not type(self).warned:
             type(self).warned = True
@@ -252,14 +266,6 @@ class AttachedAsyncSession(AsyncSession):
         await super().__aexit__(kind, error, traceback)
 
 
-def _is_same_database(one: Engine, other: Engine) -> bool:
-    def address(engine: Engine) -> tuple[Any, ...]:
-        url = engine.url
-        return url.get_backend_name(), url.host, url.port, url.database, url.username
-
-    return one.pool is other.pool or (bool(one.url.database) and address(one) == address(other))
-
-
 @event.listens_for(AttachedSession, "after_transaction_create")
 def on_after_transaction_create(session: AttachedSession, transaction: SessionTransaction) -> None:
     """Capture from here on, since a closed session can be used again."""
@@ -271,29 +277,23 @@ def on_after_transaction_create(session: AttachedSession, transaction: SessionTr
 def on_after_begin(
     session: AttachedSession, transaction: SessionTransaction, connection: Connection
 ) -> None:
-    """Remember whose statements run on *connection*."""
-    _users[connection] = ref(session)
+    """Watch what the session does on *connection*."""
+    if not transaction.nested:
+        writes.watch(connection, session._joined.work)
 
 
 @event.listens_for(AttachedSession, "before_flush")
 def on_before_flush(session: AttachedSession, *_: Any) -> None:
     """Note that the session writes."""
-    session._joined.wrote = True
+    session._joined.work.wrote = True
 
 
-@cache
+def _has_changes(session: Session) -> bool:
+    """True if the next flush of *session* would write."""
+    return bool(session.new or session.dirty or session.deleted)
+
+
 def listen() -> None:
-    """Listen to every session, engine and pool of this process from now on.
-
-    The statements of all engines pass through :func:`on_before_cursor_execute`, so it is not
-    installed before the first factory is attached.
-    """
+    """Listen to every session, engine and pool of this process from now on."""
     joined_session.listen()
-    event.listen(Engine, "before_cursor_execute", on_before_cursor_execute)
-
-
-def on_before_cursor_execute(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
-    """Note that the session writes. Before the statement runs, since a failed write counts too."""
-    session = user() if (user := _users.get(connection)) else None
-    if session and session.in_transaction() and not _READS.match(statement):
-        session._joined.wrote = True
+    writes.listen()

@@ -31,6 +31,7 @@ class Transaction(Capture):
 
     def __init__(self, outbox: Outbox) -> None:
         self.outbox = outbox
+        self.service = outbox.service
         self.captured: list[Message] = []
         self.written: list[Written] = []
         self._merged_into: ref[Transaction] | None = None

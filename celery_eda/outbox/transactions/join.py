@@ -105,6 +105,11 @@ def own_transaction(outbox: Outbox) -> Iterator[Session]:
         yield session
 
 
+def outside() -> AbstractContextManager[None]:
+    """A block whose messages belong to no transaction, although one is open around it."""
+    return context.scope_of(None)
+
+
 def transaction(outbox: Outbox, target: Any = None) -> AbstractContextManager[Any]:
     """A block whose messages belong to the transaction of *target*, or to one of its own."""
     return own_transaction(outbox) if target is None else scope(target, outbox)

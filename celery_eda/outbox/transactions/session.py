@@ -9,12 +9,20 @@ from __future__ import annotations
 import logging
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.orm import (
+    ORMExecuteState,
+    Session,
+    SessionTransaction,
+    SessionTransactionOrigin,
+)
 
+from celery_eda.core import context
 from celery_eda.core.message import Message
+from celery_eda.databases import is_same_database, known_dialect
 from celery_eda.errors import TwoEngines
 from celery_eda.outbox.transactions import connection as joined_connection
 from celery_eda.outbox.transactions.base import Transaction
@@ -26,8 +34,9 @@ log = logging.getLogger(__name__)
 Bind = Engine | Connection
 
 _joined: WeakKeyDictionary[Session, JoinedSession] = WeakKeyDictionary()
-# The connections of each open transaction, including sessions that are not joined yet.
-_used: WeakKeyDictionary[Session, WeakSet[Connection]] = WeakKeyDictionary()
+# The connections of each open transaction with the changes that they had made before, including
+# sessions that are not joined yet.
+_used: WeakKeyDictionary[Session, WeakKeyDictionary[Connection, object]] = WeakKeyDictionary()
 _EXPLICIT = (SessionTransactionOrigin.BEGIN, SessionTransactionOrigin.BEGIN_NESTED)
 
 
@@ -70,9 +79,27 @@ class JoinedSession(Transaction):
 
     @property
     def connection(self) -> Connection:
-        """The session's connection to the database of the outbox; checked out if need be."""
-        chosen = {"bind": self._bind} if self._bind is not None else None
-        return self.session.connection(bind_arguments=chosen)
+        """The session's connection to the database of the outbox; checked out if need be.
+
+        Of several, the one that has written: a session may read from replicas.
+        """
+        if self._bind is not None:
+            return self.session.connection(bind_arguments={"bind": self._bind})
+        ours = [each for each in _used.get(self.session, ()) if self._is_ours(each)]
+        if len(ours) > 1:
+            ours = [each for each in ours if self._has_written(each)]
+        return ours[0] if len(ours) == 1 else self.session.connection()
+
+    def _is_ours(self, connection: Connection) -> bool:
+        """True if *connection* leads to the database of the outbox."""
+        return is_same_database(connection.engine, self.outbox.databases.engine)
+
+    def _has_written(self, connection: Connection) -> bool | None:
+        """True if the transaction of *connection* has written; None if nobody can tell."""
+        dialect = known_dialect(connection.dialect.name)
+        if dialect is None:
+            return None
+        return dialect.has_written(connection, _used[self.session].get(connection))
 
     def capture(self, message: Message) -> None:
         """Buffer *message*. Publishing counts as the first statement of a transaction.
@@ -93,26 +120,41 @@ class JoinedSession(Transaction):
     def enrol(self) -> None:
         """Make the outbox's connection part of the commit, and this a contributor to it.
 
+        A session that has no engine for all tables, and has used none, has no work to share a fate
+        with: its messages are stored when it has committed.
+
         Raises:
-            TwoEngines: the transaction uses another engine besides.
+            TwoEngines: the transaction has written through another engine besides.
         """
-        connection = self.connection
+        try:
+            connection = self.connection
+        except UnboundExecutionError:
+            return
         if self._carrier is None:
             self._carrier = joined_connection.join(connection, self.outbox)
             self._carrier.contributors.append(self)
-        self.refuse_two_engines()
+        if any(
+            each is not connection and self._has_written(each) is not False
+            for each in _used[self.session]
+        ):
+            self._refuse_two_engines()
 
-    def refuse_two_engines(self) -> None:
-        """Make sure that the messages commit together with the work.
+    def refuse_another_engine(self) -> None:
+        """Make sure that no connection joins a commit under way, apart from the messages.
 
         Raises:
-            TwoEngines: the transaction uses more than one engine.
+            TwoEngines: the commit includes the messages already.
         """
-        if self._carrier and len(_used[self.session]) > 1 and not self.session.twophase:
+        if self._carrier and len(_used[self.session]) > 1:
+            self._refuse_two_engines()
+
+    def _refuse_two_engines(self) -> None:
+        if not self.session.twophase:
             raise TwoEngines(
-                "This session's transaction uses more than one engine. They commit one after the "
-                "other, so a message could leave although the work was lost. Publish in a "
-                "transaction that uses one engine only, or make the session with twophase=True."
+                "This session's transaction writes through more than one engine. They commit one "
+                "after the other, so a message could leave although the work was lost. Publish in "
+                "a transaction that writes through one engine only, or make the session with "
+                "twophase=True."
             )
 
     # ── the session's transaction ───────────────────────────────────────────────────────────
@@ -201,14 +243,31 @@ def on_after_begin(
     session: Session, transaction: SessionTransaction, connection: Connection
 ) -> None:
     """Remember that the transaction uses *connection*, and refuse a second engine."""
-    _used.setdefault(session, WeakSet()).add(connection)
+    used = _used.setdefault(session, WeakKeyDictionary())
+    if connection not in used:
+        dialect = known_dialect(connection.dialect.name)
+        used[connection] = dialect.changes_before(connection) if dialect else None
     if joined := find(session):
-        joined.refuse_two_engines()
+        joined.refuse_another_engine()
+        context.resume(joined)
+
+
+def on_after_attach(session: Session, instance: object) -> None:
+    """Publish from here on into the transaction of the session that *instance* is added to."""
+    if joined := find(session):
+        context.resume(joined)
+
+
+def on_do_orm_execute(execution: ORMExecuteState) -> None:
+    """Publish from here on into the transaction of the session that executes a statement."""
+    if joined := find(execution.session):
+        context.resume(joined)
 
 
 def on_before_commit(session: Session) -> None:
     """Make the outbox's connection part of the commit, if there are messages to write."""
     if joined := find(session):
+        session.flush()  # now all connections that the work needs are known
         joined.committing = True
         if joined.captured:
             joined.enrol()
@@ -244,6 +303,8 @@ def on_after_transaction_end(session: Session, transaction: SessionTransaction) 
 LISTENERS: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("after_transaction_create", on_after_transaction_create, {}),
     ("after_begin", on_after_begin, {}),
+    ("after_attach", on_after_attach, {}),
+    ("do_orm_execute", on_do_orm_execute, {}),
     ("before_commit", on_before_commit, {}),
     ("after_commit", on_after_commit, {"insert": True}),
     ("after_rollback", on_after_rollback, {}),
