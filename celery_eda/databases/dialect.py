@@ -6,8 +6,8 @@ connection and leaves the commit to the caller, unless its docstring says otherw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -103,6 +103,13 @@ class Dialect:
         A database whose locks belong to the transaction holds the lock until the commit.
         """
         raise NotImplementedError
+
+    @contextmanager
+    def migration(self, engine: Engine, name: str) -> Iterator[Connection]:
+        """A connection for DDL, which one process at a time uses under this *name*."""
+        with engine.connect() as connection, self.exclusive(connection, name):
+            yield connection
+            connection.commit()
 
     def stop_writers(self, connection: Connection) -> None:
         """Prevent changes, until the commit, to rows that are read and locked from here on.

@@ -37,6 +37,8 @@ from celery_eda.errors import SchemaOutdated
 
 #: Seconds to wait for a named lock; below the read time-out.
 LOCK_TIMEOUT = 50
+#: Seconds that DDL waits for the end of transactions that use the table.
+DDL_TIMEOUT = 2
 #: The parameter ``ids``, a JSON list, as a table.
 GIVEN = "JSON_TABLE(:ids, '$[*]' COLUMNS (id BIGINT PATH '$')) AS given"
 _PREPARER = MySQLDialect().identifier_preparer
@@ -98,6 +100,14 @@ class MySQL(Dialect):
             connection.exec_driver_sql("COMMIT")
         finally:
             connection.execute(select(func.release_lock(lock)))
+
+    @contextmanager
+    def migration(self, engine: Engine, name: str) -> Iterator[Connection]:
+        with super().migration(engine, name) as connection:
+            try:
+                yield connection
+            finally:  # the migration has set it
+                connection.exec_driver_sql("SET SESSION lock_wait_timeout = DEFAULT")
 
     def now(self) -> ColumnElement[Any]:
         return func.utc_timestamp(text("6"), type_=Moment)

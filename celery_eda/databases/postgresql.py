@@ -122,6 +122,12 @@ class PostgreSQL(Upserting):
         finally:
             cursor.close()
 
+    @contextmanager
+    def migration(self, engine: Engine, name: str) -> Iterator[Connection]:
+        # The migration has a transaction for each table, and the lock has to outlast them all.
+        with super().migration(engine, name), engine.connect() as connection:
+            yield connection
+
     def moment(self) -> ColumnElement[Any]:
         # Without the subquery the clock would be read again for each row.
         return select(self.now()).scalar_subquery()

@@ -1,22 +1,36 @@
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Column, Integer, MetaData, Table, create_engine, inspect, text
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    Integer,
+    MetaData,
+    Table,
+    create_engine,
+    false,
+    inspect,
+    text,
+)
 
 from celery_eda.databases import schema, upgrade
 from celery_eda.databases.tables import Tables
 from celery_eda.errors import SchemaOutdated
 from tests.support import PROJECT
 from tests.support.databases import Database
+from tests.support.waiting import eventually
 
 UPGRADE = """
 import sys
@@ -264,3 +278,99 @@ def test_the_wheel_holds_the_revisions_and_the_types(tmp_path: Path) -> None:
         if path.suffix in (".py", ".typed")
     }
     assert {name for name in names if not name.partition("/")[0].endswith(".dist-info")} == source
+
+
+# ── while the service works ─────────────────────────────────────────────────────────────────
+
+
+def forget_version(database: Database) -> None:
+    """Leave tables that were upgraded half-way: some indexes are missing, and the version."""
+    with database.engine.begin() as connection:
+        connection.execute(database.tables.version.delete())
+        for table in (database.tables.outbox, database.tables.inbox):
+            for index in table.indexes:
+                index.drop(connection)
+
+
+def note(connection: Connection, table: Table) -> None:
+    """Write something, so that the transaction holds *table*."""
+    connection.execute(table.delete().where(false()))
+
+
+def is_waiting_for_lock(engine: Engine) -> bool:
+    """True if some transaction waits to change a table that another one uses."""
+    query = {
+        "postgresql": "SELECT count(*) FROM pg_locks WHERE NOT granted",
+        "mysql": "SELECT count(*) FROM information_schema.processlist WHERE state LIKE '%lock%'",
+    }[engine.dialect.name]
+    with engine.connect() as connection:
+        return bool(connection.scalar(text(query)))
+
+
+def lockable(database: Database) -> None:
+    if database.vendor == "sqlite":
+        pytest.skip("one writer: an upgrade and a producer wait for each other's whole transaction")
+
+
+def test_an_upgrade_and_a_transaction_of_the_service_do_not_deadlock(database: Database) -> None:
+    lockable(database)
+    forget_version(database)
+    tables = database.tables
+    with ThreadPoolExecutor() as threads, database.engine.connect() as producer:
+        # In the order opposite to that of the upgrade.
+        note(producer, tables.inbox)
+        upgrading = threads.submit(upgrade.upgrade, database.engine, tables)
+        eventually(lambda: is_waiting_for_lock(database.engine), "an upgrade that waits")
+        note(producer, tables.outbox)
+        producer.commit()
+
+        upgrading.result()
+
+    schema.check(database.engine, tables)
+    assert differences(database, tables.metadata) == []
+
+
+def test_an_upgrade_that_waits_lets_others_work_meanwhile(database: Database) -> None:
+    lockable(database)
+    forget_version(database)
+    tables = database.tables
+    with ThreadPoolExecutor() as threads, database.engine.connect() as slow:
+        note(slow, tables.inbox)
+        upgrading = threads.submit(upgrade.upgrade, database.engine, tables)
+        eventually(lambda: is_waiting_for_lock(database.engine), "an upgrade that waits")
+
+        with database.engine.begin() as another:
+            note(another, tables.inbox)  # it would wait for the slow one
+
+        assert not upgrading.done()
+        slow.rollback()
+        upgrading.result()
+    schema.check(database.engine, tables)
+
+
+def test_an_upgrade_that_waits_for_too_long_says_what_to_do(database: Database) -> None:
+    lockable(database)
+    forget_version(database)
+    with database.engine.connect() as slow:
+        note(slow, database.tables.inbox)
+
+        with pytest.raises(SchemaOutdated, match="End the transactions that take so long"):
+            upgrade.upgrade(database.engine, database.tables, patience=0)
+
+    upgrade.upgrade(database.engine, database.tables)
+    schema.check(database.engine, database.tables)
+
+
+def test_the_printed_ddl_locks_one_table_in_a_transaction() -> None:
+    ddl = upgrade.sql(create_engine("postgresql+psycopg://nowhere/shop"), Tables.on())
+
+    for transaction in ddl.split("COMMIT;"):
+        locked = re.findall(r"(?:CREATE (?:UNIQUE )?INDEX .* ON|ALTER TABLE) (\w+)", transaction)
+        assert len(set(locked)) <= 1, transaction
+        assert not locked or "SET LOCAL lock_timeout" in transaction
+
+
+def test_the_printed_ddl_of_mariadb_waits_only_briefly() -> None:
+    ddl = upgrade.sql(create_engine("mysql+pymysql://nowhere/shop"), Tables.on())
+
+    assert ddl.index("SET SESSION lock_wait_timeout") < ddl.index("eda_outbox")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import op
+from alembic import context, op
 from sqlalchemy.dialects import mysql
 
 revision = "0001_initial"
@@ -34,15 +34,20 @@ LZ4_COLUMNS = {
 LZ4_STATEMENT = (
     "DO $$ BEGIN IF EXISTS (SELECT FROM pg_settings "
     "WHERE name = 'default_toast_compression' AND 'lz4' = ANY (enumvals)) "
-    "THEN EXECUTE '{alter}'; END IF; END $$"
+    "THEN IF EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('{table}') "
+    "AND attname IN ({columns}) AND attcompression <> 'l') "
+    "THEN EXECUTE '{alter}'; END IF; END IF; END $$"
 )
+#: Longest wait for transactions that use a table. Those that come later wait as long.
+LOCK_TIMEOUT = "2s"
 
 
 def upgrade(prefix: str, schema: str | None) -> None:
     """Create the tables and indexes that do not exist yet.
 
-    Where DDL commits by itself, an upgrade that was killed half-way can therefore be run again.
+    An upgrade that was killed half-way can therefore be run again.
     """
+    _begin_transaction()
     options: dict[str, Any] = {"schema": schema, "if_not_exists": True}
     for vendor in MYSQL:
         options[f"{vendor}_engine"] = "InnoDB"
@@ -364,13 +369,20 @@ def _create_index(
     columns: list[str],
     **index_options: Any,
 ) -> None:
+    index, schema = f"ix_{prefix}{table}_{name}", options["schema"]
+    # Even with IF NOT EXISTS the server would lock the table.
+    if not context.is_offline_mode() and sa.inspect(op.get_bind()).has_index(
+        f"{prefix}{table}", index, schema=schema
+    ):
+        return
+    _begin_transaction()
     # MySQL has no IF NOT EXISTS for an index; MariaDB does.
     dialect = op.get_context().dialect
     op.create_index(
-        f"ix_{prefix}{table}_{name}",
+        index,
         f"{prefix}{table}",
         columns,
-        schema=options["schema"],
+        schema=schema,
         if_not_exists=dialect.name not in MYSQL or bool(getattr(dialect, "is_mariadb", False)),
         **index_options,
     )
@@ -384,7 +396,22 @@ def _compress_messages(prefix: str, schema: str | None) -> None:
         name = ".".join(quote(each) for each in (schema, f"{prefix}{table}") if each)
         changes = (f"ALTER COLUMN {column} SET COMPRESSION lz4" for column in columns)
         alter = f"ALTER TABLE {name} {', '.join(changes)}".replace("'", "''")
-        op.execute(LZ4_STATEMENT.format(alter=alter))
+        names = ", ".join(f"'{column}'" for column in columns)
+        _begin_transaction()
+        table_name = name.replace("'", "''")
+        op.execute(LZ4_STATEMENT.format(alter=alter, table=table_name, columns=names))
+
+
+def _begin_transaction() -> None:
+    """Begin another transaction, so that none locks two tables, or waits for long.
+
+    Otherwise the upgrade and a transaction of the service could wait for each other. On MariaDB
+    each statement is a transaction; SQLite has one writer.
+    """
+    if op.get_context().dialect.name == "postgresql":
+        with op.get_context().autocommit_block():
+            pass
+        op.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
 
 
 def _message_columns() -> tuple[sa.Column[Any], ...]:
