@@ -9,7 +9,7 @@ from celery import bootsteps
 
 from celery_eda.app.installation import make_reliable
 from celery_eda.errors import UnsafeSetting
-from celery_eda.inbox import ReliableTask, is_asynchronous, make_safe
+from celery_eda.inbox import ReliableTask, is_asynchronous, make_safe, take_when_due
 
 #: Pools that run greenlets.
 GREEN_POOLS = ("gevent", "eventlet")
@@ -28,6 +28,7 @@ class Guard(bootsteps.Step):
         make_reliable(worker.app)
         for task in _reliable(worker.app.tasks.values()):
             make_safe(task)
+        take_when_due(worker.app.tasks.values())
         if pool in GREEN_POOLS and (names := _asynchronous(worker.app.tasks.values())):
             raise UnsafeSetting(
                 f"The pool {pool} cannot run `async def` tasks ({', '.join(names)}): its greenlets "

@@ -30,6 +30,8 @@ REPLAY_HEADER = "eda_replay"
 WIRE = "eda_wire"
 #: Attribute of Celery's request: ``expired`` or ``revoked`` if the message must not be handled.
 VERDICT = "eda_verdict"
+#: Key in the delivery info: True if the broker has kept the message until its ETA.
+WAITED = "eda_waited"
 #: Headers that Celery must not copy from a message to its next attempt.
 HEADERS = (ID_HEADER, REVISION_HEADER, ORDER_HEADER, WIRE, VERDICT)
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from celery_eda.inbox.decorator import TaskDecorator
 from celery_eda.inbox.safety import make_safe
-from celery_eda.inbox.task import ReliableTask, is_asynchronous, made_reliable, run_async
+from celery_eda.inbox.task import (
+    ReliableTask,
+    is_asynchronous,
+    made_reliable,
+    run_async,
+    take_when_due,
+)
 from celery_eda.inbox.wiring import Inbox
 
 __all__ = [
@@ -15,4 +21,5 @@ __all__ = [
     "made_reliable",
     "make_safe",
     "run_async",
+    "take_when_due",
 ]

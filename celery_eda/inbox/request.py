@@ -19,7 +19,7 @@ from celery.worker.request import Request
 from kombu.asynchronous import get_event_loop
 
 from celery_eda.core import checkpoints
-from celery_eda.core.identity import VERDICT, WIRE
+from celery_eda.core.identity import ID_HEADER, VERDICT, WAITED, WIRE
 from celery_eda.core.message import Wire
 from celery_eda.core.service import service_of
 from celery_eda.inbox.wiring import Inbox
@@ -27,7 +27,21 @@ from celery_eda.inbox.wiring import Inbox
 log = get_logger(__name__)
 
 
-class ReliableRequest(Request):
+class DueRequest(Request):
+    """Celery's request, which does not wait for its ETA if it was waited for already.
+
+    The outbox has done so, or the database that is the broker, by the clock of the database. The
+    clock of this machine may differ.
+    """
+
+    @property
+    def eta(self) -> datetime | None:
+        """The time until which this worker keeps the message."""
+        waited = ID_HEADER in self.message.headers or self.message.delivery_info.get(WAITED)
+        return None if waited else super().eta
+
+
+class ReliableRequest(DueRequest):
     """Celery's request, without the paths that would lose the message."""
 
     def __init__(self, message: Any, *arguments: Any, **options: Any) -> None:

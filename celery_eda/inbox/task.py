@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from celery import Task
@@ -110,6 +110,16 @@ def made_reliable(task: Task) -> None:
         (ReliableTask, type(task)),
         {"__module__": type(task).__module__, "__doc__": type(task).__doc__},
     )
+
+
+def take_when_due(tasks: Iterable[Task]) -> None:
+    """Have a worker handle delayed messages of plain *tasks*, too, as soon as they come.
+
+    A task with a request class of its own keeps it.
+    """
+    for task in tasks:
+        if task.Request == Task.Request:
+            task.Request = "celery_eda.inbox.request:DueRequest"
 
 
 def _is_running(task_id: str) -> bool:

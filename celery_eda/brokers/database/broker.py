@@ -261,15 +261,31 @@ def _date(eta: Any) -> datetime | None:
         return None
 
 
+def was_kept(message: Mapping[str, Any]) -> bool:
+    """True if a *message* that has come was kept in its queue until its ETA.
+
+    The clocks of its publisher and of this machine may differ, but not by half a century.
+    """
+    eta = _date(message["headers"].get("eta"))
+    try:
+        return eta is not None and _seconds_until(eta) < LONGEST / 2
+    except OverflowError:
+        return False
+
+
 def _delay(due: datetime | None) -> float | None:
     """Seconds until *due*; None if that is past, or absurdly far."""
     if due is None:
         return None
     try:
-        seconds = (utc(due) - datetime.now(timezone.utc)).total_seconds()
+        seconds = _seconds_until(due)
     except OverflowError:
         return None
     return seconds if 0 < seconds <= LONGEST else None
+
+
+def _seconds_until(due: datetime) -> float:
+    return (utc(due) - datetime.now(timezone.utc)).total_seconds()
 
 
 def _lifetime(expiration: Any) -> float | None:

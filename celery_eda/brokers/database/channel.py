@@ -17,9 +17,10 @@ from kombu.transport import base, virtual
 from kombu.utils.json import loads
 from sqlalchemy import exc
 
-from celery_eda.brokers.database.broker import DatabaseBroker, queued
+from celery_eda.brokers.database.broker import DatabaseBroker, queued, was_kept
 from celery_eda.brokers.database.queues import BY_NAME, Lease
 from celery_eda.brokers.database.taker import Busy, Taker
+from celery_eda.core.identity import WAITED
 from celery_eda.core.message import UNREADABLE
 
 #: Seconds until the next attempt after another transaction had locked the rows.
@@ -379,7 +380,8 @@ def payload_of(row: Any) -> dict[str, Any]:
         payload: dict[str, Any] = loads(row.message)
         properties = payload["properties"]
         payload["headers"].items()
-        properties["delivery_info"].update(redelivered=row.fence > 1)
+        waited = {WAITED: True} if was_kept(payload) else {}
+        properties["delivery_info"].update(redelivered=row.fence > 1, **waited)
     except Exception as error:
         octets = b64encode(row.message.encode(errors="replace")).decode()
         unreadable = [f"{type(error).__name__} in the envelope", octets]

@@ -264,6 +264,14 @@ def plain(number: int) -> None:
     record("plain", number)
 
 
+@app.task(name="legacy.note")
+def note(number: int) -> None:
+    """An ordinary task with a transaction of its own."""
+    with SessionLocal() as session:
+        session.execute(insert(effects).values(name="note", number=number))
+        session.commit()
+
+
 def _first_time(name: str) -> bool:
     folder = os.environ["ROAD_FOLDER"]
     try:
