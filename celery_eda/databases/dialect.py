@@ -389,10 +389,7 @@ class Dialect:
         return False
 
     def is_transient(self, error: BaseException) -> bool:
-        """True if the transaction lost a race, and may succeed when run again.
-
-        The race was for a row lock, or for the last connection of the pool.
-        """
+        """True if the transaction lost a race for a lock or a connection, and may be run again."""
         return isinstance(error, TimeoutError) or (
             isinstance(error, DBAPIError) and self.code_of(error) in self.transient_codes
         )
