@@ -29,6 +29,9 @@ from celery_eda.sagas.transition import Transition
 
 log = redaction.logger(__name__)
 
+#: Seconds until a timer asks again whether the definition of its saga fits.
+ASK_AGAIN = 60.0
+
 
 @dataclass(frozen=True)
 class Coordinator:
@@ -98,7 +101,10 @@ class Coordinator:
         found = transition.find(record)
         if found is None or found.status is not Status.open:
             return
-        if Wakeup(wakeup) is Wakeup.lock_granted:
+        if transition.misfit and Wakeup(wakeup) is Wakeup.timer:
+            # The end of a wait may depend on its part: the timer asks again.
+            self.engine.messages.send_wakeup(Wakeup.timer, id, record, countdown=ASK_AGAIN)
+        elif Wakeup(wakeup) is Wakeup.lock_granted:
             transition.end(found, Status.done, value=found.value)
         else:
             self._timed_out(transition, found)
@@ -220,6 +226,7 @@ class Coordinator:
             raise SagaError(f"Nothing has failed at {path!r} of the saga {id}.")
         for record in failed:
             transition.end(record, status, who=who)
+        transition.add_missing_results()
         transition.change(state=State.compensating if saga.back else State.running, error=None)
         self.engine.advance(transition)
 

@@ -6,7 +6,7 @@ its name, with the round in brackets for a part inside a loop: ``pay[2]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -210,6 +210,30 @@ class Definitions:
                 f"Version {version} of the saga {name} is not defined here. Keep it in the code "
                 "until the last saga of that version has ended."
             ) from None
+
+
+def blocks_in(part: Part) -> tuple[Block, ...]:
+    """The blocks of a *part* that has some."""
+    match part:
+        case Choice():
+            return tuple(case for _, case in part.cases)
+        case Loop():
+            return (part.body,)
+        case Parallel():
+            return part.branches
+    return ()
+
+
+def names_in(block: Block) -> frozenset[str]:
+    """The names of all parts of *block*, at any depth."""
+    return frozenset(_names_in(block))
+
+
+def _names_in(block: Block) -> Iterator[str]:
+    for part in block.parts:
+        yield part.name
+        for each in blocks_in(part):
+            yield from _names_in(each)
 
 
 def always(_: Data) -> bool:

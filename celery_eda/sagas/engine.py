@@ -37,6 +37,9 @@ from celery_eda.sagas.transition import Transition
 
 log = redaction.logger(__name__)
 
+#: States in which a saga goes on by itself.
+ADVANCING = (State.running, State.compensating)
+
 
 @dataclass(frozen=True)
 class SagaEngine:
@@ -68,8 +71,19 @@ class SagaEngine:
         return Transition.of(connection, self.store, self.definitions, id)
 
     def advance(self, transition: Transition) -> None:
-        """Carry out all decisions that are possible now, and save the saga's new state."""
-        while transition.saga.state in (State.running, State.compensating):
+        """Carry out all decisions that are possible now, and save the saga's new state.
+
+        A saga whose definition has changed, so that it does not fit the history, is parked.
+        """
+        if transition.saga.state in ADVANCING and (why := transition.misfit):
+            log.error(
+                "the saga %s is parked, because its definition has changed: %s. Restore it and "
+                "describe the new one with the next version, then run `celery eda sagas resume`",
+                transition.saga.id,
+                why,
+            )
+            _park(transition, f"its definition has changed: {why}")
+        while transition.saga.state in ADVANCING:
             was_compensating = transition.saga.back
             plan = self._plan(transition)
             if plan is None:

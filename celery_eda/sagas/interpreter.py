@@ -6,7 +6,7 @@ A choice that was recorded once is read from its record and is not made again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,7 @@ from celery_eda.sagas.definition import (
     Step,
     SubSaga,
     Wait,
+    names_in,
 )
 from celery_eda.sagas.plan import (
     BUSY,
@@ -299,27 +300,6 @@ def _all_of(plans: Sequence[Plan], need: int) -> Plan:
         progress=Progress.busy if len(plans) - len(failed) >= need else Progress.failed,
         failure=reasons[-1] if reasons else None,
     )
-
-
-def names_in(block: Block) -> frozenset[str]:
-    """The names of all parts of *block*, at any depth."""
-    return frozenset(_names_in(block))
-
-
-def _names_in(block: Block) -> Iterator[str]:
-    for part in block.parts:
-        yield part.name
-        match part:
-            case Choice():
-                inner = [case for _, case in part.cases]
-            case Loop():
-                inner = [part.body]
-            case Parallel():
-                inner = list(part.branches)
-            case _:
-                continue
-        for each in inner:
-            yield from _names_in(each)
 
 
 def _is_open_wait(record: Record) -> bool:

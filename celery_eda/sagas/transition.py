@@ -14,6 +14,7 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from celery_eda.sagas.definition import Definition, Definitions, Part, Step, SubSaga, Wait
+from celery_eda.sagas.fit import misfit
 from celery_eda.sagas.interpreter import Interpreter
 from celery_eda.sagas.record import Kind, Record, Status
 from celery_eda.sagas.store import SagaInstance, SagaStore
@@ -51,9 +52,14 @@ class Transition:
         """True if the saga has passed the point of no return."""
         return self.interpreter().pivoted
 
-    def part(self, record: Record) -> Part:
-        """Return the part to which a record belongs."""
-        return self.definition.parts[record.part]
+    @property
+    def misfit(self) -> str | None:
+        """The reason why the history does not fit the definition; None if it does."""
+        return misfit(self.definition, self.records)
+
+    def part(self, record: Record) -> Part | None:
+        """Return the part to which a record belongs; None if the definition has lost it."""
+        return self.definition.parts.get(record.part)
 
     def find(self, id: int) -> Record | None:
         """Return the record with this id; None if there is none."""
@@ -113,6 +119,14 @@ class Transition:
             return
         if part.keep is not None:
             self.change(data={**self.saga.data, part.keep: value})
+
+    def add_missing_results(self) -> None:
+        """Add results that came while the definition had not the parts that keep them."""
+        for record in self.records:
+            part = self.part(record)
+            keeps = isinstance(part, Step | SubSaga | Wait) and part.keep not in self.saga.data
+            if keeps and record.status is Status.done and record.kind in (Kind.step, Kind.wait):
+                self.add_result(record, record.value)
 
     def _next_end(self) -> int:
         return 1 + max((each.ended or 0 for each in self.records), default=0)
