@@ -238,6 +238,42 @@ def by_group(shop: Shop, connection: Connection) -> None:
     group([shop.add.s(1, 2)], app=shop.app).apply_async(producer=connection.Producer())
 
 
+NODES = ["memory://north", "memory://south"]
+
+
+def after_a_fail_over(shop: Shop) -> Connection:
+    connection = shop.app.connection_for_write()
+    connection.maybe_switch_next()
+    return connection
+
+
+@pytest.mark.parametrize(
+    "connect",
+    [
+        after_a_fail_over,
+        lambda shop: shop.app.connection_for_write(),
+        lambda shop: Connection(list(reversed(NODES))),
+        lambda shop: Connection(NODES[1]),
+    ],
+    ids=["switched", "app", "reversed", "node"],
+)
+def test_a_connection_to_any_node_leads_to_the_broker_of_the_app(
+    database: Database, connect: Callable[[Shop], Connection]
+) -> None:
+    shop = Shop(database, broker_url=NODES)
+    with connect(shop) as connection, shop.eda.transaction():
+        by_connection(shop, connection)
+
+    assert len(shop.stored()) == 1
+
+
+@pytest.mark.parametrize("url", ["memory://west", [*NODES, "memory://west"]])
+def test_a_connection_that_may_lead_elsewhere_is_refused(database: Database, url: Any) -> None:
+    shop = Shop(database, broker_url=NODES)
+    with Connection(url) as connection, shop.eda.transaction(), pytest.raises(OtherBroker):
+        by_connection(shop, connection)
+
+
 WAYS = pytest.mark.parametrize("call", [by_connection, by_producer, by_name, by_position, by_group])
 
 

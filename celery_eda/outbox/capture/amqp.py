@@ -16,7 +16,7 @@ from typing import Any
 from celery import Celery
 from celery.app.amqp import AMQP
 from celery.utils.time import maybe_iso8601, maybe_make_aware
-from kombu import Queue
+from kombu import Connection, Queue
 from kombu.utils.imports import symbol_by_name
 
 from celery_eda.brokers import SafeConnection, dead_letter_exchange
@@ -122,7 +122,7 @@ class CapturingAMQP(AMQP):
         if producer is None or isinstance(producer, LazyProducer | RecordingProducer):
             return
         given = producer.connection
-        if _address(given) != _address(self.app.connection_for_write()):
+        if not _nodes(given) <= _nodes(self.app.connection_for_write()):
             raise OtherBroker(
                 f"{task} is called with a connection or producer to {given.as_uri()}, which is not "
                 "the broker of the app. A message that is stored in the outbox goes to the broker "
@@ -222,7 +222,7 @@ def _refuse_other_app(task: str, app: Celery, other: Celery) -> None:
     Raises:
         OtherBroker: the apps have different brokers; the message would go to the wrong one.
     """
-    if _address(app.connection_for_write()) != _address(other.connection_for_write()):
+    if _nodes(app.connection_for_write()) != _nodes(other.connection_for_write()):
         raise OtherBroker(
             f"{task} of the app {app.main!r} is called in a transaction of the app "
             f"{other.main!r}, whose messages go to another broker. Call it in a transaction of its "
@@ -230,12 +230,11 @@ def _refuse_other_app(task: str, app: Celery, other: Celery) -> None:
         )
 
 
-def _address(connection: Any) -> Any:
-    """The place that *connection* leads to, the same for a broker with several nodes."""
-    if connection.alt:
-        return list(connection.alt)
-    info = connection.info()
-    return [info[name] for name in ("transport", "hostname", "port", "virtual_host", "userid")]
+def _nodes(connection: Connection) -> set[tuple[Any, ...]]:
+    """The places that *connection* leads to: several, if it names more than one node."""
+    each = [Connection(url).info() for url in connection.alt] or [connection.info()]
+    names = ("transport", "hostname", "port", "virtual_host", "userid")
+    return {tuple(info[name] for name in names) for info in each}
 
 
 def _remove_identity(options: dict[str, Any]) -> None:
