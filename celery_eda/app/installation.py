@@ -26,7 +26,11 @@ CANVAS_TASKS = frozenset(
 LOGS_OF_ERRORS = ("celery.app.trace", "celery.worker.request")
 #: Boot steps by name: a process that only publishes does not import Celery's worker.
 WORKER_STEPS = ("celery_eda.app.worker:Guard", "celery_eda.outbox.embedded:EmbeddedRelay")
-CONSUMER_STEPS = ("celery_eda.inbox.intake:Intake", "celery_eda.app.worker_queues:WorkerQueues")
+CONSUMER_STEPS = (
+    "celery_eda.app.service_name:HoldName",
+    "celery_eda.inbox.intake:Intake",
+    "celery_eda.app.worker_queues:WorkerQueues",
+)
 
 
 def install(app: Celery, outbox: Outbox) -> None:

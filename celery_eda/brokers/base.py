@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
 from celery import Celery
+from kombu import Connection
 from kombu.messaging import Producer
 
 from celery_eda.core import topics
@@ -240,12 +241,15 @@ class Broker:
         consumers: transports that workers use in place of kombu's, by kombu's class.
         replies: None if no process can wait for replies over this broker.
         envelopes: None if messages are encoded only when they are sent.
+        hold_name: holds the name of a service for its *owner*, over a connection of kombu's, for
+            so many seconds; False if another owner holds it. None if this broker cannot.
     """
 
     transport: Callable[..., Transport]
     consumers: Mapping[type, type] = field(default_factory=dict)
     replies: ReplyQueues | None = None
     envelopes: Envelopes | None = None
+    hold_name: Callable[[Connection, str, str, float], bool] | None = None
 
 
 @runtime_checkable

@@ -38,6 +38,7 @@ def _rabbitmq() -> Broker:
     from celery_eda.brokers.rabbitmq import consume
     from celery_eda.brokers.rabbitmq import envelopes as frames
     from celery_eda.brokers.rabbitmq import replies as rabbitmq_replies
+    from celery_eda.brokers.rabbitmq import service_names as rabbitmq_names
     from celery_eda.brokers.rabbitmq.publish import RabbitMQ
 
     return Broker(
@@ -48,6 +49,7 @@ def _rabbitmq() -> Broker:
         },
         replies=ReplyQueues(rabbitmq_replies.ReplyConsumer, rabbitmq_replies.declare),
         envelopes=Envelopes(frames.encode_envelope, frames.EnvelopeTemplate),
+        hold_name=rabbitmq_names.hold,
     )
 
 
@@ -57,6 +59,7 @@ def _redis() -> Broker:
     from celery_eda.brokers.redis import consume
     from celery_eda.brokers.redis import envelopes as redis_envelopes
     from celery_eda.brokers.redis import replies as redis_replies
+    from celery_eda.brokers.redis import service_names as redis_names
     from celery_eda.brokers.redis.publish import Redis
 
     return Broker(
@@ -67,6 +70,7 @@ def _redis() -> Broker:
         },
         replies=ReplyQueues(redis_replies.ReplyConsumer, redis_replies.declare),
         envelopes=Envelopes(redis_envelopes.encode_envelope, redis_envelopes.EnvelopeTemplate),
+        hold_name=redis_names.hold,
     )
 
 

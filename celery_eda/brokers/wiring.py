@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kombu import Connection
+
 from celery_eda.brokers.base import ReplyConsumer, Transport
 from celery_eda.brokers.database.publish import DirectEnqueue
 from celery_eda.brokers.registry import (
+    broker_of_type,
     direct_enqueue_of,
     envelope_encoder_of,
     reply_consumer_of,
@@ -47,6 +50,15 @@ class Brokers:
     def connect(self) -> Transport:
         """A new transport, for one thread; it opens its connection with the first batch."""
         return transport_of(self._service.app, timeout=self._service.settings.publish_timeout)
+
+    def hold_name(self, connection: Connection, owner: str, expires: float) -> bool:
+        """Hold the name of this service for *owner* during the next *expires* seconds.
+
+        Returns:
+            False if another owner holds it. A broker that cannot hold names refuses nobody.
+        """
+        hold = broker_of_type(connection.transport.driver_type).hold_name
+        return hold is None or hold(connection, self._service.name, owner, expires)
 
     def check_replies(self) -> None:
         """Refuse a broker over which no replies can come.

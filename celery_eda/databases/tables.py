@@ -60,6 +60,7 @@ class Tables:
         queue: messages waiting for a worker, where the database itself is the broker.
         bindings: queues, and the exchanges that route to them.
         takers: processes that currently consume from those queues.
+        services: the names of the services that use these tables, each with a unique id.
         version: the revision of the tables, as Alembic records it.
     """
 
@@ -85,6 +86,7 @@ class Tables:
     queue: Table
     bindings: Table
     takers: Table
+    services: Table
     version: Table
 
     @property
@@ -110,6 +112,7 @@ class Tables:
             self.queue,
             self.bindings,
             self.takers,
+            self.services,
         )
 
     @classmethod
@@ -148,6 +151,7 @@ class Tables:
             queue=queue,
             bindings=bindings,
             takers=takers,
+            services=_service_table(*where),
             version=_version_table(*where),
         )
 
@@ -505,6 +509,19 @@ def _queue_tables(
         **_OPTIONS,
     )
     return queue, bindings, takers
+
+
+def _service_table(metadata: MetaData, prefix: str, schema: str | None) -> Table:
+    return Table(
+        f"{prefix}services",
+        metadata,
+        Column("name", Name, nullable=False),
+        Column("id", MessageId, nullable=False),
+        Column("at", Moment, nullable=False),
+        PrimaryKeyConstraint("name"),
+        schema=schema,
+        **_OPTIONS,
+    )
 
 
 def _key_columns() -> tuple[Column[Any], ...]:

@@ -255,7 +255,7 @@ def test_the_printed_ddl_makes_tables_that_pass_the_check(empty_database: Databa
 def test_the_ddl_is_printed_without_a_database(url: str) -> None:
     ddl = upgrade.sql(create_engine(url), Tables.on())
 
-    assert ddl.count("CREATE TABLE") == 20
+    assert ddl.count("CREATE TABLE") == 21
 
 
 def test_the_wheel_holds_the_revisions_and_the_types(tmp_path: Path) -> None:

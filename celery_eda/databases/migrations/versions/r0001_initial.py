@@ -62,6 +62,7 @@ def upgrade(prefix: str, schema: str | None) -> None:
     _create_event_tables(prefix, options)
     _create_saga_tables(prefix, options)
     _create_queue_tables(prefix, options)
+    _create_service_table(prefix, options)
     _compress_messages(prefix, schema)
 
 
@@ -360,6 +361,17 @@ def _create_queue_tables(prefix: str, options: dict[str, Any]) -> None:
             postgresql_where=sa.text(where),
             sqlite_where=sa.text(where),
         )
+
+
+def _create_service_table(prefix: str, options: dict[str, Any]) -> None:
+    op.create_table(
+        f"{prefix}services",
+        sa.Column("name", NAME, nullable=False),
+        sa.Column("id", MESSAGE_ID, nullable=False),
+        sa.Column("at", MOMENT, nullable=False),
+        sa.PrimaryKeyConstraint("name"),
+        **options,
+    )
 
 
 def _create_index(
