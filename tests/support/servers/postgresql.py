@@ -7,13 +7,13 @@ import pwd
 import shutil
 import signal
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 import psycopg
 from psycopg import sql
-from typing_extensions import Self
+from typing_extensions import LiteralString, Self
 
 from tests.support.servers import ports
 from tests.support.servers.base import Server
@@ -43,16 +43,25 @@ class PostgreSQL(Server):
     def local(cls, root: Path) -> Self | None:
         """A new one, made by ``initdb`` of this machine or of pip."""
         user = owner()
-        programs = _programs(user)
+        programs = programs_for(user)
         if programs is None:
             return None
         port = ports.claim()
         folder = root / f"postgresql-{port}"
         _make(programs, folder, user)
+        return cls.on(folder, port)
+
+    @classmethod
+    def on(cls, folder: Path, port: int, **settings: str) -> Self:
+        """A server on the data in *folder*, not started yet."""
+        user = owner()
         place = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": ""}
-        settings = [f"--{name}={value}" for name, value in {**SETTINGS, **place}.items()]
+        together = {**SETTINGS, **place, **settings}
+        words = [f"--{name}={value}" for name, value in together.items()]
+        programs = programs_for(user)
+        assert programs, "It has made the data."
         host = LocalProcess(
-            [programs / "postgres", "-D", folder / "data", *settings],
+            [programs / "postgres", "-D", folder / "data", *words],
             folder,
             user=user,
             stop_signal=signal.SIGINT,  # "fast": does not wait for clients to leave
@@ -74,14 +83,14 @@ class PostgreSQL(Server):
     def database(self, name: str) -> str:
         """The SQLAlchemy URL of a new database; an older one of that name is dropped."""
         self.drop(name)
-        self._execute("CREATE DATABASE {}", name)
+        self.execute("CREATE DATABASE {}", _full(name))
         return urlunsplit(urlsplit(self.url)._replace(path=f"/{_full(name)}"))
 
     def back_up(self) -> Path:
         """A copy of all its data, made while it is stopped."""
         self.stop()
-        copy = self._data.with_name(f"backup-{uuid4()}")
-        run(["cp", "--archive", self._data, copy])
+        copy = self.data.with_name(f"backup-{uuid4()}")
+        run(["cp", "--archive", self.data, copy])
         self.start()
         return copy
 
@@ -92,35 +101,37 @@ class PostgreSQL(Server):
         nothing is left, and begins a new timeline.
         """
         self.kill()
-        shutil.rmtree(self._data)
-        run(["cp", "--archive", backup, self._data])
-        run(["touch", self._data / "recovery.signal"], user=owner())
+        shutil.rmtree(self.data)
+        run(["cp", "--archive", backup, self.data])
+        run(["touch", self.data / "recovery.signal"], user=owner())
         self.start()
-        with self._connect() as connection:
-            eventually(lambda: not _is_recovering(connection), "the end of the recovery")
+        self.recover()
+
+    def recover(self) -> None:
+        """Wait until it takes writes, after a start from a backup."""
+        is_in_recovery = "SELECT pg_is_in_recovery()"
+        eventually(lambda: self.execute(is_in_recovery) == [(False,)], "the end of the recovery")
 
     @property
-    def _data(self) -> Path:
+    def data(self) -> Path:
+        """The folder of its data."""
         if not isinstance(self.host, LocalProcess):
             raise ServerUnavailable("The data of this PostgreSQL are not ours to replace.")
         return self.host.log.parent / "data"
 
     def drop(self, name: str) -> None:
         """Drop a database of ours, in use or not."""
-        self._execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+        self.execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", _full(name))
 
-    def _execute(self, statement: str, name: str) -> None:
+    def execute(self, statement: LiteralString, *names: str) -> list[tuple[Any, ...]]:
+        """The rows of *statement*, in which each ``{}`` stands for one of *names*."""
         with self._connect() as connection:
-            connection.execute(sql.SQL(statement).format(sql.Identifier(_full(name))))
+            cursor = connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+            return cursor.fetchall() if cursor.description else []
 
     def _connect(self) -> psycopg.Connection:
         url = urlunsplit(urlsplit(self.url)._replace(scheme="postgresql"))
         return psycopg.connect(url, connect_timeout=2, autocommit=True)
-
-
-def _is_recovering(connection: psycopg.Connection) -> bool:
-    row = connection.execute("SELECT pg_is_in_recovery()").fetchone()
-    return row is not None and bool(row[0])
 
 
 def _full(name: str) -> str:
@@ -148,7 +159,7 @@ def owner() -> str | None:
     return next(user for user in ("postgres", "nobody") if user in known)
 
 
-def _programs(user: str | None) -> Path | None:
+def programs_for(user: str | None) -> Path | None:
     """The folder with the programs of the first PostgreSQL that *user* can run."""
     debian = Path("/usr/lib/postgresql").glob("*/bin")
     newest_first = sorted(debian, key=lambda each: float(each.parent.name), reverse=True)

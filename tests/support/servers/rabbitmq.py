@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -21,6 +21,8 @@ from tests.support.servers.hosts import LocalProcess
 from tests.support.servers.programs import beside
 
 COOKIE = "celery-eda-tests"
+#: Seconds after which the other nodes of a cluster take a frozen one for dead; a minute by default.
+TICK = 8
 
 
 class RabbitMQ(Server):
@@ -34,16 +36,19 @@ class RabbitMQ(Server):
     @classmethod
     def local(cls, root: Path) -> Self | None:
         """A new node from the programs of this machine."""
-        programs = _programs()
+        programs = programs_of_a_node()
         return None if programs is None else cls.node(programs, root, epmd=ports.claim())
 
     @classmethod
-    def node(cls, programs: Path, root: Path, *, epmd: int) -> Self:
-        """A new node, which meets others by the port of their *epmd*."""
+    def node(cls, programs: Path, root: Path, *, epmd: int, settings: Sequence[str] = ()) -> Self:
+        """A new node, which meets others by the port of their *epmd*.
+
+        *settings* are more lines of its ``rabbitmq.conf``.
+        """
         port = ports.claim()
         folder = root / f"rabbitmq-{port}"
         folder.mkdir()
-        environment = _environment(programs, folder, port, epmd)
+        environment = _environment(programs, folder, port, epmd, settings)
         host = LocalProcess([programs / "rabbitmq-server"], folder, environment=environment)
         return cls(host, _url(port))
 
@@ -51,7 +56,7 @@ class RabbitMQ(Server):
     @contextlib.contextmanager
     def pair(cls, root: Path) -> Iterator[tuple[Self, Self]]:
         """Two running nodes of one cluster."""
-        programs = _programs()
+        programs = programs_of_a_node()
         if programs is None:
             raise ServerUnavailable(f"No {cls.name} here: install {cls.packages}.")
         epmd = ports.claim()
@@ -154,15 +159,16 @@ def _url(port: int) -> str:
     return f"amqp://guest:guest@127.0.0.1:{port}//"
 
 
-def _environment(programs: Path, folder: Path, port: int, epmd: int) -> dict[str, str]:
+def _environment(
+    programs: Path, folder: Path, port: int, epmd: int, settings: Sequence[str]
+) -> dict[str, str]:
     """Everything that tells this node from another one on the same machine."""
     cookie = folder / ".erlang.cookie"
     cookie.write_text(COOKIE)
     cookie.chmod(0o400)  # Erlang refuses a cookie that others can read
     (folder / "plugins").write_text("[].")
-    (folder / "rabbitmq.conf").write_text(
-        f"listeners.tcp.1 = 127.0.0.1:{port}\ndisk_free_limit.absolute = 50MB\n"
-    )
+    place = [f"listeners.tcp.1 = 127.0.0.1:{port}", "disk_free_limit.absolute = 50MB"]
+    (folder / "rabbitmq.conf").write_text("".join(f"{line}\n" for line in (*place, *settings)))
     return {
         "HOME": str(folder),
         "PATH": f"{programs}:{os.environ['PATH']}",
@@ -180,11 +186,13 @@ def _environment(programs: Path, folder: Path, port: int, epmd: int) -> dict[str
         "RABBITMQ_NODENAME": f"eda{port}@localhost",
         "RABBITMQ_NODE_PORT": str(port),
         "RABBITMQ_PID_FILE": str(folder / "pid"),
-        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
+            f"-kernel inet_dist_use_interface {{127,0,0,1}} -kernel net_ticktime {TICK}"
+        ),
     }
 
 
-def _programs() -> Path | None:
+def programs_of_a_node() -> Path | None:
     """The folder with the node's own scripts.
 
     Debian's ``/usr/sbin/rabbitmq-server`` is a wrapper that changes the user and the home.
