@@ -18,7 +18,6 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Row,
     Select,
     Table,
     Update,
@@ -36,6 +35,12 @@ from celery_eda.core.identity import Lane, Position
 from celery_eda.core.message import Message
 from celery_eda.databases import Dialect, LostRace, message_rows
 from celery_eda.ordering.cursor import Cursor, Turn
+from celery_eda.ordering.parked import (
+    ParkedMessages,
+    lane_parameters,
+    lane_values,
+    position_of,
+)
 from celery_eda.ordering.progress import NAMES
 
 
@@ -50,6 +55,11 @@ class Cursors:
     table: Table
     parked: Table
     dialect: Dialect
+
+    @cached_property
+    def waiting(self) -> ParkedMessages:
+        """The parked messages."""
+        return ParkedMessages(self.parked, self.dialect)
 
     def find(self, connection: Connection, consumer: str, lane: Lane) -> Cursor:
         """The cursor of *consumer* in *lane*, read without a lock."""
@@ -72,18 +82,21 @@ class Cursors:
         *cursor* is the value that said that it was the message's turn.
 
         Returns:
-            The parked message whose turn is next, which the caller has to send again in this
-            transaction; None if none is parked.
+            The parked message whose turn is next, which the caller has to handle or to send again;
+            None if none is parked.
 
         Raises:
             LostRace: the cursor has moved meanwhile; roll the transaction back.
         """
-        if not self._move(connection, consumer, position, cursor):
+        parked = self._move(connection, consumer, position, cursor)
+        if cursor.parked:
+            # Only this one: messages parked in an abandoned epoch have not been handled.
+            self.waiting.delete(connection, consumer, position)
+        if not parked:
             return None
-        # Only this one: messages parked in an abandoned epoch have not been handled.
-        at = self._is_at(consumer, position.lane, position.epoch, position.number)
-        self._unpark(connection, consumer, position.lane, at)
-        return self.release(connection, consumer, position.lane)
+        following = Position(position.lane, position.epoch, position.number + 1)
+        message = self.waiting.release(connection, consumer, following)
+        return message or self.release(connection, consumer, position.lane)
 
     def go_to(
         self, connection: Connection, consumer: str, position: Position, cursor: Cursor
@@ -140,26 +153,10 @@ class Cursors:
         cursor = self.lock(connection, consumer, position.lane)
         if cursor.turn_of(position) is not Turn.later:
             return False
-        epoch, last = position.previous or (None, None)
-        values = message_rows.to_row(message)
-        del values["delay"]
-        fresh = self.dialect.insert_once(
-            connection,
-            self.parked,
-            {
-                **values,
-                **_names(consumer, position.lane),
-                "epoch": position.epoch,
-                "number": position.number,
-                "previous_epoch": epoch,
-                "previous_last": last,
-            },
-            now="created_at",
-        )
-        if fresh:
+        if self.waiting.add(connection, consumer, position, message):
             self._count_parked(connection, consumer, position.lane, +1)
-        else:
-            self._require_copy(connection, consumer, position, message)
+        elif self.waiting.id_at(connection, consumer, position) != message.identity.id:
+            raise PositionTaken
         return True
 
     def release(self, connection: Connection, consumer: str, lane: Lane) -> Message | None:
@@ -168,25 +165,29 @@ class Cursors:
         :meth:`advance` deletes the row once the message is done with.
         """
         cursor = self._read(connection, consumer, lane)
-        parked = self.parked.c
-        # A locking read, because a snapshot of REPEATABLE READ would miss recently parked rows.
-        row = connection.execute(
-            select(self.parked)
-            .where(
-                self._is_of(self.parked, consumer, lane),
-                self._may_be_next(cursor.epoch, cursor.last),
-            )
-            .order_by(parked.epoch, parked.number)
-            .limit(1)
-            .with_for_update()
-        ).one_or_none()
-        if row is None:
+        following = self._following(connection, consumer, lane, cursor)
+        if following is None:
             return None
-        _, position = _position(row)
-        if cursor.turn_of(position) is not Turn.now:
+        return self.waiting.release(connection, consumer, following)
+
+    def next_parked(self, connection: Connection, consumer: str, lane: Lane) -> Message | None:
+        """The parked message whose turn it is, unless its key is blocked; nothing is written."""
+        cursor = self._read(connection, consumer, lane)
+        if cursor.held is not None or not cursor.parked:
             return None
-        self._mark_released(connection, consumer, position)
-        return message_rows.from_row(row)
+        following = self._following(connection, consumer, lane, cursor)
+        if following is None:
+            return None
+        return self.waiting.find(connection, consumer, following)
+
+    def _following(
+        self, connection: Connection, consumer: str, lane: Lane, cursor: Cursor
+    ) -> Position | None:
+        """The position of the parked message whose turn it is by *cursor*."""
+        following = Position(lane, cursor.epoch, cursor.last + 1)
+        if self.waiting.id_at(connection, consumer, following) is not None:
+            return following
+        return self.waiting.next_epoch(connection, consumer, lane, cursor)
 
     def skip_to(self, connection: Connection, consumer: str, position: Position) -> Message | None:
         """Move the locked cursor to *position*, and release the parked message that follows it."""
@@ -223,13 +224,13 @@ class Cursors:
         )
         messages = []
         for row in connection.execute(waiting).all():
-            lane, position = _position(row)
-            match self._read(connection, row.consumer, lane).turn_of(position):
+            position = position_of(row)
+            match self._read(connection, row.consumer, position.lane).turn_of(position):
                 case Turn.now:
-                    self._mark_released(connection, row.consumer, position)
+                    self.waiting.mark_released(connection, row.consumer, position)
                 case Turn.past:
-                    at = self._is_at(row.consumer, lane, position.epoch, position.number)
-                    self._unpark(connection, row.consumer, lane, at)
+                    self.waiting.delete(connection, row.consumer, position)
+                    self._count_parked(connection, row.consumer, position.lane, -1)
                 case Turn.later:
                     continue
             messages.append(message_rows.from_row(row))
@@ -241,7 +242,7 @@ class Cursors:
         self, connection: Connection, consumer: str, lane: Lane, *, lock: bool = False
     ) -> Cursor:
         query = self._locking if lock else self._reading
-        row = self.dialect.execute(connection, query, _its(consumer, lane)).one_or_none()
+        row = self.dialect.execute(connection, query, lane_parameters(consumer, lane)).one_or_none()
         if row is None:
             return Cursor()
         return Cursor(
@@ -268,15 +269,24 @@ class Cursors:
                 raise LostRace
             return 0
         values = {
-            **_its(consumer, lane),
-            "its_epoch": cursor.epoch,
-            "its_last": cursor.last,
-            "next_epoch": position.epoch,
-            "next_last": position.number,
+            **lane_parameters(consumer, lane),
+            "from_epoch": cursor.epoch,
+            "from_last": cursor.last,
+            "its_epoch": position.epoch,
+            "its_number": position.number,
         }
-        if not self.dialect.execute(connection, self._moving, values).rowcount:
+        # A message that is parked itself was so before its cursor was read.
+        is_counted = cursor.parked > 0
+        if connection.dialect.update_returning:
+            moving = self._moving_returning_counted if is_counted else self._moving_returning
+            parked = self.dialect.execute(connection, moving, values).scalar_one_or_none()
+        else:
+            moving = self._moving_counted if is_counted else self._moving
+            rows = self.dialect.execute(connection, moving, values).rowcount
+            parked = self._read(connection, consumer, lane).parked if rows else None
+        if parked is None:
             raise LostRace
-        return self._read(connection, consumer, lane).parked
+        return int(parked)
 
     # Cached: building a statement takes longer than executing it.
 
@@ -299,13 +309,27 @@ class Cursors:
     @cached_property
     def _moving(self) -> Update:
         columns = self.table.c
-        its = (columns[name] == bindparam(f"its_{name}") for name in (*NAMES, "epoch", "last"))
-        following: dict[str, Any] = {name: bindparam(f"next_{name}") for name in ("epoch", "last")}
-        return update(self.table).where(*its).values(**following, held=None)
+        here = (columns[name] == bindparam(f"from_{name}") for name in ("epoch", "last"))
+        moved: dict[str, Any] = {"epoch": bindparam("its_epoch"), "last": bindparam("its_number")}
+        where = (*_are_its(self.table), *here)
+        return update(self.table).where(*where).values(**moved, held=None)
+
+    @cached_property
+    def _moving_counted(self) -> Update:
+        """As ``_moving``, for a message that may be parked itself, and is not from now on."""
+        return self._moving.values(parked=self.table.c.parked - self.waiting.count_at)
+
+    @cached_property
+    def _moving_returning(self) -> Any:
+        return self._moving.returning(self.table.c.parked)
+
+    @cached_property
+    def _moving_returning_counted(self) -> Any:
+        return self._moving_counted.returning(self.table.c.parked)
 
     def _insert(self, connection: Connection, consumer: str, lane: Lane, cursor: Cursor) -> bool:
         values = {
-            **_names(consumer, lane),
+            **lane_values(consumer, lane),
             "epoch": cursor.epoch,
             "last": cursor.last,
             "parked": cursor.parked,
@@ -326,18 +350,6 @@ class Cursors:
         if gone := connection.execute(delete(self.parked).where(which)).rowcount:
             self._count_parked(connection, consumer, lane, -gone)
 
-    def _mark_released(self, connection: Connection, consumer: str, position: Position) -> None:
-        at = self._is_at(consumer, position.lane, position.epoch, position.number)
-        connection.execute(update(self.parked).where(at).values(released_at=self.dialect.now()))
-
-    def _require_copy(
-        self, connection: Connection, consumer: str, position: Position, message: Message
-    ) -> None:
-        at = self._is_at(consumer, position.lane, position.epoch, position.number)
-        there = connection.scalar(select(self.parked.c.message_id).where(at))
-        if there != message.identity.id:
-            raise PositionTaken
-
     def _may_be_next(self, epoch: Any, last: Any) -> ColumnElement[bool]:
         """True for the parked message after *last* of *epoch*, and for the first of a later epoch.
 
@@ -350,16 +362,8 @@ class Cursors:
         )
 
     def _is_of(self, table: Table, consumer: str, lane: Lane) -> ColumnElement[bool]:
-        names = _names(consumer, lane)
+        names = lane_values(consumer, lane)
         return and_(*(table.c[name] == value for name, value in names.items()))
-
-    def _is_at(self, consumer: str, lane: Lane, epoch: int, number: int) -> ColumnElement[bool]:
-        parked = self.parked.c
-        return and_(
-            self._is_of(self.parked, consumer, lane),
-            parked.epoch == epoch,
-            parked.number == number,
-        )
 
 
 class PositionTaken(Exception):
@@ -367,22 +371,5 @@ class PositionTaken(Exception):
 
 
 def _are_its(table: Table) -> Iterator[ColumnElement[bool]]:
-    """The conditions for the rows that the parameters of :func:`_its` name."""
+    """The conditions for the rows that the parameters of one lane name."""
     return (table.c[name] == bindparam(f"its_{name}") for name in NAMES)
-
-
-def _its(consumer: str, lane: Lane) -> dict[str, Any]:
-    """Parameters of the statements that read or move one cursor."""
-    return {f"its_{name}": value for name, value in _names(consumer, lane).items()}
-
-
-def _names(consumer: str, lane: Lane) -> dict[str, str]:
-    return dict(zip(NAMES, (consumer, lane.source, lane.scope, lane.key), strict=True))
-
-
-def _position(row: Row[Any]) -> tuple[Lane, Position]:
-    lane = Lane(row.source, row.stream, row.key)
-    previous = None
-    if row.previous_epoch is not None:
-        previous = (row.previous_epoch, row.previous_last)
-    return lane, Position(lane, row.epoch, row.number, previous)
