@@ -83,7 +83,7 @@ class Result:
     """The result of one goal.
 
     Attributes:
-        goal: its number, S1 to S15.
+        goal: its number, S1 to S16.
         checks: its conditions; the first one gives the line its ratio and target.
         runs: number of rounds, without warm-ups.
         medians: the figures behind the ratios, by case and unit.

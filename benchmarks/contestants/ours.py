@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from celery import Celery
-from sqlalchemy import create_engine, delete, func, insert, select, text
+from sqlalchemy import create_engine, delete, func, insert, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from benchmarks.contestants import marks
@@ -61,6 +61,13 @@ def insert_one(session: Session, number: int) -> None:
 def keep(session: Session, key: str, number: int) -> None:
     """Insert a row, in the order of the key."""
     session.execute(insert(effects).values(name=key, number=number))
+
+
+@eda.task(name="bench.follow", key="key")
+def follow(session: Session, key: str, number: int) -> None:
+    """Do as ``bench.insert``, in the order of the key."""
+    marks.started(number)
+    session.execute(insert(effects).values(name="bench", number=number))
 
 
 @eda.task(name="bench.start")
@@ -183,6 +190,39 @@ def publish_starts(count: int, first: int) -> None:
     for number in range(first, first + count):
         with eda.transaction():
             start.delay(number)
+
+
+def send_behind_first(count: int, keys: int, name: str) -> int:
+    """Send *count* messages of *keys* keys, but not the first one of each key, to be parked.
+
+    Returns:
+        The number of messages, with those that :func:`send_first` will send.
+    """
+    table = eda.databases.tables.outbox
+    with eda.transaction():
+        for number in range(keys):
+            follow.delay(f"{name} {number}", number)
+    with eda.databases.engine.begin() as connection:
+        connection.execute(update(table).values(available_at=eda.databases.dialect.later(3600.0)))
+    with eda.transaction():
+        for number in range(keys, keys + count):
+            follow.delay(f"{name} {number % keys}", number)
+    drain()
+    return keys + count
+
+
+def send_first() -> None:
+    """Send the first message of each key."""
+    table = eda.databases.tables.outbox
+    with eda.databases.engine.begin() as connection:
+        connection.execute(update(table).values(available_at=None))
+    drain()
+
+
+def parked() -> int:
+    """The number of parked messages."""
+    with eda.databases.engine.connect() as connection:
+        return eda.ordering.cursors.count_parked(connection, follow.name)
 
 
 def occupy(first: int) -> None:
@@ -358,6 +398,9 @@ VERBS: dict[str, Any] = {
         relay_until_told,
         fill_and_notify,
         publish_starts,
+        send_behind_first,
+        send_first,
+        parked,
         occupy,
         take_bare,
         handle,

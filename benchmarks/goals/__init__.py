@@ -43,4 +43,5 @@ GOALS = {
     "S13": Goal("a flow of five steps: chain, events, saga", "flows:s13"),
     "S14": Goal("the database as broker, beside brokers and queues", "no_broker:s14"),
     "S15": Goal("many keys, the housekeeping, and a worker's memory", "keeping:s15"),
+    "S16": Goal("parked messages whose turn has come", "draining:s16"),
 }

@@ -159,8 +159,8 @@ def know(url: str, keys: int) -> None:
         for statement in (
             "INSERT INTO eda_sequences (stream, key, epoch, last, version) "
             "SELECT 'bench.keep', 'other ' || number, 1, 1, 1 FROM generate_series(1, :n) number",
-            "INSERT INTO eda_cursors (consumer, source, stream, key, epoch, last, base, parked) "
-            "SELECT 'bench.keep', 'ours', 'bench.keep', 'other ' || number, 1, 1, 0, 0 "
+            "INSERT INTO eda_cursors (consumer, source, stream, key, epoch, last, parked) "
+            "SELECT 'bench.keep', 'ours', 'bench.keep', 'other ' || number, 1, 1, 0 "
             "FROM generate_series(1, :n) number",
         ):
             connection.execute(text(statement), {"n": keys})
