@@ -21,6 +21,8 @@ STEPS = (
     "inbox.admitted",
     "delivery.handled",
     "delivery.committed",
+    "drain.passed",
+    "drain.taken",
     "delivery.acknowledged",
 )
 

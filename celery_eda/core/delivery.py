@@ -9,11 +9,11 @@ from celery.app.task import Context
 
 from celery_eda.core import addresses
 from celery_eda.core.addresses import REPLY_HEADER
-from celery_eda.core.identity import HEADERS, VERDICT, WIRE, Identity, Position
+from celery_eda.core.identity import DRAIN, HEADERS, VERDICT, WIRE, Identity, Position
 from celery_eda.core.message import PROPERTIES, Message, Wire
 
 # Attributes of its class are no headers for Celery, which shows all others as `request.headers`.
-for _name in (WIRE, VERDICT):
+for _name in (WIRE, VERDICT, DRAIN):
     setattr(Context, _name, None)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID, uuid5
 
 from celery_eda.core.event import Event
-from celery_eda.core.limits import KEY_BYTES, LARGEST, fits
+from celery_eda.core.limits import NAME_LENGTH
 
 ID_HEADER = "eda_id"
 REVISION_HEADER = "eda_revision"
@@ -32,8 +32,10 @@ WIRE = "eda_wire"
 VERDICT = "eda_verdict"
 #: Key in the delivery info: True if the broker has kept the message until its ETA.
 WAITED = "eda_waited"
+#: Attribute of Celery's request: the parked messages that may follow this one; never sent.
+DRAIN = "eda_drain"
 #: Headers that Celery must not copy from a message to its next attempt.
-HEADERS = (ID_HEADER, REVISION_HEADER, ORDER_HEADER, WIRE, VERDICT)
+HEADERS = (ID_HEADER, REVISION_HEADER, ORDER_HEADER, WIRE, VERDICT, DRAIN)
 
 # Namespace of the ids derived for messages that carry none of ours.
 _FOREIGN = UUID("6f1c1f5e-3b0c-5e0a-9a52-6b1f6f0f8e11")
@@ -94,7 +96,7 @@ class Identity:
         if (text := headers.get(ID_HEADER)) is None:
             return None
         revision = headers.get(REVISION_HEADER, 0)
-        if not isinstance(text, str) or type(revision) is not int or not 0 <= revision <= LARGEST:
+        if not isinstance(text, str) or type(revision) is not int or not 0 <= revision < 2**31:
             raise ValueError(f"malformed {ID_HEADER} or {REVISION_HEADER} header")
         return cls(UUID(text), revision)
 
@@ -116,11 +118,6 @@ class Lane:
     source: str
     scope: str
     key: str
-
-    @property
-    def fits(self) -> bool:
-        """True if the columns of all tables hold the names of this lane."""
-        return fits(self.source, KEY_BYTES) and fits(self.scope) and fits(self.key, KEY_BYTES)
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ class Position:
             case [str(source), str(scope), str(key), int(epoch), int(number), *previous] if (
                 0 < epoch <= time.time() * 1000 + AHEAD
                 and 0 < number < 2**63
-                and Lane(source, scope, key).fits
+                and all(map(_fits, (source, scope, key)))
             ):
                 lane = Lane(source, scope, key)
             case _:
@@ -177,3 +174,7 @@ class Position:
     def headers(self) -> dict[str, Any]:
         lane = (self.lane.source, self.lane.scope, self.lane.key)
         return {ORDER_HEADER: [*lane, self.epoch, self.number, *(self.previous or ())]}
+
+
+def _fits(name: str) -> bool:
+    return len(name) <= NAME_LENGTH and len(name.encode(errors="replace")) <= 4 * NAME_LENGTH

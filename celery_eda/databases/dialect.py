@@ -34,11 +34,10 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, TimeoutError
 
-from celery_eda.databases.error_kinds import ErrorKinds
 from celery_eda.databases.ping import ping_idle_connections
-from celery_eda.databases.statements import cached_statement, columns_of, is_of_service
+from celery_eda.databases.statements import cached_statement, columns_of
 from celery_eda.databases.types import Moment
 
 Values = Mapping[str, Any]
@@ -47,7 +46,7 @@ Values = Mapping[str, Any]
 SEQUENCES_AT_ONCE = 200
 
 
-class Dialect(ErrorKinds):
+class Dialect:
     """The statements of one database."""
 
     #: True if the inbox row is inserted before the handler runs. A concurrent copy then waits for
@@ -56,6 +55,9 @@ class Dialect(ErrorKinds):
 
     #: Worker pools that do not work with this database, by Celery's module name, and the reason.
     refused_pools: Mapping[str, str] = {}
+
+    #: SQLSTATEs or error codes after which the same transaction may succeed if repeated.
+    transient_codes: frozenset[object] = frozenset()
 
     def __init__(self, claim_timeout: float = 60.0) -> None:
         self.claim_timeout = claim_timeout
@@ -174,9 +176,8 @@ class Dialect(ErrorKinds):
         ids: Sequence[int] = (),
         after: int = 0,
         columns: tuple[str, ...] = (),
-        service: str | None = None,
     ) -> Sequence[Row[Any]]:
-        """Claim up to *limit* rows of *service* that are due; no other claim gets them.
+        """Claim up to *limit* rows that are due; no other claim gets them.
 
         The claim lasts until this transaction ends. With *ids*, only those rows are considered.
         Delayed rows that have come due go first, and make up at most half of the limit. Of the
@@ -188,10 +189,8 @@ class Dialect(ErrorKinds):
         named, came_due, undelayed = self._claims(table, columns)
         if ids:
             return self._rows(connection, named, limit, ids=self._as_parameter(ids))
-        its = {"its_service": service}
-        delayed = self._rows(connection, came_due, max(1, limit // 2), **its)
-        rest = self._rows(connection, undelayed, limit - len(delayed), after=after, **its)
-        return [*delayed, *rest]
+        delayed = self._rows(connection, came_due, max(1, limit // 2))
+        return [*delayed, *self._rows(connection, undelayed, limit - len(delayed), after=after)]
 
     @cached_statement
     def _claims(self, table: Table, columns: tuple[str, ...]) -> tuple[Select[Any], ...]:
@@ -213,7 +212,7 @@ class Dialect(ErrorKinds):
         # In the order of the index here and below, so that a claim reads only the rows it locks.
         return (
             select(table)
-            .where(table.c.available_at <= self.moment(), is_of_service(table))
+            .where(table.c.available_at <= self.moment())
             .order_by(table.c.available_at, table.c.id)
         )
 
@@ -222,7 +221,6 @@ class Dialect(ErrorKinds):
         return (
             select(table)
             .where(table.c.available_at.is_(None), table.c.id > bindparam("after"))
-            .where(is_of_service(table))
             .order_by(table.c.available_at, table.c.id)
         )
 
@@ -372,18 +370,30 @@ class Dialect(ErrorKinds):
         ]
         return connection.execute(delete(table).where(named), rows).rowcount
 
-    # ── large rows ──────────────────────────────────────────────────────────────────────────
+    # ── errors ──────────────────────────────────────────────────────────────────────────────
 
-    def refusal_of(self, connection: Connection, row: Values) -> str | None:
-        """The reason why the server would refuse to insert *row*, None if it would not.
+    def is_outage(self, error: BaseException) -> bool:
+        """True if the database is away or takes no writes, through no fault of the statement."""
+        return isinstance(error, DBAPIError) and error.connection_invalidated
 
-        Known before the attempt only where a refusal would break the connection.
-        """
-        return None
+    def ended_idle(self, error: BaseException) -> bool:
+        """True if the database says that it ended the transaction because it was idle."""
+        return False
 
-    def check_room(self, connection: Connection, octets: int) -> None:
-        """Make sure that rows with *octets* bytes can be written.
+    def takes_no_writes(self, error: DBAPIError) -> bool:
+        """True if the server, or this connection to it, is read-only: a replica, say."""
+        return False
 
-        Raises:
-            UnsafeSetting: the server is configured to refuse them.
-        """
+    def is_aborted(self, connection: Connection) -> bool:
+        """True if the transaction was aborted without an error: its COMMIT would roll back."""
+        return False
+
+    def is_transient(self, error: BaseException) -> bool:
+        """True if the transaction lost a race for a lock or a connection, and may be run again."""
+        return isinstance(error, TimeoutError) or (
+            isinstance(error, DBAPIError) and self.code_of(error) in self.transient_codes
+        )
+
+    def code_of(self, error: DBAPIError) -> object:
+        """The vendor's code of *error*."""
+        raise NotImplementedError

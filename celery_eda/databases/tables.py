@@ -167,7 +167,6 @@ def _outbox_table(metadata: MetaData, prefix: str, schema: str | None) -> Table:
         Column("last_error", LongText),
         Column("claimed_by", String(32)),
         Column("envelope", Bytes),
-        Column("service", Name),
         schema=schema,
         sqlite_autoincrement=True,
         **_OPTIONS,

@@ -135,6 +135,8 @@ class Consumer:
                 return HandlerResult(ignored=self.turns.park(unit))
             connection, identity = unit.connection, delivery.identity
             if recorded := self.inbox.admit(connection, delivery.consumer, identity):
+                if turn is Turn.past:
+                    self.turns.pass_on_again(unit)
                 self._reply_again(unit, recorded)
                 return Copy(delivery, recorded)
             if turn is Turn.past:
@@ -151,8 +153,9 @@ class Consumer:
             checkpoints.reach("delivery.handled")
             outcome = Outcome.skipped if ending.ignored else Outcome.done
             self.inbox.record(connection, delivery.consumer, identity, outcome, ending.recorded)
-            self.turns.advance(unit, cursor)
+            successor = self.turns.advance(unit, cursor)
             unit.commit()
+        self.turns.pass_on(delivery, successor)
         checkpoints.reach("delivery.committed")
         unit.outgoing.dispatch()
         return ending

@@ -29,14 +29,8 @@ from celery_eda.core.service import service_of
 from celery_eda.databases import Databases
 from celery_eda.dead_letters import Reason
 from celery_eda.errors import Malformed
-from celery_eda.inbox.refusals import (
-    Refusal,
-    RefusedMessage,
-    given_up,
-    in_any_case,
-    refused,
-    unread,
-)
+from celery_eda.inbox.door import Door
+from celery_eda.inbox.refusals import Refusal, RefusedMessage, given_up, refused, unread
 from celery_eda.inbox.wiring import Inbox
 
 log = logging.getLogger(__name__)
@@ -77,6 +71,7 @@ class Intake(bootsteps.StartStopStep):
         consumer.on_unknown_task = self.on_unknown_task
 
     def start(self, consumer: Any) -> None:
+        self.inbox.door = Door(consumer)
         channel = consumer.task_consumer.channel
         if isinstance(channel, KeepsMalformed):
             self.polling = consumer.timer.call_repeatedly(
@@ -89,6 +84,8 @@ class Intake(bootsteps.StartStopStep):
     def stop(self, consumer: Any) -> None:
         """Drop the messages not acknowledged yet: the broker redelivers them."""
         self.waiting.clear()
+        if self.inbox.door:
+            self.inbox.door.is_open = False
         if self.polling is not None:
             self.polling.cancel()
         if self.given_up is not None:
@@ -147,18 +144,15 @@ class Intake(bootsteps.StartStopStep):
 
     def refuse(self, message: Any, refusal: Refusal) -> None:
         """Write the dead letter of *message*, then acknowledge; later, if the database is away."""
-        self._enqueue(message, in_any_case(lambda: refused(message, refusal), message))
+        self._enqueue(message, refused(message, refusal))
 
     def on_given_up(self, message: Any, *_: Any) -> None:
         """Write the dead letter of a *message* that a queue of the broker has given up."""
-        self._enqueue(message, in_any_case(lambda: self._given_up(message), message))
-
-    def _given_up(self, message: Any) -> RefusedMessage:
         queue = dead_letter_exchange.queue_in(message.headers)
         if queue:
             for each in self.inbox.readdressers:
                 each.readdress(message, queue)
-        return given_up(message)
+        self._enqueue(message, given_up(message))
 
     def _enqueue(self, message: Any, what: RefusedMessage) -> None:
         self.waiting.append((message, what))

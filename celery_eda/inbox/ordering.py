@@ -1,7 +1,7 @@
 """The order of the messages of one key at the consumer: each takes effect in its turn.
 
-A message that is early is parked. The one that handles its predecessor sends it again, in the
-same transaction. A message without a key passes untouched.
+A message that is early is parked. Its predecessor passes it on to the same worker, or sends it
+again in the same transaction. A message without a key passes untouched.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from celery.exceptions import Ignore
 from sqlalchemy import Connection
 
 from celery_eda.core import redaction
+from celery_eda.core.delivery import Delivery
+from celery_eda.core.identity import DRAIN
+from celery_eda.core.message import Message
 from celery_eda.databases import LostRace
 from celery_eda.errors import OutOfSequence
+from celery_eda.inbox.drain import Drain
 from celery_eda.inbox.unit_of_work import UnitOfWork
 from celery_eda.ordering import Cursor, Cursors, PositionTaken, Turn
 from celery_eda.outbox import OutboxStore
@@ -58,18 +62,45 @@ class TurnKeeper:
         log.info("%s is parked until its predecessor has been handled", delivery.log_name)
         return Ignore("parked until its predecessor has taken effect")
 
-    def advance(self, unit: UnitOfWork, cursor: Cursor) -> None:
-        """Pass the turn to the next message of the key; send it again if it is parked.
+    def advance(self, unit: UnitOfWork, cursor: Cursor) -> Message | None:
+        """Pass the turn to the next message of the key.
+
+        Returns:
+            The next message if it is parked and this worker may handle it, for :meth:`pass_on`.
+            None if there is none, or if it is sent again in this transaction.
 
         Raises:
             LostRace: the *cursor* has moved meanwhile; the transaction is void.
         """
         delivery, position = unit.delivery, unit.delivery.position
         if position is None:
-            return
+            return None
         released = self.cursors.advance(unit.connection, delivery.consumer, position, cursor)
-        if released:
-            unit.outgoing.capture(released)
+        # One delivery of the broker must not be redelivered for one message after the other: some
+        # brokers give it up then.
+        drain = _drain_of(delivery)
+        if released is None or (drain and drain.may_go_on and not delivery.redelivered):
+            return released
+        unit.outgoing.capture(released)
+        return None
+
+    def pass_on(self, delivery: Delivery, successor: Message | None) -> None:
+        """Have this worker handle the *successor* next, once the turn is committed to be its."""
+        drain = _drain_of(delivery)
+        if drain and successor:
+            drain.pass_on(successor, redelivered=False)
+
+    def pass_on_again(self, unit: UnitOfWork) -> None:
+        """Have this worker handle the parked message whose turn has come, if there is one.
+
+        For a copy: the worker of the first one may have been lost with the message that was next.
+        """
+        delivery, position, drain = unit.delivery, unit.delivery.position, _drain_of(unit.delivery)
+        if position is None or drain is None:
+            return
+        successor = self.cursors.next_parked(unit.connection, delivery.consumer, position.lane)
+        if successor:
+            drain.pass_on(successor, redelivered=delivery.redelivered)
 
     def block_or_skip(self, unit: UnitOfWork) -> None:
         """Block the key of a message that failed for good, or skip it, as its task says."""
@@ -81,8 +112,16 @@ class TurnKeeper:
             self.cursors.block(unit.connection, delivery.consumer, position, revision)
             return
         turn, cursor = self.turn_of(unit)
-        if turn is Turn.now:
-            self.advance(unit, cursor)
+        if turn is Turn.now and (
+            released := self.cursors.advance(unit.connection, delivery.consumer, position, cursor)
+        ):
+            unit.outgoing.capture(released)
+
+
+def _drain_of(delivery: Delivery) -> Drain | None:
+    """The parked messages that may follow *delivery*; None if none may."""
+    drain: Drain | None = delivery.request.get(DRAIN)
+    return drain
 
 
 @dataclass(frozen=True)

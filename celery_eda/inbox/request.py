@@ -2,11 +2,13 @@
 
 Celery would acknowledge some messages that were not handled: messages that are expired, revoked or
 over their time limit, or whose worker was lost. Here none is acknowledged before its outcome is
-recorded.
+recorded, nor while parked messages follow it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
@@ -19,9 +21,11 @@ from celery.worker.request import Request
 from kombu.asynchronous import get_event_loop
 
 from celery_eda.core import checkpoints
-from celery_eda.core.identity import ID_HEADER, VERDICT, WAITED, WIRE
+from celery_eda.core.identity import DRAIN, ID_HEADER, ORDER_HEADER, VERDICT, WAITED, WIRE
 from celery_eda.core.message import Wire
 from celery_eda.core.service import service_of
+from celery_eda.inbox.door import Door, ParkedMessage
+from celery_eda.inbox.drain import Drain, Followed, Successor, traced
 from celery_eda.inbox.wiring import Inbox
 
 log = get_logger(__name__)
@@ -42,14 +46,45 @@ class DueRequest(Request):
 
 
 class ReliableRequest(DueRequest):
-    """Celery's request, without the paths that would lose the message."""
+    """Celery's request, without the paths that would lose the message.
+
+    Attributes:
+        successor: the parked message that is next, once this one has ended.
+    """
+
+    acknowledged: bool
+    successor: Successor | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Celery derives a class for each task (create_request_cls), with faster versions of these
+        # methods, which would pass by ours.
+        if cls.__module__ == Request.__module__:
+            for name in ("execute_using_pool", "on_success"):
+                delattr(cls, name)
 
     def __init__(self, message: Any, *arguments: Any, **options: Any) -> None:
         super().__init__(message, *arguments, **options)
         # Parked messages and dead letters contain the message as it arrived.
         self._request_dict[WIRE] = Wire.of(message)
-        # Only this process passes a verdict; a header of that name is not trusted.
-        self._request_dict[VERDICT] = None
+        # Only this process passes a verdict and a drain; headers of those names are not trusted.
+        self._request_dict[VERDICT] = self._request_dict[DRAIN] = None
+        inbox = service_of(self._app).wing(Inbox)
+        self.door: Door | None = inbox.door
+        if isinstance(message, ParkedMessage):
+            self._request_dict[DRAIN] = message.drain
+        elif self.door and ORDER_HEADER in self._request_dict:
+            self._request_dict[DRAIN] = Drain(seconds=inbox.longest_drain)
+
+    def execute_using_pool(self, pool: Any, **options: Any) -> Any:
+        """Give the message to *pool*; it returns the parked message that is next, if there is one.
+
+        Raises:
+            TaskRevokedError: never for a message of this class; see :meth:`revoked`.
+        """
+        if self._request_dict[DRAIN] is not None:
+            pool = DrainingPool(pool, self)
+        return super().execute_using_pool(pool, **options)
 
     def maybe_expire(self) -> bool:
         """True if the message has expired.
@@ -121,5 +156,32 @@ class ReliableRequest(DueRequest):
         return False
 
     def acknowledge(self) -> None:
-        super().acknowledge()
-        checkpoints.reach("delivery.acknowledged")
+        """Acknowledge the message, or have the parked message that is next do so at its end."""
+        if self.acknowledged or self.successor is None:
+            super().acknowledge()
+            checkpoints.reach("delivery.acknowledged")
+        elif self.door and self.door.receive(self.message, self.successor):
+            self.acknowledged = True
+        else:
+            # The copy has no effect, and passes on the same parked message.
+            self.reject(requeue=True)
+
+
+@dataclass(frozen=True)
+class DrainingPool:
+    """The pool of a worker, which with the end of a message returns the parked one that is next."""
+
+    pool: Any
+    request: ReliableRequest
+
+    def apply_async(
+        self, trace: Any, args: Any, callback: Callable[[Any], Any], **options: Any
+    ) -> Any:
+        """As the pool's own, for a message."""
+        callback = partial(self._on_end, callback)
+        return self.pool.apply_async(traced, args=(trace, *args), callback=callback, **options)
+
+    def _on_end(self, callback: Callable[[Any], Any], end: Any, **options: Any) -> None:
+        if isinstance(end, Followed):
+            self.request.successor, end = end.successor, end.outcome
+        callback(end, **options)

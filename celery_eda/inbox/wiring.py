@@ -14,6 +14,8 @@ from celery_eda.dead_letters import DeadLetters
 from celery_eda.errors import ConfigurationError
 from celery_eda.inbox.attempts import Attempts
 from celery_eda.inbox.consumer import Consumer
+from celery_eda.inbox.door import Door
+from celery_eda.inbox.drain import longest_drain
 from celery_eda.inbox.failures import Failures
 from celery_eda.inbox.gaps import GivenUpMessages, OverdueKeys
 from celery_eda.inbox.ordering import ReleasedMessages, TurnKeeper
@@ -39,6 +41,7 @@ class Inbox:
 
     Attributes:
         readdressers: rewrite messages from queues whose messages are not calls of tasks.
+        door: receives parked messages in a worker that is connected to its broker; None elsewhere.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Inbox:
         self._outbox = outbox
         self._requests = requests
         self.readdressers: list[Readdresser] = []
+        self.door: Door | None = None
         service.add(self)
         outbox.retained.append(self)
 
@@ -100,6 +104,12 @@ class Inbox:
             transaction_timeout=timeout,
             policy=self.retry_policy,
         )
+
+    @cached_once
+    def longest_drain(self) -> float:
+        """Seconds for which parked messages may follow one delivery of the broker."""
+        transport = self._service.app.conf.broker_transport_options or {}
+        return longest_drain(transport.get("visibility_timeout"))
 
     @cached_once
     def refusals(self) -> Refusals:

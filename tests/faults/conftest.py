@@ -193,9 +193,9 @@ class Road:
         done = Born(["-c", program], {**self.environment, **environment}, errors)
         assert done.wait(patience) == 0, errors.read_text()
 
-    def fault(self, step: str, action: str = "kill") -> str:
-        """The first process that reaches *step* dies or stops there."""
-        return f"{step}:{action}:{self.struck(step)}"
+    def fault(self, step: str, action: str = "kill", nth: int = 1) -> str:
+        """The first process that reaches *step*, for the *nth* time, dies or stops there."""
+        return f"{step}:{action}:{self.struck(step)}:{nth}"
 
     def struck(self, step: str) -> Path:
         """The file that is there, with the pid in it, once the fault at *step* has struck."""

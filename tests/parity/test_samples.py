@@ -121,5 +121,7 @@ def test_names_that_are_stored_or_travel_are_the_same(open_shop: Open) -> None:
 
     # Errors may be added: an older version takes one that it does not know for a RemoteError.
     assert set(before.pop("errors")) <= set(names["errors"])
+    # So may steps: no other version knows of them.
+    assert set(before.pop("steps")) <= set(names["steps"])
     for kind, known in before.items():
         assert state.plain(names[kind]) == known, kind

@@ -12,9 +12,10 @@ from celery.app.trace import trace_task_ret
 from sqlalchemy import Column, Integer, MetaData, Table, delete, insert, select
 
 from celery_eda import EDA
-from celery_eda.core.identity import WIRE
+from celery_eda.core.identity import DRAIN, WIRE
 from celery_eda.core.message import Message, Wire
 from celery_eda.databases import message_rows
+from celery_eda.inbox.drain import Drain
 from tests.faults.programs.tables import effects
 from tests.support.databases import Database
 
@@ -58,8 +59,10 @@ class Slot:
             columns = self.database.tables.outbox.c
             return list(connection.scalars(select(columns.task).order_by(columns.id)))
 
-    def deliver(self, message: Message, **delivery_info: Any) -> BaseException | None:
-        """Bring *message* to its task.
+    def deliver(
+        self, message: Message, *, drain: Drain | None = None, **delivery_info: Any
+    ) -> BaseException | None:
+        """Bring *message* to its task; with a *drain*, parked messages may follow it.
 
         Returns:
             The exception that tells Celery how it ended; None after a success.
@@ -71,6 +74,7 @@ class Slot:
             "reply_to": properties.get("reply_to"),
             "correlation_id": properties.get("correlation_id"),
             "properties": properties,
+            DRAIN: drain,
             WIRE: Wire(
                 message.body,
                 message.content_type,

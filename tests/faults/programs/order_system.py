@@ -2,7 +2,8 @@
 
 It is loaded by producers (``tests.faults.programs.place_orders``), workers and relays; everything
 it needs to know is in its environment. ``ROAD_FAULTS`` holds ``step:action:file`` items: the first
-process that reaches *step* creates *file* and then dies (``kill``) or stops (``freeze``).
+process that reaches *step* creates *file* and then dies (``kill``) or stops (``freeze``). A number
+behind them is how often a process has to reach *step* for that.
 ``ROAD_SETTINGS`` holds Celery options as JSON; ``ROAD_ENGINE`` arguments for an engine of its own.
 """
 
@@ -14,7 +15,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
+from itertools import count
 from typing import Any
 
 from celery import Celery
@@ -79,6 +83,26 @@ def charge(session: Session, number: int) -> int:
 def trade(session: Session, account: int, number: int) -> int:
     """The trades of an account take effect in their order."""
     session.execute(insert(effects).values(name=f"account {account}", number=number))
+    return number
+
+
+def write_down(request: Any) -> None:
+    """Append what a task sees of its message to a file."""
+    seen = {"id": request.id, **request.delivery_info, **(request.headers or {})}
+    with open(os.path.join(os.environ["ROAD_FOLDER"], "requests"), "a") as file:
+        file.write(json.dumps(seen) + "\n")
+
+
+@eda.task(name="road.stand", key="account")
+def stand(session: Session, account: int, number: int, how: str = "", seconds: float = 0.0) -> int:
+    """Take effect in the order of the account; the first of each fails while the file is there."""
+    write_down(stand.request)
+    session.execute(insert(effects).values(name=f"account {account}", number=number))
+    if number == 1 and os.path.exists(os.path.join(os.environ["ROAD_FOLDER"], "barred")):
+        raise ValueError("barred")
+    if how == "kill always" or (how == "kill" and _first_time(f"stand{account}.{number}")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(seconds)
     return number
 
 
@@ -292,11 +316,11 @@ def wait_for(name: str, seconds: float) -> None:
 
 def _arm_faults() -> None:
     for fault in filter(None, os.environ.get("ROAD_FAULTS", "").split(",")):
-        step, action, path = fault.split(":")
+        step, action, path, *nth = fault.split(":")
         if step == "refusal.kept":
             _strike_before_the_ack(action, path)
             continue
-        checkpoints.arm(step, lambda action=action, path=path: _strike(action, path))  # type: ignore[misc]
+        checkpoints.arm(step, partial(_strike_at, count(1), int(*nth or (1,)), action, path))
 
 
 def _strike_before_the_ack(action: str, path: str) -> None:
@@ -309,6 +333,11 @@ def _strike_before_the_ack(action: str, path: str) -> None:
         return fresh
 
     Refusals.dead_letter = keep_and_strike  # type: ignore[method-assign]
+
+
+def _strike_at(times: Iterator[int], nth: int, action: str, path: str) -> None:
+    if next(times) >= nth:
+        _strike(action, path)
 
 
 def _strike(action: str, path: str) -> None:

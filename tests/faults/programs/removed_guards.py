@@ -21,7 +21,9 @@ from celery_eda.databases.mysql import MySQL
 from celery_eda.databases.postgresql import PostgreSQL
 from celery_eda.inbox import handler, safety, task
 from celery_eda.inbox.attempts import Attempts
+from celery_eda.inbox.door import ParkedMessage
 from celery_eda.inbox.intake import Intake
+from celery_eda.inbox.ordering import TurnKeeper
 from celery_eda.inbox.request import ReliableRequest
 from celery_eda.inbox.store import InboxStore
 from celery_eda.inbox.task import ReliableTask
@@ -231,6 +233,32 @@ def redeliveries_are_not_counted() -> None:
     Attempts.count = lambda *_: 0  # type: ignore[method-assign,assign,return-value]
 
 
+def first_message_is_acknowledged_at_once() -> None:
+    """The broker's delivery is over before the parked messages that follow it are handled."""
+    acknowledge = ReliableRequest.acknowledge
+
+    def acknowledge_and_go_on(self: ReliableRequest) -> None:
+        successor, self.successor = self.successor, None
+        if not isinstance(self.message, ParkedMessage):
+            acknowledge(self)
+        self.acknowledged = True
+        if successor and self.door:
+            self.door.receive(self.message, successor)
+
+    ReliableRequest.acknowledge = acknowledge_and_go_on  # type: ignore[method-assign]
+    reject = ReliableRequest.reject
+
+    def reject_what_is_open(self: ReliableRequest, requeue: bool = False) -> None:
+        if not isinstance(self.message, ParkedMessage):
+            reject(self, requeue)
+
+    ReliableRequest.reject = reject_what_is_open
+
+
+def copies_pass_on_nothing() -> None:
+    TurnKeeper.pass_on_again = lambda *_: None  # type: ignore[method-assign,assign,return-value]
+
+
 MUTATIONS: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
@@ -260,5 +288,7 @@ MUTATIONS: dict[str, Callable[[], None]] = {
         reply_sent_before_the_commit,
         replies_need_no_queue,
         redeliveries_are_not_counted,
+        first_message_is_acknowledged_at_once,
+        copies_pass_on_nothing,
     )
 }
