@@ -37,7 +37,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, TimeoutError
 
 from celery_eda.databases.ping import ping_idle_connections
-from celery_eda.databases.statements import cached_statement, columns_of
+from celery_eda.databases.statements import cached_statement, columns_of, is_of_service
 from celery_eda.databases.types import Moment
 
 Values = Mapping[str, Any]
@@ -176,8 +176,9 @@ class Dialect:
         ids: Sequence[int] = (),
         after: int = 0,
         columns: tuple[str, ...] = (),
+        service: str | None = None,
     ) -> Sequence[Row[Any]]:
-        """Claim up to *limit* rows that are due; no other claim gets them.
+        """Claim up to *limit* rows of *service* that are due; no other claim gets them.
 
         The claim lasts until this transaction ends. With *ids*, only those rows are considered.
         Delayed rows that have come due go first, and make up at most half of the limit. Of the
@@ -189,8 +190,10 @@ class Dialect:
         named, came_due, undelayed = self._claims(table, columns)
         if ids:
             return self._rows(connection, named, limit, ids=self._as_parameter(ids))
-        delayed = self._rows(connection, came_due, max(1, limit // 2))
-        return [*delayed, *self._rows(connection, undelayed, limit - len(delayed), after=after)]
+        its = {"its_service": service}
+        delayed = self._rows(connection, came_due, max(1, limit // 2), **its)
+        rest = self._rows(connection, undelayed, limit - len(delayed), after=after, **its)
+        return [*delayed, *rest]
 
     @cached_statement
     def _claims(self, table: Table, columns: tuple[str, ...]) -> tuple[Select[Any], ...]:
@@ -212,7 +215,7 @@ class Dialect:
         # In the order of the index here and below, so that a claim reads only the rows it locks.
         return (
             select(table)
-            .where(table.c.available_at <= self.moment())
+            .where(table.c.available_at <= self.moment(), is_of_service(table))
             .order_by(table.c.available_at, table.c.id)
         )
 
@@ -221,6 +224,7 @@ class Dialect:
         return (
             select(table)
             .where(table.c.available_at.is_(None), table.c.id > bindparam("after"))
+            .where(is_of_service(table))
             .order_by(table.c.available_at, table.c.id)
         )
 

@@ -31,7 +31,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from celery_eda.databases import packets
 from celery_eda.databases.dialect import Dialect, Values
-from celery_eda.databases.statements import cached_statement
+from celery_eda.databases.statements import cached_statement, is_of_service
 from celery_eda.databases.types import Moment
 from celery_eda.errors import SchemaOutdated
 
@@ -133,7 +133,11 @@ class MySQL(Dialect):
     def _undelayed(self, table: Table) -> Select[Any]:
         # Ordered by id alone: the server would sort if the order named the NULL column too.
         columns = table.c
-        above = columns.available_at.is_(None), columns.id > bindparam("after")
+        above = (
+            columns.available_at.is_(None),
+            columns.id > bindparam("after"),
+            is_of_service(table),
+        )
         return _by_index(select(table).where(*above).order_by(columns.id), table)
 
     @cached_statement

@@ -35,7 +35,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from celery_eda.databases.dialect import Values
-from celery_eda.databases.statements import cached_statement, columns_of
+from celery_eda.databases.statements import cached_statement, columns_of, is_of_service
 from celery_eda.databases.types import Moment
 from celery_eda.databases.upsert import Upserting
 
@@ -136,6 +136,7 @@ class SQLite(Upserting):
         ids: Sequence[int] = (),
         after: int = 0,
         columns: tuple[str, ...] = (),
+        service: str | None = None,
     ) -> Sequence[Row[Any]]:
         """Claim rows as the base does, but as a lease: committed here, and ended by the clock."""
         named, due = self._leases(table, columns)
@@ -143,7 +144,7 @@ class SQLite(Upserting):
         if ids:
             leased = connection.execute(named, {**owned, "ids": list(ids)}).all()
         else:
-            leased = connection.execute(due, owned).all()
+            leased = connection.execute(due, {**owned, "its_service": service}).all()
         connection.commit()
         return sorted(leased, key=lambda row: row.id)
 
@@ -161,7 +162,7 @@ class SQLite(Upserting):
             )
             .values(claimed_by=bindparam("its_owner"), available_at=until)
             .returning(*columns_of(table, columns))
-            for which in (self._is_named(table) & due, due)
+            for which in (self._is_named(table) & due, due & is_of_service(table))
         )
 
     def release(self, connection: Connection, table: Table, owner: str, ids: Sequence[int]) -> None:

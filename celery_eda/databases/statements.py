@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Column, Table
+from sqlalchemy import Column, ColumnElement, Table, bindparam
 from sqlalchemy.dialects import postgresql
 
 Statement = TypeVar("Statement")
@@ -54,3 +54,8 @@ def formatted_name(table: Table) -> str:
 def quoted_name(table: Table) -> str:
     """The formatted name of *table*, for the text of a statement that psycopg executes."""
     return formatted_name(table).replace("%", "%%")
+
+
+def is_of_service(table: Table) -> ColumnElement[bool]:
+    """True for rows of the parameter ``its_service``, and for rows that name no service."""
+    return table.c.service.is_(None) | (table.c.service == bindparam("its_service"))

@@ -167,6 +167,7 @@ def _outbox_table(metadata: MetaData, prefix: str, schema: str | None) -> Table:
         Column("last_error", LongText),
         Column("claimed_by", String(32)),
         Column("envelope", Bytes),
+        Column("service", Name),
         schema=schema,
         sqlite_autoincrement=True,
         **_OPTIONS,

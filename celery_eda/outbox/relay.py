@@ -251,6 +251,8 @@ class Relay:
         if self.housekeeping is None or time.monotonic() < self._housekeeping_due:
             return
         try:
+            if self._round is None:
+                self._report_abandoned()
             self._round = self._round or self.housekeeping.start()
             if self._round.step():
                 return
@@ -258,6 +260,18 @@ class Relay:
             log.warning("the housekeeping failed and is tried again later: %r", error)
         self._round = None
         self._housekeeping_due = time.monotonic() + self.settings.housekeeping_interval
+
+    def _report_abandoned(self) -> None:
+        """Warn of messages of other services in this outbox, which this relay must not send."""
+        with self.engine.connect() as connection:
+            for service in self.outbox.abandoned(connection):
+                log.warning(
+                    "messages of the service %r wait in the outbox of %r, and no relay sends them. "
+                    "If both are one service, give their apps the same eda_service; otherwise run "
+                    "`celery -A <its app> eda relay`.",
+                    service,
+                    self.outbox.service,
+                )
 
     def _send_or_log(self) -> RelayResult | None:
         try:

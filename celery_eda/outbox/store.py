@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import Connection, Row, Table, select
+from sqlalchemy import Connection, Row, Table, func, select
 
 from celery_eda.core import redaction
 from celery_eda.core.identity import Identity
@@ -22,6 +22,8 @@ from celery_eda.databases import Dialect, from_row, json_of, read_prerequisites,
 
 log = logging.getLogger(__name__)
 
+#: Seconds after which messages of another service are reported that no relay has sent.
+ABANDONED = 300.0
 #: Seconds until a row that cannot be read is tried again.
 UNREADABLE_DELAY = 3600.0
 #: The columns that are read of a row with an envelope: less than half of its bytes.
@@ -62,6 +64,7 @@ class OutboxStore:
     """The outbox of one database.
 
     Attributes:
+        service: whose messages these are; relays of other services leave them.
         seal: encodes headers and properties in the format of the broker when a message is
             captured, so that a relay need not read and encode them; None leaves that to the relay.
     """
@@ -69,10 +72,14 @@ class OutboxStore:
     table: Table
     dialect: Dialect
     seal: Callable[[Message], bytes | None] | None = None
+    service: str | None = None
 
     def add(self, connection: Connection, messages: Sequence[Message]) -> list[int]:
         """Write *messages* in one statement; returns the ids of the rows, in the same order."""
-        rows = [{**to_row(each), "envelope": self._envelope(each)} for each in messages]
+        rows = [
+            {**to_row(each), "envelope": self._envelope(each), "service": self.service}
+            for each in messages
+        ]
         return self.dialect.add(connection, self.table, rows)
 
     def encode(self, message: Message) -> Encoded:
@@ -104,7 +111,9 @@ class OutboxStore:
             after: rows up to this id may be left out, since other relays work there.
         """
         columns = _ENOUGH_TO_SEND if self.seal else _WHOLE
-        rows = self.dialect.claim(connection, self.table, owner, limit, ids, after, columns)
+        rows = self.dialect.claim(
+            connection, self.table, owner, limit, ids, after, columns, self.service
+        )
         message_in = self._reader(connection, rows)
         pending = []
         for row in rows:
@@ -114,6 +123,16 @@ class OutboxStore:
             except Exception as error:
                 self._postpone_unreadable(connection, owner, row_id, error)
         return pending
+
+    def abandoned(self, connection: Connection) -> list[str]:
+        """Other services with messages that have been due for longer than ``ABANDONED``."""
+        table = self.table
+        waiting = table.c.service.is_not(None) & (table.c.service != (self.service or ""))
+        late = func.coalesce(table.c.available_at, table.c.created_at) < self.dialect.later(
+            -ABANDONED
+        )
+        services = select(table.c.service).where(waiting, late).distinct()
+        return sorted(connection.scalars(services))
 
     def _reader(
         self, connection: Connection, rows: Sequence[Row[Any]]

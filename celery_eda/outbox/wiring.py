@@ -48,7 +48,10 @@ class Outbox:
         """The messages that are committed and not sent yet."""
         databases = self.databases
         return OutboxStore(
-            databases.tables.outbox, databases.dialect, self._brokers.encode_envelope
+            databases.tables.outbox,
+            databases.dialect,
+            self._brokers.encode_envelope,
+            self.service.name_or_none,
         )
 
     @cached_once

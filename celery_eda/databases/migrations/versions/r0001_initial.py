@@ -76,6 +76,7 @@ def _create_outbox_tables(prefix: str, options: dict[str, Any]) -> None:
         sa.Column("last_error", LONG_TEXT),
         sa.Column("claimed_by", sa.String(32)),
         sa.Column("envelope", BYTES),
+        sa.Column("service", NAME),
         sqlite_autoincrement=True,
         **options,
     )
