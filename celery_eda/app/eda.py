@@ -19,7 +19,7 @@ from celery_eda.core.context import current_session
 from celery_eda.core.event import Event
 from celery_eda.core.service import Service
 from celery_eda.core.settings import register
-from celery_eda.databases import Databases, schema
+from celery_eda.databases import Databases
 from celery_eda.dead_letters import DeadLetters
 from celery_eda.events import Apply, Events, Projection, SubscriptionDecorator
 from celery_eda.inbox import Inbox, TaskDecorator
@@ -360,4 +360,4 @@ class EDA:
             ConfigurationError: a setting is wrong, or the tables do not exist.
         """
         self.inbox.check()
-        schema.check(self.databases.engine, self.databases.tables)
+        self.databases.check()

@@ -12,6 +12,8 @@ from enum import Enum
 from secrets import token_hex
 from typing import Any
 
+from celery_eda.core.limits import KEY_BYTES, fits
+
 #: Header of a request: the address for its reply.
 REPLY_HEADER = "eda_reply_to"
 #: The task that a reply calls, with a correlation id and an outcome.
@@ -22,7 +24,7 @@ SAGA_HEADER = "eda_saga"
 _PROCESS = "eda.reply."
 _SERVICE = "eda.replies."
 _VOLATILE = re.compile(r"eda\.reply\.[0-9a-f]{32}(\.[0-9a-f]{32})?")
-_DURABLE = re.compile(r"eda\.replies\.[^\x00-\x1f\x7f]{1,200}")
+_DURABLE = re.compile(r"eda\.replies\..{1,200}", re.S)
 
 
 class ReplyAddressKind(str, Enum):
@@ -60,7 +62,7 @@ def is_volatile(address: str) -> bool:
 
 def is_durable(address: str) -> bool:
     """True if *address* is the address of a service."""
-    return _DURABLE.fullmatch(address) is not None
+    return _DURABLE.fullmatch(address) is not None and fits(address, KEY_BYTES)
 
 
 def of_headers(headers: Mapping[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID, uuid5
 
 from celery_eda.core.event import Event
-from celery_eda.core.limits import NAME_LENGTH
+from celery_eda.core.limits import KEY_BYTES, LARGEST, fits
 
 ID_HEADER = "eda_id"
 REVISION_HEADER = "eda_revision"
@@ -96,7 +96,7 @@ class Identity:
         if (text := headers.get(ID_HEADER)) is None:
             return None
         revision = headers.get(REVISION_HEADER, 0)
-        if not isinstance(text, str) or type(revision) is not int or not 0 <= revision < 2**31:
+        if not isinstance(text, str) or type(revision) is not int or not 0 <= revision <= LARGEST:
             raise ValueError(f"malformed {ID_HEADER} or {REVISION_HEADER} header")
         return cls(UUID(text), revision)
 
@@ -118,6 +118,11 @@ class Lane:
     source: str
     scope: str
     key: str
+
+    @property
+    def fits(self) -> bool:
+        """True if the columns of all tables hold the names of this lane."""
+        return fits(self.source, KEY_BYTES) and fits(self.scope) and fits(self.key, KEY_BYTES)
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ class Position:
             case [str(source), str(scope), str(key), int(epoch), int(number), *previous] if (
                 0 < epoch <= time.time() * 1000 + AHEAD
                 and 0 < number < 2**63
-                and all(map(_fits, (source, scope, key)))
+                and Lane(source, scope, key).fits
             ):
                 lane = Lane(source, scope, key)
             case _:
@@ -174,7 +179,3 @@ class Position:
     def headers(self) -> dict[str, Any]:
         lane = (self.lane.source, self.lane.scope, self.lane.key)
         return {ORDER_HEADER: [*lane, self.epoch, self.number, *(self.previous or ())]}
-
-
-def _fits(name: str) -> bool:
-    return len(name) <= NAME_LENGTH and len(name.encode(errors="replace")) <= 4 * NAME_LENGTH

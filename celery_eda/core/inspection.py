@@ -20,7 +20,7 @@ from kombu.serialization import SKIP_DECODE
 
 from celery_eda.core import addresses
 from celery_eda.core.identity import Identity, Position
-from celery_eda.core.limits import NAME_LENGTH, Limits
+from celery_eda.core.limits import LARGEST, NAME_LENGTH, Limits, fits
 from celery_eda.core.message import UNREADABLE
 from celery_eda.errors import Malformed, TooLarge, Undecodable
 
@@ -28,8 +28,6 @@ from celery_eda.errors import Malformed, TooLarge, Undecodable
 LONGEST_NAME = NAME_LENGTH
 #: Characters of a text for people.
 LONGEST_TEXT = 65_536
-#: The largest number that every database column and timer can hold.
-LARGEST = 2**31 - 1
 #: Years in which every moment can be converted to another time zone and be waited for.
 YEARS = range(1970, 9999)
 _TEXTS = (str, bytes, memoryview)
@@ -85,7 +83,7 @@ def _check_size(message: Any, limits: Limits) -> None:
         raise TooLarge(
             f"The body has {len(message.body)} bytes; eda_max_message_bytes is {limits.bytes}."
         )
-    depth, size = _measure(message.headers)
+    depth, size = measure(message.headers)
     if size > limits.bytes:
         raise TooLarge(f"The headers have {size} bytes; eda_max_message_bytes is {limits.bytes}.")
     if depth > limits.nesting:
@@ -97,11 +95,11 @@ def _check_nesting(message: Any, payload: Any, most: int) -> None:
     is_json = message.content_type == "application/json" and isinstance(body, bytes)
     if is_json and body.count(b"[") + body.count(b"{") <= most:
         return  # each level has a bracket of its own
-    if (depth := _measure(payload)[0]) > most:
+    if (depth := measure(payload)[0]) > most:
         raise TooLarge(f"The body is nested {depth} deep; eda_max_nesting is {most}.")
 
 
-def _measure(value: Any) -> tuple[int, int]:
+def measure(value: Any) -> tuple[int, int]:
     """The nesting depth of *value*, and roughly the bytes of its texts."""
     depth = size = 0
     level = [value]
@@ -158,12 +156,16 @@ def _check_headers(headers: Any) -> None:
 def _check_properties(message: Any) -> None:
     for name in ("correlation_id", "reply_to"):
         value = message.properties.get(name)
-        if value is not None and not (isinstance(value, str) and len(value) <= LONGEST_NAME):
+        if value is not None and not _is_long_name(value):
             raise Malformed(f"property {name!r}: {_described(value)}")
     for name in ("exchange", "routing_key"):
         value = (message.delivery_info or {}).get(name) or ""
-        if not _is_long_name(value):
+        if not _is_name(value):
             raise Malformed(f"delivery info {name!r}: {_described(value)}")
+    for name in ("content_type", "content_encoding"):
+        value = getattr(message, name)
+        if value is not None and not _is_name(value):
+            raise Malformed(f"property {name!r}: {_described(value)}")
     if not isinstance(message.properties.get("priority") or 0, int):
         raise Malformed("property 'priority': not an integer")
 
@@ -176,7 +178,7 @@ def _described(value: Any) -> str:
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= LONGEST_NAME and value.isprintable()
+    return isinstance(value, str) and fits(value)
 
 
 def _is_long_name(value: Any) -> bool:

@@ -8,6 +8,13 @@ from dataclasses import dataclass
 NAME_LENGTH = 255
 #: Bytes of an ordering key or of a service's name in UTF-8, the most that MariaDB can index.
 KEY_BYTES = 255
+#: The largest number that a header may hold: a column holds that of the next attempt too.
+LARGEST = 2**31 - 2
+
+
+def fits(name: str, octets: int = 4 * NAME_LENGTH) -> bool:
+    """True if *name* is printable text that a column of *octets* bytes holds, on any database."""
+    return len(name) <= NAME_LENGTH and name.isprintable() and len(name.encode()) <= octets
 
 
 @dataclass(frozen=True)

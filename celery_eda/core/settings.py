@@ -141,13 +141,13 @@ class Settings:
         "limit have to be deleted first.",
     )
     max_message_bytes: int = option(
-        16 * 2**20,
+        4 * 2**20,
         "Maximum bytes of a message's body, and of its headers. A larger message becomes a dead "
         "letter.",
         least=1024,
     )
     max_decompressed_bytes: int = option(
-        64 * 2**20,
+        4 * 2**20,
         "Maximum bytes of a compressed body after decompression, which stops there.",
         least=1024,
     )

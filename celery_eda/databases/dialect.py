@@ -34,8 +34,9 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import DBAPIError, TimeoutError
+from sqlalchemy.exc import DBAPIError
 
+from celery_eda.databases.error_kinds import ErrorKinds
 from celery_eda.databases.ping import ping_idle_connections
 from celery_eda.databases.statements import cached_statement, columns_of, is_of_service
 from celery_eda.databases.types import Moment
@@ -46,7 +47,7 @@ Values = Mapping[str, Any]
 SEQUENCES_AT_ONCE = 200
 
 
-class Dialect:
+class Dialect(ErrorKinds):
     """The statements of one database."""
 
     #: True if the inbox row is inserted before the handler runs. A concurrent copy then waits for
@@ -55,9 +56,6 @@ class Dialect:
 
     #: Worker pools that do not work with this database, by Celery's module name, and the reason.
     refused_pools: Mapping[str, str] = {}
-
-    #: SQLSTATEs or error codes after which the same transaction may succeed if repeated.
-    transient_codes: frozenset[object] = frozenset()
 
     def __init__(self, claim_timeout: float = 60.0) -> None:
         self.claim_timeout = claim_timeout
@@ -374,30 +372,18 @@ class Dialect:
         ]
         return connection.execute(delete(table).where(named), rows).rowcount
 
-    # ── errors ──────────────────────────────────────────────────────────────────────────────
+    # ── large rows ──────────────────────────────────────────────────────────────────────────
 
-    def is_outage(self, error: BaseException) -> bool:
-        """True if the database is away or takes no writes, through no fault of the statement."""
-        return isinstance(error, DBAPIError) and error.connection_invalidated
+    def refusal_of(self, connection: Connection, row: Values) -> str | None:
+        """The reason why the server would refuse to insert *row*, None if it would not.
 
-    def ended_idle(self, error: BaseException) -> bool:
-        """True if the database says that it ended the transaction because it was idle."""
-        return False
+        Known before the attempt only where a refusal would break the connection.
+        """
+        return None
 
-    def takes_no_writes(self, error: DBAPIError) -> bool:
-        """True if the server, or this connection to it, is read-only: a replica, say."""
-        return False
+    def check_room(self, connection: Connection, octets: int) -> None:
+        """Make sure that rows with *octets* bytes can be written.
 
-    def is_aborted(self, connection: Connection) -> bool:
-        """True if the transaction was aborted without an error: its COMMIT would roll back."""
-        return False
-
-    def is_transient(self, error: BaseException) -> bool:
-        """True if the transaction lost a race for a lock or a connection, and may be run again."""
-        return isinstance(error, TimeoutError) or (
-            isinstance(error, DBAPIError) and self.code_of(error) in self.transient_codes
-        )
-
-    def code_of(self, error: DBAPIError) -> object:
-        """The vendor's code of *error*."""
-        raise NotImplementedError
+        Raises:
+            UnsafeSetting: the server is configured to refuse them.
+        """

@@ -33,7 +33,7 @@ from celery_eda.databases import packets
 from celery_eda.databases.dialect import Dialect, Values
 from celery_eda.databases.statements import cached_statement, is_of_service
 from celery_eda.databases.types import Moment
-from celery_eda.errors import SchemaOutdated
+from celery_eda.errors import SchemaOutdated, UnsafeSetting
 
 #: Seconds to wait for a named lock; below the read time-out.
 LOCK_TIMEOUT = 50
@@ -46,6 +46,13 @@ DUPLICATE_KEY = 1062
 #: Error codes after which the server has rolled back the transaction, not only the statement.
 ROLLED_BACK = ((1213,), (1020,))
 _ABORTED = "celery_eda aborted"
+#: Bytes that each byte of a value takes in a statement, at most.
+ESCAPES = 2
+_ESCAPED = (b"\0", b"\n", b"\r", b"\x1a", b'"', b"'", b"\\")
+#: Bytes for all other values of a row, its error text and its traceback among them.
+OTHER_VALUES = 2**18
+#: A packet of this size is allowed on every server that is not misconfigured.
+SMALLEST_PACKET = 2**20
 GONE_AWAY = frozenset({1040, 1053, 1077, 1079, 1927, 2002, 2003, 2006, 2013, 2055, 4031})
 #: The disk is full or broken, memory, threads or connections are used up.
 NO_ROOM = frozenset({1021, 1026, 1037, 1038, 1041, 1114, 1135, 1203, 1226})
@@ -57,6 +64,8 @@ FORBIDDEN_BY_OPTION = 1290
 class MySQL(Dialect):
     # READ COMMITTED, because at REPEATABLE READ the gap locks of a claim would block producers.
     transient_codes = frozenset({1205, 1213, 1020})
+    # An incorrect value, too large a packet, too large a row.
+    value_codes = frozenset({1366, 1153, 1118, 139})
 
     def engine_options(self, timeout: float) -> dict[str, Any]:
         seconds = max(math.ceil(timeout), LOCK_TIMEOUT + 10)
@@ -198,9 +207,36 @@ class MySQL(Dialect):
     def is_aborted(self, connection: Connection) -> bool:
         return _ABORTED in connection.info
 
+    def refusal_of(self, connection: Connection, row: Values) -> str | None:
+        texts = [each.encode() if isinstance(each, str) else each for each in row.values()]
+        values = [each for each in texts if isinstance(each, bytes)]
+        size = sum(map(_escaped, values)) + OTHER_VALUES
+        # The server would close the connection, which looks as if it were away.
+        if size <= SMALLEST_PACKET or size <= (room := _packet(connection)):
+            return None
+        return f"its row takes {size} bytes, and max_allowed_packet is {room}"
+
+    def check_room(self, connection: Connection, octets: int) -> None:
+        room = _packet(connection)
+        if room < ESCAPES * octets:
+            raise UnsafeSetting(
+                f"max_allowed_packet of the database is {room} bytes. Messages of the size that "
+                "eda_max_message_bytes and eda_max_decompressed_bytes allow take up to "
+                f"{ESCAPES * octets}. Set max_allowed_packet to that, or lower the two settings."
+            )
+
     def code_of(self, error: DBAPIError) -> object:
         arguments: tuple[Any, ...] = getattr(error.orig, "args", ())
         return arguments[0] if arguments else None
+
+
+def _packet(connection: Connection) -> int:
+    return int(connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one())
+
+
+def _escaped(value: bytes) -> int:
+    """Bytes of *value* in the text of a statement."""
+    return len(value) + sum(map(value.count, _ESCAPED))
 
 
 def _by_index(query: Select[Any], table: Table) -> Select[Any]:

@@ -6,7 +6,7 @@ from sqlalchemy import URL, Engine, make_url
 
 from celery_eda.core.once import cached_once
 from celery_eda.core.service import Service
-from celery_eda.databases import engines
+from celery_eda.databases import engines, schema
 from celery_eda.databases.dialect import Dialect
 from celery_eda.databases.registry import dialect_of
 from celery_eda.databases.tables import Tables
@@ -60,6 +60,19 @@ class Databases:
             self.dialect.watch(self._given)
             return engines.forkable(self._given)
         return engines.create(self.url, self.dialect, self._service.settings.transaction_timeout)
+
+    def check(self) -> None:
+        """Make sure that the tables exist, and that the database takes the largest messages.
+
+        Raises:
+            SchemaOutdated: the tables are missing or too old.
+            UnsafeSetting: the database refuses rows as large as the settings allow messages.
+        """
+        schema.check(self.engine, self.tables)
+        settings = self._service.settings
+        body = max(settings.max_message_bytes, settings.max_decompressed_bytes)
+        with self.engine.connect() as connection:
+            self.dialect.check_room(connection, body + settings.max_message_bytes)
 
     @cached_once
     def relay_engine(self) -> Engine:

@@ -20,6 +20,7 @@ from celery_eda.core.message import Message
 from celery_eda.databases import LostRace
 from celery_eda.dead_letters.audit import Action, Audit, AuditEntry, Author
 from celery_eda.dead_letters.letter import Letter, LetterFilter, LetterState, Reason
+from celery_eda.dead_letters.reduced import is_reduced, whole
 from celery_eda.dead_letters.store import DeadLetterStore
 from celery_eda.errors import NotItsTurn, UnreadableBody
 from celery_eda.ordering import Cursors, Turn
@@ -78,16 +79,22 @@ class Repair:
 
         Raises:
             NotItsTurn: later messages of its key have taken effect already.
-            UnreadableBody: *arguments* cannot be written into the body.
+            UnreadableBody: *arguments* cannot be written into the body, or the letter is stored in
+                reduced form and there are none.
         """
         connection = transaction.connection
         letter = self.dead_letters.find(connection, id, lock=True)
         if letter is None or not letter.is_open:
             return _already_closed(id, letter)
+        if arguments is None and is_reduced(letter.message):
+            raise UnreadableBody(
+                f"Letter {id} has only the beginning of its body. Write all arguments again "
+                "(`edit --args … --kwargs …`), or discard the letter."
+            )
         message = self._at_its_position(connection, letter, out_of_order=out_of_order)
         detail: dict[str, Any] = {}
         if arguments is not None:
-            message = arguments.in_place_of(message)
+            message = whole(arguments.in_place_of(message))
             detail = {"args": list(arguments.args), "kwargs": dict(arguments.kwargs)}
         transaction.capture(next_revision(message))
         return self._close(connection, letter, LetterState.redriven, action, author, **detail)
@@ -253,7 +260,7 @@ def edited(letter: Letter, args: Sequence[Any] | None, kwargs: Mapping[str, Any]
         args=old.args if args is None else tuple(args),
         kwargs=old.kwargs if kwargs is None else kwargs,
     )
-    return new.in_place_of(message)
+    return whole(new.in_place_of(message))
 
 
 def in_order(letters: Iterable[Letter]) -> list[Letter]:

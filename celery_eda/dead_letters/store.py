@@ -23,7 +23,15 @@ from celery_eda.core.limits import NAME_LENGTH
 from celery_eda.core.message import Message
 from celery_eda.databases import Dialect, Retention, message_rows
 from celery_eda.dead_letters.letter import Letter, LetterFilter, LetterState, Reason
+from celery_eda.dead_letters.reduced import reduced
 from celery_eda.errors import UnreadableBody
+
+log = redaction.logger(__name__)
+
+#: The largest number of attempts that the column holds.
+MOST_ATTEMPTS = 2**31 - 1
+#: Columns with names, which a message may spell as no database stores them.
+_NAMES = ("task", "queue", "exchange", "routing_key", "content_type", "content_encoding")
 
 
 @dataclass(frozen=True)
@@ -64,24 +72,43 @@ class DeadLetterStore:
         """
         secrets = _secrets(message)
         position = message.position
-        result = connection.execute(
-            insert(self.table).values(
-                **_columns(message),
-                created_at=self.dialect.now(),
-                consumer=consumer,
-                reason=reason.value,
-                error_type=_type_of(error),
-                error=text_of(error, secrets),
-                traceback=traceback_of(error, secrets),
-                attempts=attempts,
-                at=self.dialect.now(),
-                state=LetterState.open.value,
-                first_at=first_at or self.dialect.now(),
-                ordering_key=position and position.lane.key,
-                correlation_id=_name(message.headers, "root_id"),
-                causation_id=_name(message.headers, "parent_id"),
-            )
-        )
+        failure = {
+            "created_at": self.dialect.now(),
+            "consumer": consumer,
+            "reason": reason.value,
+            "error_type": _type_of(error),
+            "error": text_of(error, secrets),
+            "traceback": traceback_of(error, secrets),
+            "attempts": min(attempts, MOST_ATTEMPTS),
+            "at": self.dialect.now(),
+            "state": LetterState.open.value,
+            "first_at": first_at or self.dialect.now(),
+            "ordering_key": position and position.lane.key,
+            "correlation_id": _name(message.headers.get("root_id")),
+            "causation_id": _name(message.headers.get("parent_id")),
+        }
+        return self._insert_whole(connection, message, failure)
+
+    def _insert_whole(
+        self, connection: Connection, message: Message, failure: Mapping[str, Any]
+    ) -> int:
+        """Insert a letter with the whole message, or in reduced form if the database refuses it."""
+        columns = _columns(message)
+        if (why := self.dialect.refusal_of(connection, columns)) is None:
+            try:
+                with connection.begin_nested():
+                    return self._insert(connection, columns, failure)
+            except Exception as error:
+                if not self.dialect.is_of_values(error):
+                    raise
+                why = f"the database refuses it: {type(error).__name__}"
+        log.error("a dead letter of %s is stored in reduced form: %s", columns["task"], why)
+        return self._insert(connection, _columns(reduced(message, why)), failure)
+
+    def _insert(
+        self, connection: Connection, columns: Mapping[str, Any], failure: Mapping[str, Any]
+    ) -> int:
+        result = connection.execute(insert(self.table).values(**columns, **failure))
         row_id: int = result.inserted_primary_key[0]  # type: ignore[index]  # it has one
         return row_id
 
@@ -142,13 +169,13 @@ def _secrets(message: Message) -> list[str]:
 def _type_of(error: BaseException | str) -> str | None:
     if isinstance(error, str):
         return None
-    return type(error).__qualname__[:NAME_LENGTH]
+    return _name(type(error).__qualname__)
 
 
 def _columns(message: Message) -> dict[str, Any]:
     values = message_rows.to_row(message)
     del values["delay"]
-    return values
+    return {**values, **{name: _name(values[name]) for name in _NAMES}}
 
 
 def _from_row(row: Row[Any]) -> Letter:
@@ -170,8 +197,8 @@ def _from_row(row: Row[Any]) -> Letter:
     )
 
 
-def _name(headers: Mapping[str, Any], name: str) -> str | None:
-    value = headers.get(name)
+def _name(value: Any) -> str | None:
+    """*value* as a column holds it; None if it is no text."""
     if not isinstance(value, str):
         return None
     return redaction.storable(value[:NAME_LENGTH])[:NAME_LENGTH]

@@ -30,7 +30,14 @@ from celery_eda.databases import Databases
 from celery_eda.dead_letters import Reason
 from celery_eda.errors import Malformed
 from celery_eda.inbox.door import Door
-from celery_eda.inbox.refusals import Refusal, RefusedMessage, given_up, refused, unread
+from celery_eda.inbox.refusals import (
+    Refusal,
+    RefusedMessage,
+    given_up,
+    in_any_case,
+    refused,
+    unread,
+)
 from celery_eda.inbox.wiring import Inbox
 
 log = logging.getLogger(__name__)
@@ -144,15 +151,18 @@ class Intake(bootsteps.StartStopStep):
 
     def refuse(self, message: Any, refusal: Refusal) -> None:
         """Write the dead letter of *message*, then acknowledge; later, if the database is away."""
-        self._enqueue(message, refused(message, refusal))
+        self._enqueue(message, in_any_case(lambda: refused(message, refusal), message))
 
     def on_given_up(self, message: Any, *_: Any) -> None:
         """Write the dead letter of a *message* that a queue of the broker has given up."""
+        self._enqueue(message, in_any_case(lambda: self._given_up(message), message))
+
+    def _given_up(self, message: Any) -> RefusedMessage:
         queue = dead_letter_exchange.queue_in(message.headers)
         if queue:
             for each in self.inbox.readdressers:
                 each.readdress(message, queue)
-        self._enqueue(message, given_up(message))
+        return given_up(message)
 
     def _enqueue(self, message: Any, what: RefusedMessage) -> None:
         self.waiting.append((message, what))

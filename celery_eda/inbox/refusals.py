@@ -6,7 +6,7 @@ recognized by the contents of the message, from which its identity in the inbox 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -20,8 +20,8 @@ from celery_eda.brokers import dead_letter_exchange
 from celery_eda.core.error_text import text_of
 from celery_eda.core.event import EVENT_EXCHANGE
 from celery_eda.core.identity import Identity
-from celery_eda.core.inspection import undecodable
-from celery_eda.core.limits import NAME_LENGTH
+from celery_eda.core.inspection import measure, undecodable
+from celery_eda.core.limits import LARGEST, NAME_LENGTH, fits
 from celery_eda.core.message import PROPERTIES, Message
 from celery_eda.dead_letters import DeadLetterStore, Reason
 from celery_eda.errors import Malformed, TooLarge, Undecodable, WorkersLost
@@ -33,6 +33,9 @@ from celery_eda.requests import Responder
 CONSUMER = "celery_eda.inspection"
 #: The header or property that holds all the others as text, where JSON cannot represent them.
 UNREADABLE_JSON = "eda_json"
+#: Levels of nested lists and mappings that JSON can represent wherever it is written or read:
+#: Python's own limit depends on the depth of the stack.
+DEEPEST = 300
 #: The property that holds the properties with which no message can be sent again.
 OTHERS = "eda_others"
 
@@ -184,12 +187,20 @@ def given_up(message: Any) -> RefusedMessage:
     return RefusedMessage(replace(letter, identity=identity), kept.refusal, letter.task, identity)
 
 
-def unread(payload: bytes) -> RefusedMessage:
+def unread(payload: bytes, why: str = "not a message as kombu writes them") -> RefusedMessage:
     """A *payload* that cannot be read as a message at all."""
     identity = _identity_of(payload)
     letter = Message(identity, "", payload, "application/data", "binary", {}, {}, "", "")
-    error = Malformed("not a message as kombu writes them")
-    return RefusedMessage(letter, Refusal(Reason.malformed, error), CONSUMER, identity)
+    return RefusedMessage(letter, Refusal(Reason.malformed, Malformed(why)), CONSUMER, identity)
+
+
+def in_any_case(read: Callable[[], RefusedMessage], message: Any) -> RefusedMessage:
+    """The result of *read*; if that fails, *message* of kombu's by nothing but its body."""
+    try:
+        return read()
+    except Exception as error:
+        why = f"its headers and properties cannot be read: {type(error).__name__}"
+        return unread(_bytes(message.body), why)
 
 
 def storable(value: Any) -> dict[str, Any]:
@@ -197,7 +208,7 @@ def storable(value: Any) -> dict[str, Any]:
     plain = _plain(value)
     with suppress(Exception):
         json.loads(json.dumps(plain))
-        if isinstance(plain, dict):
+        if isinstance(plain, dict) and measure(plain)[0] <= DEEPEST:
             return plain
     return {UNREADABLE_JSON: _text_of(plain)}
 
@@ -285,7 +296,7 @@ def _own_identity(headers: Any) -> Identity | None:
 def _foreign_identity(headers: Any) -> Identity | None:
     retries, nesting = (headers.get(name) or 0 for name in ("retries", "replaced_task_nesting"))
     match headers.get("id"), retries, nesting:
-        case str(task_id), int(), int() if 0 <= retries < 2**31:
+        case str(task_id), int(), int() if fits(task_id) and 0 <= retries <= LARGEST:
             return Identity.of_foreign(task_id, retries, nesting)
     return None
 

@@ -20,6 +20,7 @@ from celery_eda.core.message import Message
 from celery_eda.databases import message_rows
 from celery_eda.dead_letters.audit import Audit, Author
 from celery_eda.dead_letters.letter import Letter, Reason
+from celery_eda.dead_letters.reduced import HEAD, REDUCED_HEADER, reduced
 from celery_eda.dead_letters.repair import Repair, RepairResult, in_order
 from celery_eda.dead_letters.store import DeadLetterStore
 from celery_eda.errors import NotItsTurn, UnreadableBody
@@ -301,6 +302,24 @@ def test_an_edit_changes_what_it_names_and_the_audit_keeps_the_old(
         edit, _ = desk.audit.of_message(connection, before.identity.id)
     assert edit.detail == {"body": before.body.decode()}
     assert desk.deeds(id) == [("ada", "edit"), ("bob", "redrive")]
+
+
+def test_a_letter_in_reduced_form_is_sent_only_after_its_arguments_were_written_again(
+    desk: Desk,
+) -> None:
+    letter = reduced(message(body=b'[["' + b"x" * 2 * HEAD + b'"], {}, {}]'), "too large")
+    id = desk.bury(letter)
+
+    with pytest.raises(UnreadableBody, match="edit --args"):
+        desk.do("redrive", id)
+    with pytest.raises(UnreadableBody):
+        desk.do("edit", id, args=[7])
+    desk.do("edit", id, args=[7], kwargs={})
+    desk.do("redrive", id)
+
+    (sent,) = desk.sent()
+    assert Arguments.of(sent).args == (7,)
+    assert REDUCED_HEADER not in sent.headers
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ from celery_eda.core.identity import Lane, Position
 from celery_eda.core.message import Message
 from celery_eda.databases import message_rows
 from celery_eda.dead_letters.letter import Letter, LetterFilter, LetterState, Reason
+from celery_eda.dead_letters.reduced import HEAD
 from celery_eda.dead_letters.store import DeadLetterStore
-from tests.support.databases import Database
+from tests.support.databases import LOCKING, Database
 from tests.support.messages import message
 
 
@@ -59,6 +62,101 @@ def test_a_dead_letter_keeps_the_whole_message(
     row = kept(database, dead_letters, letter)
 
     assert message_rows.from_row(row) == letter
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        message(task="nul\0", routing_key="nul\0", content_type="nul\0"),
+        message(task="\ud800", exchange="\ud800", queue="\ud800"),
+        message(content_encoding="utf" + 300 * "-" + "8", routing_key="x" * 5000),
+        message(headers={"root_id": "\ud800", "parent_id": "nul\0", "eda_order": ["nul\0"] * 5}),
+        message(headers={"eda_order": ["é" * 200, "s", "é" * 200, 1, 1]}),
+        message(headers={"\ud800": "\0"}, properties={"reply_to": "\ud800\0"}),
+    ],
+)
+def test_whatever_the_names_of_a_message_it_is_stored(
+    database: Database, dead_letters: DeadLetterStore, odd: Message
+) -> None:
+    error = type("Odd", (Exception,), {"__qualname__": "odd\0\ud800"})("x")
+
+    row = kept(database, dead_letters, odd, error, attempts=2**31)
+
+    stored = message_rows.from_row(row)
+    assert (stored.body, stored.headers) == (odd.body, odd.headers)
+    assert stored.properties == odd.properties
+    assert row.attempts == 2**31 - 1
+
+
+REFUSAL = {
+    "postgresql": (
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF octet_length(NEW.body) > 65536 THEN RAISE 'too long' USING ERRCODE = '22001'; END IF;"
+        " RETURN NEW; END $$",
+        "CREATE TRIGGER refusal BEFORE INSERT ON eda_dead_letters"
+        " FOR EACH ROW EXECUTE FUNCTION refuse()",
+    ),
+    "mariadb": (
+        "CREATE TRIGGER refusal BEFORE INSERT ON eda_dead_letters FOR EACH ROW BEGIN"
+        " IF LENGTH(NEW.body) > 65536 THEN"
+        " SIGNAL SQLSTATE '22001' SET MYSQL_ERRNO = 1406, MESSAGE_TEXT = 'too long'; END IF; END",
+    ),
+}
+ACCEPTANCE = {
+    "postgresql": "DROP FUNCTION refuse() CASCADE",
+    "mariadb": "DROP TRIGGER refusal",
+}
+
+
+@pytest.fixture
+def choosy(database: Database) -> Iterator[Database]:
+    """A database that refuses dead letters with a long body."""
+    with database.engine.begin() as connection:
+        for statement in REFUSAL[database.vendor]:
+            connection.exec_driver_sql(statement)
+    yield database
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql(ACCEPTANCE[database.vendor])
+
+
+def expect_reduced(row: Any, letter: Message, why: str) -> None:
+    stored = message_rows.from_row(row)
+    about = stored.headers["eda_reduced"]
+    assert letter.body.startswith(stored.body)
+    assert (len(stored.body), about["bytes"]) == (HEAD, len(letter.body))
+    assert about["sha256"] == sha256(letter.body).hexdigest()
+    assert why in about["why"]
+    assert stored.headers["id"] == letter.headers["id"]
+
+
+@pytest.mark.parametrize("database", LOCKING, indirect=True)
+def test_what_a_database_refuses_for_a_value_is_stored_in_reduced_form(
+    choosy: Database, dead_letters: DeadLetterStore
+) -> None:
+    letter = message(body=bytes(range(256)) * 1024)
+
+    row = kept(choosy, dead_letters, letter)
+
+    expect_reduced(row, letter, "the database refuses it: DataError")
+
+
+@pytest.mark.parametrize("database", ["mariadb"], indirect=True)
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (b"x" * 17 * 2**20, {}),
+        (b'"' * 9 * 2**20, {}),  # each is written as two bytes
+        (b"x" * 9 * 2**20, {"x": "y" * 8 * 2**20, "z": [1]}),
+    ],
+)
+def test_what_is_larger_than_a_packet_of_the_database_is_stored_in_reduced_form(
+    database: Database, dead_letters: DeadLetterStore, body: bytes, headers: dict[str, Any]
+) -> None:
+    letter = message(body=body, headers=headers)
+
+    row = kept(database, dead_letters, letter)
+
+    expect_reduced(row, letter, "max_allowed_packet")
 
 
 def test_a_dead_letter_says_why_where_and_after_how_many_attempts(

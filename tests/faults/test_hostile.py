@@ -115,6 +115,11 @@ def of(rows: list[Any], name: str) -> Any:
     return found[0]
 
 
+def is_again(row: Any) -> bool:
+    """True if the letter of *row* was put a second time, under another name."""
+    return "again" in row.headers or b"again case" in bytes(row.body)
+
+
 def batches(everything: list[Letter]) -> Iterator[list[Letter]]:
     for start in range(0, len(everything), BATCH):
         yield everything[start : start + BATCH]
@@ -140,8 +145,12 @@ def test_no_message_stops_a_worker_or_vanishes(road: Road, hand: Hand, tmp_path:
     assert not trap.exists()
     rows = dead(road)
     for letter in everything:
-        row = of([each for each in rows if "again" not in each.headers], letter.name)
+        row = of([each for each in rows if not is_again(each)], letter.name)
         assert row.reason == letter.reason, (letter.name, row.reason, row.error)
+        if hand.redis and "\\ud800" in json.dumps(letter.all_headers):
+            # Redis itself cannot read the payload, so it is stored whole, as the body.
+            assert json.loads(row.body)["headers"] == letter.all_headers
+            continue
         assert bytes(row.body) == (letter.body if letter.stored is None else letter.stored)
         assert json.loads(row.headers) == letter.all_headers
         assert row.content_type == letter.content_type

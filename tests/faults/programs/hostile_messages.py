@@ -24,7 +24,7 @@ from kombu import Connection
 JSON = "application/json"
 CALL = b'[[1], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
 #: What the worker under fault may decompress, and what the bombs hold.
-MOST = 8 * 2**20
+MOST = 4 * 2**20
 BOMB = 96 * 2**20
 
 
@@ -65,7 +65,7 @@ class Trap:
 
 WRONG_HEADERS: dict[str, tuple[Any, ...]] = {
     "task": ({"a": 1}, ["x"], 5, True, "x" * 5000),
-    "id": ({"a": 1}, 7, "", "x" * 5000, "a\r\nforged line", "\x1b[31mred"),
+    "id": ({"a": 1}, 7, "", "x" * 5000, "a\r\nforged line", "\x1b[31mred", "\ud800"),
     "root_id": ({"a": 1}, "x" * 5000),
     "parent_id": (["x"],),
     "group": ({"a": 1},),
@@ -77,7 +77,7 @@ WRONG_HEADERS: dict[str, tuple[Any, ...]] = {
     "eta": ("not-a-date", "9999-12-31T23:59:59+00:00", 5, {"a": 1}, "0001-01-01T00:00:00"),
     "expires": ("not-a-date", ["x"], "9999-12-31T23:59:59-12:00"),
     "timelimit": ("x", [1], [1, 2, 3], [-1, None], ["x", None], {"a": 1}, [2**60, 1]),
-    "retries": (-1, "x", 2**40, {"a": 1}),
+    "retries": (-1, "x", 2**40, {"a": 1}, 2**31 - 1),
     "replaced_task_nesting": ("x", -1),
     "group_index": ("x",),
     "stamped_headers": ("x", [1]),
@@ -88,9 +88,20 @@ WRONG_HEADERS: dict[str, tuple[Any, ...]] = {
     "get": ("hides a method",),
     "update": (1,),
     "eda_id": ("no uuid", 5, "x" * 5000),
-    "eda_revision": (-1, "x"),
-    "eda_reply_to": ("payments", 7, "eda.reply.x", "eda.replies."),
-    "eda_order": ("x", ["a", "b", "c", -1, 1], [1, 2, 3, 4, 5]),
+    "eda_revision": (-1, "x", 2**31 - 1),
+    "eda_reply_to": ("payments", 7, "eda.reply.x", "eda.replies.", "eda.replies.\ud800"),
+    "eda_order": (
+        "x",
+        ["a", "b", "c", -1, 1],
+        [1, 2, 3, 4, 5],
+        ["nul\0", "b", "c", 1, 1],
+        ["a", "nul\0", "c", 1, 1],
+        ["a", "b", "nul\0", 1, 1],
+        ["\ud800", "b", "c", 1, 1],
+        ["a", "b", "\ud800", 1, 1],
+        ["é" * 200, "b", "c", 1, 1],
+        ["a", "b", "é" * 200, 1, 1],
+    ),
 }
 
 BODIES: dict[str, tuple[bytes, str]] = {
