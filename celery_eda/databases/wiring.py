@@ -12,6 +12,9 @@ from celery_eda.databases.registry import dialect_of
 from celery_eda.databases.tables import Tables
 from celery_eda.errors import ConfigurationError
 
+#: Names of a database that SQLite does not store in a file.
+IN_MEMORY = (None, "", ":memory:")
+
 
 class Databases:
     """The database that holds the outbox, the inbox and all other tables of one service.
@@ -42,6 +45,15 @@ class Databases:
             )
         return make_url(self._service.settings.database_url)
 
+    def _refuse_in_memory(self) -> None:
+        if self.url.get_backend_name() == "sqlite" and self.url.database in IN_MEMORY:
+            raise ConfigurationError(
+                "A SQLite database in memory cannot be used by workers and relays, which need "
+                "connections of their own: each would have another database, or share the "
+                "transaction of the others. Name a file, in a temporary folder for tests: "
+                "sqlite:////tmp/shop.db."
+            )
+
     @cached_once
     def dialect(self) -> Dialect:
         """The statements that differ from database to database."""
@@ -59,15 +71,18 @@ class Databases:
         if self._given is not None:
             self.dialect.watch(self._given)
             return engines.forkable(self._given)
+        self._refuse_in_memory()
         return engines.create(self.url, self.dialect, self._service.settings.transaction_timeout)
 
     def check(self) -> None:
         """Make sure that the tables exist, and that the database takes the largest messages.
 
         Raises:
+            ConfigurationError: SQLite is in memory.
             SchemaOutdated: the tables are missing or too old.
             UnsafeSetting: the database refuses rows as large as the settings allow messages.
         """
+        self._refuse_in_memory()
         schema.check(self.engine, self.tables)
         settings = self._service.settings
         body = max(settings.max_message_bytes, settings.max_decompressed_bytes)
