@@ -154,4 +154,4 @@ def test_an_expired_message_is_refused() -> None:
     ("cause", "reason"), [(None, Reason.lost_worker), (TIME_LIMIT, Reason.time_limit)]
 )
 def test_a_message_that_loses_its_workers_is_dead(cause: str | None, reason: Reason) -> None:
-    assert lost(3, cause).reason is reason
+    assert lost(3, cause, 600.0).reason is reason
