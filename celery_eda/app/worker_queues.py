@@ -11,8 +11,8 @@ from typing import Any
 
 from celery import bootsteps
 from kombu import Queue
-from kombu.common import ignore_errors
 
+from celery_eda.brokers import ConsumerBeside
 from celery_eda.events import EXPIRES, Subscription
 
 #: How often a worker redeclares its queues within the time after which an unused one expires.
@@ -30,19 +30,21 @@ class WorkerQueues(bootsteps.StartStopStep):
         self.subscriptions = app.eda.events.subscriptions
         self.queues = [*_repairs_and_replies(app), *_subscribed(app)]
         self.per_worker = list(_per_worker(app, consumer.hostname))
-        self.consumers: list[Any] = []
+        self.consumers: list[ConsumerBeside] = []
         self.renewing: Any = None
 
     def start(self, consumer: Any) -> None:
         handle = consumer.create_task_handler()
         for queue, subscription in (*self.queues, *self.per_worker):
-            beside = consumer.app.amqp.TaskConsumer(
-                consumer.connection.channel(),
-                queues=[queue],
+            beside = ConsumerBeside(
+                consumer,
+                queue,
+                accept=consumer.app.conf.accept_content,
                 on_message=self._addressing(queue.name, subscription, handle),
                 on_decode_error=consumer.on_decode_error,
                 prefetch_count=consumer.initial_prefetch_count,
             )
+            beside.open()
             self.consumers.append(beside)
         # Messages may arrive at once, and the pool accepts none before the event loop runs.
         consumer.call_soon(self._consume)
@@ -64,7 +66,7 @@ class WorkerQueues(bootsteps.StartStopStep):
         if self.renewing is not None:
             self.renewing.cancel()
         for beside in self.consumers:
-            ignore_errors(consumer, beside.cancel)
+            beside.stop()
         self.consumers = []
 
     def _addressing(
@@ -83,16 +85,19 @@ class WorkerQueues(bootsteps.StartStopStep):
 
 def _repairs_and_replies(app: Any) -> Iterator[tuple[Queue, None]]:
     """The queues of repairs and replies that the worker does not consume as task queues."""
-    queues, eda = app.amqp.queues, app.eda
+    queues = app.amqp.queues
     if queues._consume_from is not None:
         return
-    for name in sorted(
-        {*eda.dead_letters.repair_tasks.queues, *filter(None, [eda.requests.store.address])}
-    ):
+    for name in sorted(_repair_and_reply_names(app)):
         if name not in queues:
             queue = queues[name]
             del queues[name]  # queues that remain there are consumed together with the tasks
             yield queue, None
+
+
+def _repair_and_reply_names(app: Any) -> set[str]:
+    eda = app.eda
+    return {*eda.dead_letters.repair_tasks.queues, *filter(None, [eda.requests.store.address])}
 
 
 def _subscribed(app: Any) -> Iterator[tuple[Queue, Subscription]]:

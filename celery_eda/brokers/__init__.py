@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from celery_eda.brokers import own_queues
 from celery_eda.brokers.base import (
     EnvelopeTemplate,
     KeepsMalformed,
@@ -13,6 +14,7 @@ from celery_eda.brokers.base import (
     Verdict,
 )
 from celery_eda.brokers.connection import SafeConnection
+from celery_eda.brokers.consumer_beside import ConsumerBeside
 from celery_eda.brokers.database.publish import DirectEnqueue
 from celery_eda.brokers.rabbitmq import dead_letter_exchange
 from celery_eda.brokers.registry import (
@@ -26,6 +28,7 @@ from celery_eda.brokers.wiring import Brokers
 __all__ = [
     "BROKERS",
     "Brokers",
+    "ConsumerBeside",
     "DirectEnqueue",
     "EnvelopeTemplate",
     "KeepsMalformed",
@@ -40,4 +43,5 @@ __all__ = [
     "declare_reply_queue",
     "envelope_template_of",
     "is_database",
+    "own_queues",
 ]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol
 
+from amqp.exceptions import PreconditionFailed
 from celery import Celery
 from kombu.common import Broadcast
 
 from celery_eda.core.service import Service, service_of
+
+log = logging.getLogger(__name__)
+
+#: The names of queues of celery_eda begin with it.
+PREFIX = "eda."
 
 
 class Declares(Protocol):
@@ -44,9 +51,19 @@ class Topology:
             return
         queue = self._service.app.amqp.queues[name]
         entity = queue.exchange if isinstance(queue, Broadcast) else queue
-        entity.bind(channel).declare()
+        try:
+            entity.bind(channel).declare()
+        except PreconditionFailed as error:
+            if not is_own(self._service, name):
+                raise
+            log.info("%s is used as it is: %s", name, error)
 
 
 def declare(app: Celery, channel: Any, name: str) -> None:
     """Declare the queue or exchange *name* of *app*; see :meth:`Topology.declare`."""
     service_of(app).wing(Topology).declare(channel, name)
+
+
+def is_own(service: Service, name: str) -> bool:
+    """True if *name* is that of a queue of celery_eda, not of the app."""
+    return name.startswith(PREFIX) or name == service.settings.repair_queue

@@ -9,7 +9,7 @@ from amqp.exceptions import NotFound
 from kombu import Exchange, Queue, binding
 from kombu.transport import virtual
 
-from celery_eda.brokers import dead_letter_exchange
+from celery_eda.brokers import own_queues
 from celery_eda.core.event import EVENT_EXCHANGE
 from celery_eda.core.service import Service
 from celery_eda.events.subscriptions import Subscription, Subscriptions
@@ -34,7 +34,7 @@ class EventQueues:
         return Queue(
             self.subscriptions.name_of(subscription),
             bindings=_bindings(subscription),
-            queue_arguments=self._arguments(),
+            queue_arguments=own_queues.arguments_of(self.service),
         )
 
     def queue_for(self, subscription: Subscription, worker: str) -> Queue:
@@ -45,14 +45,6 @@ class EventQueues:
             auto_delete=True,
             expires=EXPIRES,
         )
-
-    def _arguments(self) -> dict[str, Any]:
-        """The arguments of durable queues: the same as those of the app's own queues."""
-        if self.service.app.conf.task_default_queue_type != "quorum":
-            return {}
-        limit = self.service.settings.delivery_limit
-        limited = dead_letter_exchange.queue_arguments(limit, self.service.name) if limit else {}
-        return {**limited, "x-queue-type": "quorum"}
 
     def declare(self, channel: Any) -> None:
         """Declare the exchange and all durable queues. Idempotent."""

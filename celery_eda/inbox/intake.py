@@ -16,10 +16,8 @@ from celery import bootsteps, signals
 from celery.exceptions import NotRegistered
 from celery.utils.objects import Bunch
 from celery.worker import state
-from kombu import Consumer, Queue
-from kombu.common import ignore_errors
 
-from celery_eda.brokers import KeepsMalformed, dead_letter_exchange
+from celery_eda.brokers import ConsumerBeside, KeepsMalformed, dead_letter_exchange
 from celery_eda.core import compression
 from celery_eda.core.error_text import loggable
 from celery_eda.core.inspection import inspect
@@ -68,7 +66,7 @@ class Intake(bootsteps.StartStopStep):
         self.waiting: deque[tuple[Any, RefusedMessage]] = deque()
         self.delays = delays(*RETRY_DELAYS)
         self.polling: Any = None
-        self.given_up: Consumer | None = None
+        self.given_up: ConsumerBeside | None = None
         compression.limit_decompression(settings.max_decompressed_bytes)
         self._create_task_handler = consumer.create_task_handler
         consumer.create_task_handler = self.create_task_handler
@@ -86,7 +84,15 @@ class Intake(bootsteps.StartStopStep):
             )
         driver_type = consumer.connection.transport.driver_type
         if self.service.settings.delivery_limit and driver_type == "amqp":
-            self.given_up = self._consume(dead_letter_exchange.queue_of(self.service.name))
+            self.given_up = ConsumerBeside(
+                consumer,
+                dead_letter_exchange.queue_of(self.service.name),
+                on_message=self.on_given_up,
+                on_decode_error=self.on_given_up,
+                prefetch_count=BATCH_SIZE,
+            )
+            self.given_up.open()
+            self.given_up.consume()
 
     def stop(self, consumer: Any) -> None:
         """Drop the messages not acknowledged yet: the broker redelivers them."""
@@ -96,20 +102,8 @@ class Intake(bootsteps.StartStopStep):
         if self.polling is not None:
             self.polling.cancel()
         if self.given_up is not None:
-            ignore_errors(consumer, self.given_up.cancel)
+            self.given_up.stop()
             self.given_up = None
-
-    def _consume(self, queue: Queue) -> Consumer:
-        """Consume *queue*, on a channel of its own, beside the queues of tasks."""
-        consumer = Consumer(
-            self.consumer.connection.channel(),
-            queues=[queue],
-            on_message=self.on_given_up,
-            on_decode_error=self.on_given_up,
-            prefetch_count=BATCH_SIZE,
-        )
-        consumer.consume()
-        return consumer
 
     # ── what Celery calls ───────────────────────────────────────────────────────────────────
 

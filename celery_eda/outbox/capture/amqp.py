@@ -19,7 +19,7 @@ from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import Connection, Queue
 from kombu.utils.imports import symbol_by_name
 
-from celery_eda.brokers import SafeConnection, dead_letter_exchange
+from celery_eda.brokers import SafeConnection, dead_letter_exchange, own_queues
 from celery_eda.core import addresses, chord_identities, context
 from celery_eda.core.addresses import REPLY_HEADER
 from celery_eda.core.identity import HEADERS, Identity, Lane
@@ -55,8 +55,9 @@ class CapturingAMQP(AMQP):
 
     @property
     def queues_cls(self) -> Any:
-        """Celery's collection of queues, each with the limit ``eda_delivery_limit``."""
-        base, service = super().queues_cls, service_of(self.app)
+        """Celery's collection of queues, with ours, each with the limit ``eda_delivery_limit``."""
+        service = service_of(self.app)
+        base = own_queues.with_own_queues(super().queues_cls, service)
         if not (limit := service.settings.delivery_limit):
             return base
         return dead_letter_exchange.with_delivery_limit(base, limit, service.name)
