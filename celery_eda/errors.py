@@ -5,6 +5,7 @@ EDAError
 │   ├── UnknownSetting          a misspelt eda_* key
 │   ├── UnsafeSetting           a combination that would lose or double messages
 │   ├── NameTaken               a service with another database has the same name
+│   ├── UnsafeQueue             a reliable task is called by way of a queue that would lose it
 │   └── SchemaOutdated          tables missing or from another version
 ├── TransactionError
 │   ├── AutocommitTransaction   there is no transaction to share
@@ -67,6 +68,14 @@ class UnsafeSetting(ConfigurationError):
 
 class NameTaken(ConfigurationError):
     """Workers with another database use the name of this service on the same broker."""
+
+
+class UnsafeQueue(ConfigurationError):
+    """A reliable task is called by way of a queue in which its message would not take effect once.
+
+    That is a queue with ``no_ack``, which loses it, or a broadcast, of whose copies one takes
+    effect.
+    """
 
 
 class SchemaOutdated(ConfigurationError):

@@ -7,6 +7,7 @@ from typing import Any
 
 from celery import bootsteps
 
+from celery_eda.app import unsafe_queues
 from celery_eda.app.installation import make_reliable
 from celery_eda.errors import UnsafeSetting
 from celery_eda.inbox import ReliableTask, is_asynchronous, make_safe, take_when_due
@@ -36,6 +37,7 @@ class Guard(bootsteps.Step):
                 "Use prefork, threads or solo."
             )
         eda.check()
+        unsafe_queues.warn_of_unsafe(worker.app)
         eda.events.record_queues()
 
 

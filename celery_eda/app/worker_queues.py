@@ -12,6 +12,7 @@ from typing import Any
 from celery import bootsteps
 from kombu import Queue
 
+from celery_eda.app import unsafe_queues
 from celery_eda.brokers import ConsumerBeside
 from celery_eda.events import EXPIRES, Subscription
 
@@ -28,6 +29,10 @@ class WorkerQueues(bootsteps.StartStopStep):
         super().__init__(consumer, **options)
         app = consumer.app
         self.subscriptions = app.eda.events.subscriptions
+        chosen = app.amqp.queues._consume_from
+        unsafe_queues.warn_of_unconsumed(
+            [] if chosen is None else sorted(_own_names(app) - chosen.keys())
+        )
         self.queues = [*_repairs_and_replies(app), *_subscribed(app)]
         self.per_worker = list(_per_worker(app, consumer.hostname))
         self.consumers: list[ConsumerBeside] = []
@@ -98,6 +103,11 @@ def _repairs_and_replies(app: Any) -> Iterator[tuple[Queue, None]]:
 def _repair_and_reply_names(app: Any) -> set[str]:
     eda = app.eda
     return {*eda.dead_letters.repair_tasks.queues, *filter(None, [eda.requests.store.address])}
+
+
+def _own_names(app: Any) -> set[str]:
+    """The names of all queues that a worker without ``-Q`` consumes beside the task queues."""
+    return {*_repair_and_reply_names(app), *app.eda.events.subscriptions.by_queue}
 
 
 def _subscribed(app: Any) -> Iterator[tuple[Queue, Subscription]]:

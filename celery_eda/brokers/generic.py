@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from celery import Celery
@@ -21,10 +22,12 @@ from celery_eda.brokers.base import (
     Sendable,
     publish_with,
     refused,
+    subscribers,
     unknown,
     unroutable,
 )
 from celery_eda.brokers.topology import declare
+from celery_eda.core.event import EVENT_EXCHANGE
 
 
 class GenericTransport:
@@ -69,14 +72,31 @@ class GenericTransport:
             if message.queue and message.queue not in self._declared:
                 declare(self._app, producer.channel, message.queue)
                 self._declared.add(message.queue)
-            _require_route(producer.channel, message)
-            publish_with(producer, message)
+            _publish(producer, message)
         except self._outages:
             raise
         except Exception as error:  # this message alone is at fault, not the batch
             self._declared.discard(message.queue or "")
             return refused(error)
         return CONFIRMED
+
+
+def _publish(producer: Producer, message: Sendable) -> None:
+    """Publish *message*.
+
+    An event is published to each queue by itself: the copies that kombu's virtual channels make
+    share one delivery tag, so that acknowledging one would acknowledge the others.
+    """
+    channel = producer.channel
+    if message.exchange != EVENT_EXCHANGE or not isinstance(channel, virtual.Channel):
+        _require_route(channel, message)
+        publish_with(producer, message)
+        return
+    event = message.whole()
+    if not (queues := subscribers(channel.get_table(EVENT_EXCHANGE), event.routing_key)):
+        raise unroutable(message)
+    for queue in queues:
+        publish_with(producer, replace(event, exchange="", routing_key=queue))
 
 
 def _require_route(channel: Any, message: Sendable) -> None:

@@ -56,11 +56,11 @@ def taker(redis_url: str, request: pytest.FixtureRequest) -> Iterator[Taker]:
     taker.connection.close()
 
 
-def put(taker: Taker, name: str) -> None:
+def put(taker: Taker, name: str, **options_of_message: Any) -> None:
     options = taker.connection.transport_options
     with Connection(taker.connection.as_uri(include_password=True)) as connection:
         connection.transport_options = options
-        connection.Producer().publish(f"to {name}", routing_key=name)
+        connection.Producer().publish(f"to {name}", routing_key=name, **options_of_message)
 
 
 @pytest.mark.parametrize("order", ["abc", "cba", "bbb", "acacac"])
@@ -90,3 +90,17 @@ def test_a_bell_that_has_lost_its_connection_is_hung_up_again(
         taker.wait(3 + "abc".index(name))
 
     assert sorted(taker.bodies[2:]) == ["to a", "to b", "to c"]
+
+
+@pytest.mark.parametrize(
+    "text", ["a\ud800b", "\udc00\\ud800", "\\ud800\\", "🙂\ud83d", '\ud800"\\']
+)
+def test_half_a_surrogate_pair_is_read_as_it_was_sent(taker: Taker, text: str) -> None:
+    """Lua cannot read it, so the script must not take it for malformed."""
+    heard: list[str] = []
+    taker.consumer.register_callback(lambda _, message: heard.append(message.headers["text"]))
+    put(taker, "a", headers={"text": text})
+
+    taker.wait(1)
+
+    assert heard == [text]

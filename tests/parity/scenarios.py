@@ -106,8 +106,8 @@ CALLED: dict[str, Scenario] = {
         (1, 2), exchange="events", routing_key="order.placed", exchange_type="topic"
     ),
     "fanout": lambda s: s.add.apply_async((1, 2), queue="all"),
-    "broadcast": lambda s: s.add.apply_async(
-        (1, 2), queue="everyone", declare=[s.app.amqp.queues["everyone"].exchange]
+    "broadcast": lambda s: s.refresh.apply_async(
+        (1,), queue="everyone", declare=[s.app.amqp.queues["everyone"].exchange]
     ),
     "router": lambda s: s.routed.delay(1),
     # ── how ──

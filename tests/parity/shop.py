@@ -41,6 +41,10 @@ def choose_route(name: str, *arguments: Any, **options: Any) -> dict[str, Any] |
     return {"queue": "kitchen", "priority": 7} if name == "shop.routed" else None
 
 
+def refresh(number: int) -> int:
+    return number
+
+
 class Shop:
     """The shop as plain Celery runs it."""
 
@@ -49,6 +53,8 @@ class Shop:
         app._local.oid = "the-shop"  # else it is made from the app's address in memory
         # Not shared: a shared task is one of every later app of this process, too.
         self.declare_tasks(partial(app.task, shared=False))
+        # A reliable task cannot be called by way of a broadcast.
+        app.task(name="shop.refresh", shared=False)(refresh)
 
     def declare_tasks(self, task: Callable[..., Any]) -> None:
         @task(name="shop.add")

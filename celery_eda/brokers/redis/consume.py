@@ -37,12 +37,21 @@ BELL = 5.0
 # to pop from in the order of preference. ARGV: the worker's time, in kombu's format, and the queue
 # of each list. If the worker dies, the message returns to that queue, whatever exchange a forged
 # message names.
+#
+# Lua cannot decode half of a surrogate pair, which Python can. It only has to find the tag, so
+# it decodes the payload once more without such halves.
 TAKE = """
+local function decoded(payload)
+  local ok, message = pcall(cjson.decode, payload)
+  if ok then return ok, message end
+  local cleaned = payload:gsub('\\\\\\\\', ''):gsub('\\\\u[dD][89a-fA-F]%x%x', '')
+  return pcall(cjson.decode, cleaned)
+end
 for position = 4, #KEYS do
   while true do
     local payload = redis.call('RPOP', KEYS[position])
     if not payload then break end
-    local ok, message = pcall(cjson.decode, payload)
+    local ok, message = decoded(payload)
     local properties = ok and type(message) == 'table' and message.properties
     local info = type(properties) == 'table' and properties.delivery_info
     local tag = info and properties.delivery_tag

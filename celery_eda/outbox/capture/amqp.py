@@ -17,6 +17,7 @@ from celery import Celery
 from celery.app.amqp import AMQP
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import Connection, Queue
+from kombu.common import Broadcast
 from kombu.utils.imports import symbol_by_name
 
 from celery_eda.brokers import SafeConnection, dead_letter_exchange, own_queues
@@ -26,7 +27,7 @@ from celery_eda.core.identity import HEADERS, Identity, Lane
 from celery_eda.core.message import Message
 from celery_eda.core.service import service_of
 from celery_eda.core.silence import refuse_publishing_if_silenced
-from celery_eda.errors import OtherBroker
+from celery_eda.errors import OtherBroker, UnsafeQueue
 from celery_eda.ordering import keys
 from celery_eda.outbox import result_backend
 from celery_eda.outbox.capture.call_templates import CallTemplates
@@ -158,6 +159,8 @@ class CapturingAMQP(AMQP):
         recorded = recorder.recorded
         headers = recorded.pop("headers")
         reliable = REPLY_HEADER in headers or service_of(self.app).is_reliable(task)
+        if reliable:
+            self._refuse_unsafe_queue(task, recorded["exchange"], recorded["routing_key"])
         if headers.get("expires") and reliable:
             # The broker would drop it silently. A worker that receives it makes it a dead letter.
             recorded["properties"].pop("expiration", None)
@@ -182,6 +185,30 @@ class CapturingAMQP(AMQP):
             return message.at(progress.delivery.position)
         refuse_publishing_if_silenced(task)
         return message
+
+    def _refuse_unsafe_queue(self, task: str, exchange: str, routing_key: str) -> None:
+        """Check that a call of the reliable *task* goes to no queue in which it would be lost.
+
+        Raises:
+            UnsafeQueue: the queue has ``no_ack``, or each worker has its own copy of it.
+        """
+        for queue in self.queues.values():
+            name = queue.exchange.name
+            if isinstance(queue, Broadcast) and exchange == name:
+                raise UnsafeQueue(
+                    f"{task} is reliable, and routed to the broadcast {name!r}: of the copies, one "
+                    "for each worker, only the first would take effect. Make it a plain task, or "
+                    "emit an event for eda.on(…, every_worker=True)."
+                )
+            if queue.no_ack and (exchange, routing_key) in (
+                ("", queue.name),
+                (name, queue.routing_key),
+            ):
+                raise UnsafeQueue(
+                    f"{task} is reliable, and routed to {queue.name!r}, a queue with no_ack: the "
+                    "broker forgets each message that it delivers, so that a worker which dies "
+                    "would lose it. Route it to a queue without no_ack."
+                )
 
     def _queue_of(self, declared: Sequence[Queue], exchange: str) -> str | None:
         """The configured queue to declare before sending.
