@@ -110,8 +110,8 @@ class SubscriptionDecorator:
                 order of their commits, whatever their types.
             every_worker: True to call the function in every running worker, e.g. to empty a cache.
                 The task is a plain one then, without a transaction: a worker misses events while it
-                is down, and an event in progress when it dies. In a pool of processes one process
-                gets the event; a cache in memory needs threads.
+                is down, and an event in progress when it dies, and may get an event twice. In a
+                pool of processes one process gets the event; a cache in memory needs threads.
             options: options of ``@eda.task``, or of ``@app.task`` with *every_worker*, except
                 ``bind``, ``key`` and ``ignore_result``.
 
