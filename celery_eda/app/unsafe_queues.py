@@ -1,4 +1,4 @@
-"""Queues that lose messages, or that no worker might consume: a worker warns of them at its start.
+"""Queues that lose messages, or that nobody might consume: a worker warns of them at its start.
 
 A message of a reliable task takes effect once if its queue keeps it until it is acknowledged. Some
 arguments of queues say otherwise, and the option ``-Q`` leaves out the queues of celery_eda.
@@ -42,6 +42,17 @@ def warn_of_unconsumed(names: Collection[str]) -> None:
             "there (replies to sagas, repairs, events) is not handled. Add them to -Q, or start a "
             "worker without -Q.",
             ", ".join(names),
+        )
+
+
+def warn_of_left_behind(app: Celery) -> None:
+    """Warn of messages in the service's own database, if that is the broker no more."""
+    if waiting := app.eda.brokers.left_behind():
+        log.warning(
+            "%d messages wait in this database from when it was the broker (%s). Run a worker with "
+            "that broker_url until they are handled.",
+            sum(waiting.values()),
+            ", ".join(sorted(waiting)),
         )
 
 

@@ -38,6 +38,7 @@ class Guard(bootsteps.Step):
             )
         eda.check()
         unsafe_queues.warn_of_unsafe(worker.app)
+        unsafe_queues.warn_of_left_behind(worker.app)
         eda.events.record_queues()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kombu import Connection
+from sqlalchemy import func, select
 
 from celery_eda.brokers.base import ReplyConsumer, Transport
 from celery_eda.brokers.database.publish import DirectEnqueue
@@ -12,6 +13,7 @@ from celery_eda.brokers.registry import (
     broker_of_type,
     direct_enqueue_of,
     envelope_encoder_of,
+    is_database,
     reply_consumer_of,
     reply_queues_of,
     transport_of,
@@ -59,6 +61,21 @@ class Brokers:
         """
         hold = broker_of_type(connection.transport.driver_type).hold_name
         return hold is None or hold(connection, self._service.name, owner, expires)
+
+    def left_behind(self) -> dict[str, int]:
+        """The numbers of messages that wait in the service's own database, by queue.
+
+        Empty if that database is the broker: it was the broker once. Queues that belong to a
+        process do not count.
+        """
+        if is_database(self._service.app.conf.broker_read_url):
+            return {}
+        queue, bindings = self._databases.tables.queue, self._databases.tables.bindings
+        owned = select(bindings.c.queue).where(bindings.c.owner.is_not(None))
+        waiting = select(queue.c.queue, func.count()).where(queue.c.queue.not_in(owned))
+        with self._databases.engine.connect() as connection:
+            rows = connection.execute(waiting.group_by(queue.c.queue))
+            return {row[0]: row[1] for row in rows}
 
     def check_replies(self) -> None:
         """Refuse a broker over which no replies can come.

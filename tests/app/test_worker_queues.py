@@ -29,8 +29,9 @@ class Shop:
     """An app whose broker is this process's memory, and whose relay is called by the test."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        self.app = Celery("shop", broker="memory://", set_as_current=False)
+        self.app = Celery("shop", set_as_current=False)
         self.app.conf.update(
+            broker_url=settings.pop("broker_url", "memory://"),
             eda_database_url=f"sqlite:///{folder / 'shop.db'}",
             eda_embedded_relay=False,
             eda_send_after_commit=False,
@@ -257,6 +258,24 @@ def test_with_the_option_q_a_worker_warns_of_the_queues_that_it_leaves_out(
     assert "eda.replies.shop" in warning
     assert "eda.on.shop.shop.listen" in warning
     assert "eda.repair.shop" not in warning
+
+
+def test_a_worker_warns_of_messages_in_a_database_that_was_the_broker(
+    make_shop: Callable[..., Shop], records: list[logging.LogRecord], tmp_path: Path
+) -> None:
+    before = make_shop(broker_url=f"eda+sqlite:///{tmp_path / 'shop.db'}")
+    with worker(before.app):
+        pass
+    with before.eda.transaction():
+        before.handle.apply_async(("later",), countdown=3600)
+        before.handle.apply_async(("elsewhere",), queue="other")
+
+    with worker(make_shop(broker_url="memory://").app):
+        pass
+
+    (warning,) = warnings(records)
+    assert warning.startswith("2 messages wait in this database")
+    assert "(celery, other)" in warning
 
 
 def test_every_subscription_gets_an_event_over_the_memory(make_shop: Callable[..., Shop]) -> None:
