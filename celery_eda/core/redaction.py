@@ -114,15 +114,24 @@ def logger(name: str) -> logging.Logger:
 
 
 class Redaction(logging.Filter):
-    """Removes secrets from a log record and from its traceback; lets every record pass."""
+    """Removes secrets from a log record and from its traceback; lets every record pass.
+
+    A record without secrets stays as it is: trackers of errors group records by their template.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not _may_quote_user_code(record):
             return True
         secrets = secrets_in_progress()
-        record.msg, record.args = storable(redact(_message(record), secrets)), ()
+        message = _message(record)
+        redacted = storable(redact(_template(record) if message is None else message, secrets))
+        if redacted != message:
+            record.msg, record.args = redacted, ()
         if record.exc_info:
-            record.exc_text = storable(redact(_traceback(record.exc_info), secrets))
+            formatted = _traceback(record.exc_info)
+            redacted = storable(redact(formatted or _frames(record.exc_info), secrets))
+            if redacted != formatted:
+                record.exc_text = redacted
         return True
 
 
@@ -143,18 +152,28 @@ def storable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
 
 
-def _message(record: logging.LogRecord) -> str:
+def _message(record: logging.LogRecord) -> str | None:
+    """The text of *record*; None if its arguments do not fit, or one of them has no text."""
     try:
         return record.getMessage()
     except BaseException:  # the `__str__` of an argument may fail, in any way
-        return record.msg if isinstance(record.msg, str) else object.__repr__(record.msg)
+        return None
 
 
-def _traceback(exc_info: Any) -> str:
+def _template(record: logging.LogRecord) -> str:
+    return record.msg if isinstance(record.msg, str) else object.__repr__(record.msg)
+
+
+def _traceback(exc_info: Any) -> str | None:
+    """The traceback as Python formats it; None if the error cannot be formatted."""
     try:
         return _formatter.formatException(exc_info)
     except BaseException:  # a SyntaxError with odd arguments, for instance
-        return "".join([*traceback.format_tb(exc_info[2]), exc_info[0].__qualname__])
+        return None
+
+
+def _frames(exc_info: Any) -> str:
+    return "".join([*traceback.format_tb(exc_info[2]), exc_info[0].__qualname__])
 
 
 def _secret_values(arguments: Mapping[str, Any]) -> Iterator[Any]:

@@ -160,6 +160,33 @@ def test_a_log_line_and_its_traceback_hold_no_secret(lines: list[str]) -> None:
     assert "test_redaction.py" in line
 
 
+def test_a_record_without_a_secret_stays_as_it_is(
+    lines: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    log, arguments = redaction.logger("celery_eda.tested"), ("charge", 7)
+    try:
+        raise ValueError("no such card")
+    except ValueError:
+        log.exception("%s[%s] has failed", *arguments)
+
+    (record,) = caplog.records
+    assert (record.msg, record.args) == ("%s[%s] has failed", arguments)
+    assert lines[0].startswith("charge[7] has failed\nTraceback")
+
+
+def test_only_the_part_of_a_record_that_holds_a_secret_is_changed(
+    caplog: pytest.LogCaptureFixture, lines: list[str]
+) -> None:
+    try:
+        raise ValueError(f"password={PLANTED}")
+    except ValueError:
+        redaction.logger("celery_eda.tested").exception("%s has failed", "charge")
+
+    (record,) = caplog.records
+    assert (record.msg, record.args) == ("%s has failed", ("charge",))
+    assert PLANTED not in lines[0]
+
+
 def test_a_log_line_with_wrong_arguments_is_still_printed(lines: list[str]) -> None:
     redaction.logger("celery_eda.tested").warning("%d failed: password=" + PLANTED, "seven")
 
