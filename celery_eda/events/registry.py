@@ -15,6 +15,7 @@ from kombu.utils import json
 from celery_eda.core.event import Event
 from celery_eda.core.topics import checked_name
 from celery_eda.errors import ConfigurationError, InvalidEvent
+from celery_eda.events import dataclass_values
 
 Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -113,6 +114,6 @@ class EventRegistry:
         try:
             if hasattr(kind, "model_validate"):
                 return kind.model_validate(data)
-            return kind(**data)
+            return dataclass_values.made(kind, data)
         except (TypeError, ValueError) as error:
             raise InvalidEvent(f"The data of {name} do not fit {kind.__name__}: {error}") from error

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from decimal import Decimal
+from enum import Enum
 from typing import Any
 from uuid import UUID
 
 import pytest
+from pydantic import BaseModel
 
 from celery_eda.core.event import Event
 from celery_eda.core.topics import checked_name, checked_pattern, matches
 from celery_eda.errors import ConfigurationError, InvalidEvent
+from celery_eda.events import dataclass_values
 from celery_eda.events.registry import EventRegistry
 
 EVENT = Event(
@@ -31,6 +36,66 @@ class Placed:
 
     total: int
     currency: str
+
+
+class Size(Enum):
+    """A size."""
+
+    small = "s"
+
+
+class Color(str, Enum):
+    """A colour."""
+
+    red = "red"
+
+
+class Stock(BaseModel):
+    """A pydantic model in a dataclass."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Address:
+    """A dataclass in a dataclass."""
+
+    city: str
+    country: Country | None = None
+
+
+@dataclass(frozen=True)
+class Country:
+    """A dataclass that is defined after its use."""
+
+    code: str
+
+
+@dataclass
+class Nested:
+    """Data of an event with all kinds of values."""
+
+    address: Address
+    lines: list[Address] = field(default_factory=list)
+    pair: tuple[Address, int] = (Address("Rome"), 1)
+    many: tuple[Address, ...] = ()
+    bare: tuple = ()  # type: ignore[type-arg]
+    by_name: dict[str, Address] = field(default_factory=dict)
+    either: Country | Address | None = None
+    color: Color = Color.red
+    colors: Sequence[Color] = field(default_factory=list)
+    plain: dict[str, Any] = field(default_factory=dict)
+    children: list[Nested] = field(default_factory=list)
+    at: datetime | None = None
+    price: Decimal | None = None
+    count: int = field(init=False, default=7)
+
+
+@dataclass
+class Unresolved:
+    """A dataclass with a type hint that nothing resolves."""
+
+    id: Missing  # type: ignore[name-defined]  # noqa: F821
 
 
 @pytest.mark.parametrize(
@@ -97,6 +162,59 @@ def test_old_data_are_brought_to_the_latest_version_step_by_step() -> None:
 
     assert (restored.data, restored.data_version) == (Placed(5, "EUR"), 3)
     assert types.to_plain("order.placed", restored.data) == {"total": 5, "currency": "EUR"}
+
+
+ROME = Address("Rome", Country("it"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        Nested(ROME),
+        Nested(ROME, lines=[ROME, Address("Oslo")]),
+        Nested(ROME, pair=(ROME, 3), many=(ROME, ROME), bare=(1, "a")),
+        Nested(ROME, by_name={"home": ROME}),
+        Nested(ROME, either=ROME),
+        Nested(ROME, either=Country("it")),
+        Nested(ROME, color=Color.red, colors=[Color.red]),
+        Nested(ROME, plain={"city": "Rome"}),
+        Nested(ROME, children=[Nested(ROME, children=[Nested(ROME)])]),
+        Nested(ROME, at=datetime(2026, 5, 17, tzinfo=timezone.utc), price=Decimal("1.10")),
+    ],
+)
+def test_a_dataclass_comes_back_as_it_was_with_all_that_is_in_it(data: Nested) -> None:
+    types = EventRegistry()
+    types.register("order.placed", Nested)
+
+    event = replace(EVENT, data=types.to_plain("order.placed", data))
+
+    assert types.restored(event).data == data
+
+
+def test_enumerations_sets_and_models_in_a_dataclass_are_rebuilt() -> None:
+    @dataclass
+    class Parcel:
+        size: Size
+        cities: frozenset
+        stock: Stock
+        stocks: list
+
+    Parcel.__annotations__ |= {"cities": frozenset[str], "stock": Stock, "stocks": list[Stock]}
+    plain = {"size": "s", "cities": ["Rome"], "stock": {"count": 1}, "stocks": [{"count": 2}]}
+
+    parcel = dataclass_values.made(Parcel, plain)
+
+    assert parcel == Parcel(Size.small, frozenset(["Rome"]), Stock(count=1), [Stock(count=2)])
+
+
+@pytest.mark.parametrize("nested", [{"a": 1}, [{"a": 1}]])
+def test_nested_data_whose_type_cannot_be_found_are_refused(nested: Any) -> None:
+    types = EventRegistry()
+    types.register("order.placed", Unresolved)
+
+    assert types.to_plain("order.placed", {"id": 7}) == {"id": 7}
+    with pytest.raises(InvalidEvent, match=r"type hints of Unresolved .* outside `if TYPE_CHECK"):
+        types.restored(replace(EVENT, data={"id": nested}))
 
 
 def test_data_of_a_later_version_than_this_service_knows_are_refused() -> None:
