@@ -9,7 +9,15 @@ from celery.app.task import Context
 
 from celery_eda.core import addresses
 from celery_eda.core.addresses import REPLY_HEADER
-from celery_eda.core.identity import DRAIN, HEADERS, VERDICT, WIRE, Identity, Position
+from celery_eda.core.identity import (
+    DRAIN,
+    HEADERS,
+    ID_HEADER,
+    VERDICT,
+    WIRE,
+    Identity,
+    Position,
+)
 from celery_eda.core.message import PROPERTIES, Message, Wire
 
 # Attributes of its class are no headers for Celery, which shows all others as `request.headers`.
@@ -46,7 +54,7 @@ class Delivery:
         return cls(
             task,
             request,
-            Identity.of_headers(headers) or _foreign_identity(request),
+            Identity.of_headers(headers) or request.get(WIRE).foreign_identity,
             Position.of_headers(headers),
             addresses.of_headers(headers),
         )
@@ -54,7 +62,7 @@ class Delivery:
     @classmethod
     def malformed(cls, task: Task) -> Delivery:
         """The delivery of a message whose headers :meth:`of` refuses."""
-        return cls(task, task.request, _foreign_identity(task.request))
+        return cls(task, task.request, task.request.get(WIRE).foreign_identity)
 
     @property
     def consumer(self) -> str:
@@ -80,6 +88,11 @@ class Delivery:
         return bool((self.request.delivery_info or {}).get("redelivered"))
 
     @property
+    def is_foreign(self) -> bool:
+        """True if the publisher, which does not use this package, gave the message no identity."""
+        return self.request.get(ID_HEADER) is None
+
+    @property
     def log_name(self) -> str:
         """``task[id]``, with Celery's id of the call, as in Celery's own log lines."""
         return f"{self.consumer}[{self.task_id}]"
@@ -103,8 +116,3 @@ class Delivery:
             exchange=info.get("exchange") or "",
             routing_key=info.get("routing_key") or "",
         )
-
-
-def _foreign_identity(request: Context) -> Identity:
-    """The identity of a message whose publisher does not use this package."""
-    return Identity.of_foreign(request.id, request.retries or 0, request.replaced_task_nesting or 0)

@@ -79,12 +79,16 @@ class Identity:
         return replace(self, revision=self.revision + 1)
 
     @classmethod
-    def of_foreign(cls, task_id: str, retries: int, nesting: int) -> Identity:
+    def of_foreign(
+        cls, task_id: str, retries: int, nesting: int, contents: str | None = None
+    ) -> Identity:
         """The identity of a message whose publisher did not give it one.
 
         Celery reuses ``task_id`` for retries and replacements, so both counts are part of it.
+        Publishers reuse it too: *contents* tells their messages apart.
         """
-        return cls(uuid5(_FOREIGN, f"{task_id}.{nesting}"), retries)
+        names = [task_id, str(nesting), *([contents] if contents else [])]
+        return cls(uuid5(_FOREIGN, ".".join(names)), retries)
 
     @classmethod
     def of_headers(cls, headers: Mapping[str, Any]) -> Identity | None:

@@ -6,9 +6,11 @@ serialized, so sending it needs no task, no serializer and no application code.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from celery_eda.core.event import EventAppend
@@ -34,6 +36,8 @@ PROPERTIES = frozenset(
         "user_id",
     }
 )
+#: Headers in which two messages with the same task id differ, unless they are copies.
+TOLD_APART_BY = ("origin", "eta", "expires")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,27 @@ class Wire:
             encoding,
             message.headers,
             message.properties or {},
+        )
+
+    @property
+    def foreign_identity(self) -> Identity:
+        """The identity of a message whose publisher did not give it one.
+
+        Copies have the same one. A publisher may use a task id again, for a job of every night,
+        say, so everything in which its next message can differ is part of the identity: arguments,
+        times, and the process that published it.
+        """
+        headers, properties = self.headers, self.properties
+        told = [headers.get(name) for name in TOLD_APART_BY] + [properties.get("reply_to")]
+        digest = sha256(self.body)
+        digest.update(
+            json.dumps([each if isinstance(each, str) else None for each in told]).encode()
+        )
+        return Identity.of_foreign(
+            headers["id"],
+            headers.get("retries") or 0,
+            headers.get("replaced_task_nesting") or 0,
+            digest.hexdigest(),
         )
 
 

@@ -20,7 +20,7 @@ from sqlalchemy.exc import InternalError, OperationalError, ProgrammingError, SQ
 from celery_eda.core import checkpoints, context, redaction
 from celery_eda.core.delivery import Delivery
 from celery_eda.core.error_text import presentable
-from celery_eda.core.identity import VERDICT, Identity
+from celery_eda.core.identity import VERDICT, WIRE, Identity
 from celery_eda.core.interruption import exceptions_only
 from celery_eda.core.message import Message
 from celery_eda.core.retry import Policy
@@ -138,6 +138,7 @@ class Consumer:
                 if turn is Turn.past:
                     self.turns.pass_on_again(unit)
                 self._reply_again(unit, recorded)
+                _warn_of_reuse(delivery)
                 return Copy(delivery, recorded)
             if turn is Turn.past:
                 raise OutOfSequence("another message has been handled in its position")
@@ -236,9 +237,7 @@ class Consumer:
 
         Should the message become a dead letter, this is its reason.
         """
-        identity = Identity.of_headers(headers) or Identity.of_foreign(
-            headers["id"], headers.get("retries") or 0, headers.get("replaced_task_nesting") or 0
-        )
+        identity = Identity.of_headers(headers) or headers[WIRE].foreign_identity
         self._record_cause(consumer, identity, TIME_LIMIT)
 
     def _record_cause(self, consumer: str, identity: Identity, cause: str) -> None:
@@ -256,3 +255,14 @@ class Consumer:
         """Reset the count of redeliveries: the next one is not due to a lost worker."""
         with suppress(SQLAlchemyError), self.engine.begin() as connection:
             self.attempts.delete(connection, delivery.consumer, delivery.identity)
+
+
+def _warn_of_reuse(delivery: Delivery) -> None:
+    """Log a copy that may be a message of its own, whose publisher has used a task id again."""
+    if delivery.is_foreign and not delivery.redelivered:
+        log.warning(
+            "%s is taken for a copy of a message that was handled before: task id, arguments and "
+            "publishing process are the same. If it is a call of its own, publish it with a task "
+            "id of its own, or from an app with celery_eda.",
+            delivery.log_name,
+        )

@@ -18,7 +18,7 @@ from celery.exceptions import Ignore
 from celery.states import FAILURE, SUCCESS
 
 from celery_eda.core.addresses import REPLY_HEADER
-from celery_eda.outbox import result_backend
+from celery_eda.outbox import chords
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def replay_recorded(task: Task, recorded: bytes | None) -> Any:
     """The result or error of an earlier copy, whose links must not be published again."""
     request = task.request
     request.callbacks = request.errbacks = None
-    result_backend.repeat_chord_part(task)
+    chords.repeat_part(task)
     outcome = decoded(task, recorded)
     if not isinstance(outcome, Exception):
         request.chain = None

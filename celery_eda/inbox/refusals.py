@@ -22,7 +22,7 @@ from celery_eda.core.event import EVENT_EXCHANGE
 from celery_eda.core.identity import Identity
 from celery_eda.core.inspection import measure, undecodable
 from celery_eda.core.limits import LARGEST, NAME_LENGTH, fits
-from celery_eda.core.message import PROPERTIES, Message
+from celery_eda.core.message import PROPERTIES, Message, Wire
 from celery_eda.dead_letters import DeadLetterStore, Reason
 from celery_eda.errors import Malformed, TooLarge, Undecodable, WorkersLost
 from celery_eda.inbox.store import InboxStore, Outcome
@@ -181,7 +181,7 @@ def given_up(message: Any) -> RefusedMessage:
     error = WorkersLost(f"the broker gave it up: {why}")
     kept = refused(message, Refusal(_GIVEN_UP.get(why, Reason.rejected), error))
     letter = replace(kept.letter, exchange=_name(exchange), routing_key=_name(routing_key))
-    identity = _own_identity(message.headers) or _foreign_identity(message.headers)
+    identity = _own_identity(message.headers) or _foreign_identity(message)
     if identity is None or not letter.task:
         return replace(kept, letter=letter)
     return RefusedMessage(replace(letter, identity=identity), kept.refusal, letter.task, identity)
@@ -293,11 +293,13 @@ def _own_identity(headers: Any) -> Identity | None:
         return None
 
 
-def _foreign_identity(headers: Any) -> Identity | None:
+def _foreign_identity(message: Any) -> Identity | None:
+    headers = message.headers
     retries, nesting = (headers.get(name) or 0 for name in ("retries", "replaced_task_nesting"))
     match headers.get("id"), retries, nesting:
         case str(task_id), int(), int() if fits(task_id) and 0 <= retries <= LARGEST:
-            return Identity.of_foreign(task_id, retries, nesting)
+            with suppress(LookupError, UnicodeError):  # of the encoding that the message names
+                return Wire.of(message).foreign_identity
     return None
 
 

@@ -232,7 +232,7 @@ class Relay:
         for position, each in enumerate(demanding):
             started = time.monotonic()
             try:
-                self.backend.run(each.message.prerequisites)
+                self.backend.run(each.message.prerequisites, each.message.identity)
             except Exception as error:
                 log.warning("a prerequisite of a message failed, it is sent later: %r", error)
                 why = f"A prerequisite failed: {error!r}"[:500]

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from itertools import count
 from typing import Any
+from uuid import UUID
 from weakref import WeakValueDictionary
 
-from celery import Celery, Task
+from celery import Celery
 from celery._state import task_join_will_block
 from celery.backends.base import Backend
 from celery.backends.rpc import RPCBackend
@@ -25,8 +25,9 @@ from kombu import Exchange, Queue
 
 from celery_eda import brokers
 from celery_eda.core import context
-from celery_eda.core.chord_identities import identified
+from celery_eda.core.chord_identities import next_identity
 from celery_eda.core.identity import Identity
+from celery_eda.outbox import chords
 
 #: Calls that have to precede a message: names and arguments, see :func:`run_prerequisites`.
 Prerequisites = tuple[tuple[str, Any], ...]
@@ -65,20 +66,22 @@ class ResultBackend:
 
     app: Celery
 
-    def run(self, prerequisites: Prerequisites) -> None:
+    def run(self, prerequisites: Prerequisites, identity: Identity) -> None:
         """Make the calls that have to precede a message; see :func:`run_prerequisites`."""
-        run_prerequisites(self.app, prerequisites)
+        run_prerequisites(self.app, prerequisites, identity)
 
 
-def run_prerequisites(app: Celery, prerequisites: Prerequisites) -> None:
-    """Make the calls that have to precede a message. Repeating them is harmless.
+def run_prerequisites(app: Celery, prerequisites: Prerequisites, identity: Identity) -> None:
+    """Make the calls that have to precede the message of this *identity*.
+
+    Repeating them is harmless.
 
     Raises:
         Exception: any error of the backend or the broker.
     """
     for name, argument in prerequisites:
         if name == "set_chord_size":
-            app.backend.set_chord_size(*argument)
+            app.backend.set_chord_size(*argument, run=identity.id)
         elif name == "apply_chord":
             result: GroupResult = result_from_tuple(argument, app=app)
             app.backend.apply_chord((result.id, result.results), None)
@@ -88,34 +91,12 @@ def run_prerequisites(app: Celery, prerequisites: Prerequisites) -> None:
             _declare(app, argument)
 
 
-def repeat_chord_part(task: Task) -> None:
-    """Make it possible for *task*, a copy, to complete its chord.
-
-    The worker of the first copy may have died before it completed the chord.
-
-    A worker that completes a chord on Redis first claims it for some seconds, so that no other
-    worker does it too. The claim of a dead worker would keep the chord incomplete forever. If
-    that worker is alive after all, both publish the chord's body, under one identity.
-
-    Raises:
-        Reject: the backend is away; the broker redelivers the message.
-    """
-    backend, request = task.backend, task.request
-    if request.chord and hasattr(backend, "_chord_claim_extend_script"):
-        claim = backend.get_key_for_group(request.group, ".c")
-        try:
-            if backend.client.get(claim) != b"done":
-                backend.client.delete(claim)
-        except Exception as error:
-            raise Reject(error, requeue=True) from error
-
-
 def _deferring(backend: Backend) -> Backend:
     """*backend*, changed so that it makes no calls while a message is being captured."""
     _defer_chords(backend)
     _defer_replies(backend)
     _defer_waiting(backend)
-    _identify_chords(backend)
+    chords.identify(backend)
     _publish_apart_from_sessions(backend)
     _requeue_on_failure(backend)
     return backend
@@ -125,11 +106,15 @@ def _defer_chords(backend: Backend) -> None:
     set_chord_size, apply_chord = backend.set_chord_size, backend.apply_chord
     publishes_only = getattr(apply_chord, "__func__", None) is Backend.apply_chord
 
-    def maybe_set_chord_size(group_id: str, size: int) -> None:
-        if context.current_transaction() is None:
-            set_chord_size(group_id, size)
-        else:
+    def maybe_set_chord_size(group_id: str, size: int, run: UUID | None = None) -> None:
+        if context.current_transaction() is not None:
             require_first("set_chord_size", [group_id, size])
+            return
+        # A chord that is the body of another one has the same run when it is applied once more.
+        run = run or (next_identity() or Identity.fresh()).id
+        if not chords.is_known(backend, group_id, run):
+            set_chord_size(group_id, size)
+            chords.keep(backend, group_id, run)
 
     def maybe_apply_chord(header: Any, body: Any, **options: Any) -> None:
         if context.current_transaction() is None or publishes_only:
@@ -178,22 +163,6 @@ def _defer_waiting(backend: Backend) -> None:
     backend._wait_for_pending = add_all_and_wait
 
 
-def _identify_chords(backend: Backend) -> None:
-    """Give the messages that complete a chord identities that are computed from the chord.
-
-    Celery publishes them after the handler's commit, and once more with every further copy of the
-    chord's last part. Equal identities make them copies of one message.
-    """
-    complete = backend.on_chord_part_return
-
-    def complete_as_itself(request: Any, *args: Any, **kwargs: Any) -> Any:
-        key = f"{request.group} {_last_id(request.chord)}"
-        with identified(Identity.of_foreign(key, 0, position) for position in count()):
-            return complete(request, *args, **kwargs)
-
-    backend.on_chord_part_return = complete_as_itself
-
-
 def _publish_apart_from_sessions(backend: Backend) -> None:
     """Let errbacks and the bodies of chords leave whatever becomes of the sessions of the task.
 
@@ -234,19 +203,6 @@ def _requeueing(store: Callable[..., Any]) -> Callable[..., Any]:
             raise Reject(error, requeue=True) from error
 
     return store_or_requeue
-
-
-def _last_id(body: Any) -> Any:
-    """The task id of the last task in the signature *body* of a chord.
-
-    Celery makes a new one whenever it applies the chord.
-    """
-    match body:
-        case {"kwargs": {"tasks": [*_, last]}} | {"kwargs": {"body": dict(last)}}:
-            return _last_id(last)
-        case {"options": {"task_id": task_id}}:
-            return task_id
-    return None
 
 
 def _declare(app: Celery, description: dict[str, Any]) -> None:

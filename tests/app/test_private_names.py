@@ -159,7 +159,7 @@ NAMES = (
             "the group of options that settings are registered in"),
     Private("celery.app.autoretry", "_orig_run", "inbox/task.py",
             "the user's function of a task with autoretry_for"),
-    Private("celery.backends.redis:RedisBackend", "_chord_claim_extend_script", IN_RESULTS,
+    Private("celery.backends.redis:RedisBackend", "_chord_claim_extend_script", "outbox/chords.py",
             "whether this backend claims the completion of chords"),
     Private("redis.connection:AbstractConnection", "_sock", IN_REDIS,
             "whether a connection is still the same"),

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from tests.faults.conftest import ROADS, Road, expect_hits
+from tests.faults.conftest import PATIENCE, ROADS, Road, expect_hits
 from tests.faults.programs.process_nursery import Born
 from tests.faults.programs.tables import effects
 from tests.support.servers.redis import Redis
@@ -43,6 +43,17 @@ STEPS = {
     # Whichever part is the last one: it failed, and a copy of it has to say so again.
     "before chord_error_from_stack": "chord of failures",
 }
+
+
+#: Publishes a chord that has the same ids each time.
+FROZEN = """
+from tests.faults.programs.canvas_system import *
+parts = [add.s(21, number).set(task_id=f"part {{number}}") for number in (1, 2)]
+frozen = chord(group(parts, task_id="parts"), total.s())
+frozen.freeze()
+with {}():
+    frozen.apply_async(task_id="body")
+"""
 
 
 @dataclass(frozen=True)
@@ -201,6 +212,20 @@ def test_a_chord_comes_to_the_same_whatever_its_worker_had_done_when_killed(
     run = disturbed(rabbitmq_road, [name], f"0,1,1,{step}", least=expected.effects.total())
 
     assert run == expected
+
+
+@pytest.mark.parametrize("where", ["transaction", "nullcontext"])
+def test_a_frozen_chord_applied_again_is_a_run_of_its_own(road: Road, where: str) -> None:
+    road.worker(pool="threads")
+    road.relay()
+    for times in range(1, 4):
+        publisher = Born(["-c", FROZEN.format(where)], road.environment, road.folder / "errors")
+        assert publisher.wait(PATIENCE) == 0, (road.folder / "errors").read_text()
+        road.until(lambda times=times: road.effects("total").total() == times, "the body")
+        road.settle()
+    applied = effects_of(road)
+
+    assert applied == {("add", 21001): 3, ("add", 21002): 3, ("total", 45): 3}
 
 
 # ── each guard is needed ────────────────────────────────────────────────────────────────────

@@ -12,6 +12,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from sqlalchemy import insert, select, text
 from sqlalchemy.orm import Session
 
+from celery_eda.core.message import Message
 from celery_eda.errors import NoNextAttempt
 from tests.faults.programs.tables import effects
 from tests.support.worker_slot import Slot
@@ -163,6 +164,53 @@ def test_a_message_of_a_plain_publisher_takes_effect_once_for_each_attempt(slot:
     slot.deliver(replace(foreign, headers={**headers, "retries": 1}))
 
     assert slot.effects() == [11]
+
+
+def foreign(slot: Slot, task: Any, *args: Any, **headers: Any) -> Message:
+    """A call as a publisher without this package sends it, with the task id of every night."""
+    task.apply_async(args, task_id="nightly")
+    (message,) = slot.sent()
+    theirs = {k: v for k, v in message.headers.items() if not k.startswith("eda_")}
+    return replace(message, headers={**theirs, **headers})
+
+
+@pytest.mark.parametrize(
+    ("args", "headers"),
+    [
+        ((2,), {}),
+        ((1,), {"origin": "gen2@cron"}),
+        ((1,), {"eta": "2026-01-02T00:00:00"}),
+        ((1,), {"expires": "2036-01-02T00:00:00"}),
+    ],
+)
+def test_a_task_id_that_a_plain_publisher_uses_again_is_another_message(
+    slot: Slot, args: tuple[int], headers: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    @slot.task
+    def report(day: int) -> None:
+        slot.write(day)
+
+    slot.deliver(foreign(slot, report, 1, origin="gen1@cron"))
+    slot.deliver(foreign(slot, report, *args, **{"origin": "gen1@cron", **headers}))
+
+    assert slot.effects() == [1, *args]
+    assert "taken for a copy" not in caplog.text
+
+
+@pytest.mark.parametrize("redelivered", [True, False])
+def test_a_copy_from_a_plain_publisher_has_no_effect_and_says_so_unless_the_broker_made_it(
+    slot: Slot, redelivered: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    @slot.task
+    def report(day: int) -> None:
+        slot.write(day)
+
+    message = foreign(slot, report, 1)
+    slot.deliver(message)
+    slot.deliver(message, redelivered=redelivered)
+
+    assert slot.effects() == [1]
+    assert ("taken for a copy" in caplog.text) is not redelivered
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def run(slot: Slot, signature: Any) -> None:
     with slot.eda.transaction():
         signature.apply_async()
     for message in slot.sent():
-        result_backend.run_prerequisites(slot.app, message.prerequisites)
+        result_backend.run_prerequisites(slot.app, message.prerequisites, message.identity)
         slot.deliver(message)
 
 

@@ -19,7 +19,6 @@ from celery_eda.core.settings import Settings
 from celery_eda.dead_letters.letter import LetterFilter
 from celery_eda.dead_letters.store import DeadLetterStore
 from celery_eda.outbox.relay import Relay
-from celery_eda.outbox.result_backend import Prerequisites
 from celery_eda.outbox.settlement import RelayResult
 from celery_eda.outbox.store import OutboxStore
 from tests.support.databases import LOCKING, Database
@@ -78,7 +77,7 @@ def make_relay(database: Database, outbox: OutboxStore, dead_letters: DeadLetter
             outbox,
             dead_letters,
             SimpleNamespace(connect=lambda: broker),
-            SimpleNamespace(run=lambda prerequisites: None),
+            SimpleNamespace(run=lambda prerequisites, identity: None),
             Settings(**settings),  # type: ignore[arg-type]
         )
         return relay, sent
@@ -336,7 +335,7 @@ def test_what_was_claimed_too_long_ago_to_be_sent_in_time_is_given_back(
 def test_what_is_given_back_and_could_not_be_sent_anyway_rests(
     database: Database, outbox: OutboxStore, make_relay: MakeRelay
 ) -> None:
-    def fail(_: Prerequisites) -> None:
+    def fail(*_: object) -> None:
         raise ConnectionError("it is away")
 
     relay, _ = make_relay({"mute": UNKNOWN}, PatientBroker, relay_batch=1)
@@ -364,7 +363,7 @@ def test_what_has_to_precede_a_message_may_take_longer_than_there_is_to_spare(
     with database.engine.begin() as connection:
         outbox.add(connection, [prepared, message(routing_key="good")] * 3)
 
-    def fail(_: Prerequisites) -> None:
+    def fail(*_: object) -> None:
         time.sleep(0.2)
         raise ConnectionError
 

@@ -222,7 +222,7 @@ def test_what_cannot_be_prepared_holds_up_no_other(relay: Relay) -> None:
     with relay.engine.begin() as connection:
         relay.outbox.add(connection, messages)
 
-    def prepare(prerequisites: Prerequisites) -> None:
+    def prepare(prerequisites: Prerequisites, identity: Identity) -> None:
         if ("declare", "refused") in prerequisites:
             raise LookupError("the queue is there already, but another one")
 

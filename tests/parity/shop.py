@@ -185,7 +185,7 @@ class OutboxShop(Shop):
         """Send all that is in the outbox, whether it is due or not."""
         messages = self.empty_outbox()
         for each in messages:
-            result_backend.run_prerequisites(self.app, each.prerequisites)
+            result_backend.run_prerequisites(self.app, each.prerequisites, each.identity)
         answers = self.transport.publish(messages)
         assert answers == [CONFIRMED] * len(messages), answers
 

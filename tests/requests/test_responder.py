@@ -41,7 +41,7 @@ def replies_to(slot: Slot, request: Message, rounds: int = 12) -> list[Message]:
     waiting, replies = [request], []
     for _ in range(rounds):
         for each in waiting:
-            result_backend.run_prerequisites(slot.app, each.prerequisites)
+            result_backend.run_prerequisites(slot.app, each.prerequisites, each.identity)
             slot.deliver(each)
         sent = slot.sent()
         replies += [each for each in sent if each.task == REPLY_TASK]

@@ -27,7 +27,7 @@ from celery_eda.inbox.ordering import TurnKeeper
 from celery_eda.inbox.request import ReliableRequest
 from celery_eda.inbox.store import InboxStore
 from celery_eda.inbox.task import ReliableTask
-from celery_eda.outbox import result_backend, settlement
+from celery_eda.outbox import chords, settlement
 from celery_eda.outbox.capture import amqp
 from celery_eda.outbox.store import OutboxStore
 from celery_eda.requests.responder import Responder
@@ -164,11 +164,11 @@ def retry_keeps_its_identity() -> None:
 
 
 def chord_without_identity() -> None:
-    result_backend._identify_chords = lambda _: None
+    chords.identify = lambda _: None
 
 
 def dead_worker_keeps_its_claim_on_a_chord() -> None:
-    result_backend.repeat_chord_part = lambda _: None
+    chords.repeat_part = lambda _: None
 
 
 def result_stands_for_the_whole_message() -> None:
