@@ -36,6 +36,7 @@ EDAError
 ├── NoNextAttempt               a handler raised Retry by itself
 ├── Interrupted                 a handler ended with what is no Exception
 ├── Unprintable                 instead of an error whose own methods fail
+├── NotDelivered                why a message is redelivered that Celery gave to no task
 ├── Malformed                   why a message is not handled; also ValueError
 │   ├── TooLarge
 │   └── Undecodable
@@ -221,6 +222,10 @@ class SagaTimeout(EDAError, TimeoutError):
 
 class NoDelivery(EDAError):
     """The delivery's session was requested while no message is being handled."""
+
+
+class NotDelivered(EDAError):
+    """Celery did not call the task of a message, so the broker redelivers the message."""
 
 
 class NoNextAttempt(EDAError):

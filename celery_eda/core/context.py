@@ -315,6 +315,39 @@ def abandon() -> None:
         progress.finished = True
 
 
+@dataclass(eq=False)
+class Tracing:
+    """A call of a reliable task that Celery makes in a worker.
+
+    Attributes:
+        redelivered: True if an earlier delivery of the message had no outcome.
+        recorded: True once the end of the delivery is recorded, so that Celery may report it.
+    """
+
+    task_id: str
+    redelivered: bool = False
+    recorded: bool = False
+
+
+_tracing: ContextVar[Tracing | None] = ContextVar("celery_eda_tracing", default=None)
+
+
+@contextmanager
+def traced(tracing: Tracing) -> Iterator[None]:
+    """A block in which Celery makes the call *tracing*."""
+    token = _tracing.set(tracing)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
+
+
+def tracing_of(task_id: str) -> Tracing | None:
+    """The call with this id, if Celery is making it here; None if it makes another one, or none."""
+    tracing = _tracing.get()
+    return tracing if tracing and tracing.task_id == task_id else None
+
+
 def current_session() -> Session:
     """The session of the message in progress, committed together with its inbox row.
 

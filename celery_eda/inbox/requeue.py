@@ -21,8 +21,8 @@ from celery_eda.inbox.transient import TRANSIENT_DELAY
 log = redaction.logger(__name__)
 
 
-def requeue(task: Task, error: BaseException) -> NoReturn:
-    """Have the broker redeliver the message of *task*, after a pause: it comes back at once.
+def requeue(task: Task, task_id: str, error: BaseException) -> NoReturn:
+    """Have the broker redeliver the message of a call, after a pause: it comes back at once.
 
     Raises:
         Reject: the broker is to redeliver the message.
@@ -37,7 +37,7 @@ def requeue(task: Task, error: BaseException) -> NoReturn:
                 "the end of %s[%s] could not be recorded; the broker redelivers it. If this goes "
                 "on, check that the service may write to all of its tables.",
                 task.name,
-                task.request.id,
+                task_id,
                 exc_info=error,
             )
             time.sleep(TRANSIENT_DELAY[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from celery import Task
@@ -13,7 +13,9 @@ from celery import Task
 from celery_eda.core import context
 from celery_eda.core.retry import Policy
 from celery_eda.core.service import service_of
+from celery_eda.inbox.ending import Ending
 from celery_eda.inbox.requeue import requeue
+from celery_eda.inbox.tracer import guarded
 from celery_eda.inbox.wiring import Inbox
 from celery_eda.requests import Reply, Requests
 
@@ -38,15 +40,36 @@ class ReliableTask(Task):
     #: If a message fails for good, ``block`` its key until the message is repaired or skipped, or
     #: ``skip`` it at once.
     when_dead: Literal["block", "skip"] = "block"
+    _tracer: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             request, ending = self.request, None
             if not (request.called_directly or request.is_eager or _is_running(request.id)):
-                ending = service_of(self.app).wing(Inbox).consumer.deliver(self, args, kwargs)
+                ending = self._deliver(request, args, kwargs)
         except BaseException as error:
-            requeue(self, error)
+            requeue(self, self.request.id, error)
         return ending.result_or_raise() if ending else super().__call__(*args, **kwargs)
+
+    def _deliver(self, request: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Ending:
+        """Deliver the message that Celery calls this task for."""
+        tracing = context.tracing_of(request.id)
+        if tracing and request.delivery_info:
+            request.delivery_info["redelivered"] = tracing.redelivered
+        ending = service_of(self.app).wing(Inbox).consumer.deliver(self, args, kwargs)
+        context.abandon()  # a time limit may have interrupted the end of a failed attempt
+        if tracing:
+            tracing.recorded = True
+        return ending
+
+    @property
+    def __trace__(self) -> Callable[..., Any] | None:
+        """The function by which a worker has Celery run this task; None before a worker sets it."""
+        return self._tracer
+
+    @__trace__.setter
+    def __trace__(self, trace: Callable[..., Any] | None) -> None:
+        self._tracer = trace and guarded(self, trace)
 
     def ask(self, *args: Any, **kwargs: Any) -> Reply[Any]:
         """Ask for a reply to a call with these arguments: ``quote.ask(sku).get(timeout=2)``.

@@ -27,6 +27,7 @@ from celery_eda import brokers
 from celery_eda.core import context
 from celery_eda.core.chord_identities import next_identity
 from celery_eda.core.identity import Identity
+from celery_eda.errors import NotDelivered
 from celery_eda.outbox import chords
 
 #: Calls that have to precede a message: names and arguments, see :func:`run_prerequisites`.
@@ -187,18 +188,20 @@ def _requeue_on_failure(backend: Backend) -> None:
     Celery would acknowledge the message, and a caller that waits for the result or for the chord
     would wait forever.
     """
-    for name in ("mark_as_done", "mark_as_failure"):
+    for name in ("mark_as_done", "mark_as_failure", "mark_as_retry"):
         setattr(backend, name, _requeueing(getattr(backend, name)))
 
 
 def _requeueing(store: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(store)
     def store_or_requeue(task_id: str, *args: Any, **kwargs: Any) -> Any:
+        tracing = context.tracing_of(task_id)
+        if tracing and not tracing.recorded:
+            raise NotDelivered("Celery has not called the task, but reports its end")
         try:
             return store(task_id, *args, **kwargs)
         except Exception as error:
-            progress = context.in_progress.get()
-            if progress is None or progress.delivery.task_id != task_id:
+            if tracing is None:
                 raise
             raise Reject(error, requeue=True) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ from tests.faults.conftest import Process, Road
 from tests.faults.programs.tables import effects
 from tests.faults.test_worker_deaths import members
 from tests.support.servers.base import Server
+from tests.support.servers.proxy import Proxy
+from tests.support.servers.redis import Redis
 
 
 @pytest.fixture
@@ -196,3 +199,33 @@ def test_on_redis_a_worker_hears_at_once_of_a_message_in_any_of_its_queues(
     for number, queue in enumerate(("road", "third", "second", "third", "road")):
         road.run(f"with eda.transaction(): charge.apply_async(({number},), queue={queue!r})")
         road.until(lambda number=number: road.effects()[number], "the message", 30.0)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("road", "pool"),
+    [("rabbitmq-postgresql", pool) for pool in ("prefork", "threads", "solo")],
+    indirect=["road"],
+)
+def test_every_pool_gives_a_message_back_while_celery_cannot_store_that_it_has_started(
+    road: Road, pool: str, redis_server: Redis
+) -> None:
+    settings = {"task_track_started": True, "redis_socket_connect_timeout": 1}
+    with Proxy(redis_server.port) as results:
+        results.refuse()
+        worker = road.worker(
+            pool=pool,
+            ROAD_RESULTS=results.through(redis_server.database(206)),
+            ROAD_SETTINGS=json.dumps(settings),
+        )
+        road.relay()
+        road.place(1, 4)
+        road.until(lambda: road.logged("Celery has not called the task"), "a message given back")
+        before = road.effects()
+        results.accept()
+        road.until(lambda: road.effects() == road.committed(), "all effects")
+        road.settle()
+
+        assert before == Counter()
+        assert road.effects() == road.committed()
+        assert road.dead() == []
+        assert worker.alive

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import sys
@@ -18,8 +19,9 @@ from sqlalchemy import func, select
 
 import celery_eda
 from celery_eda import RetryPolicy
+from celery_eda.core import context
 from celery_eda.core.message import Message
-from celery_eda.inbox import ReliableTask
+from celery_eda.inbox.tracer import guarded
 from tests.support.server_errors import codes, few_codes, server_error, statements_of
 from tests.support.worker_slot import Slot
 
@@ -209,10 +211,11 @@ def test_no_refused_statement_loses_a_message(
 # ── an exception at any line ─────────────────────────────────────────────────────────────────────
 
 PACKAGE = str(Path(celery_eda.__file__).parent)
-# Celery calls the task, and `before_start` before it, among lines of its own: nothing of ours is
-# around the first line of either.
-_CALL = ReliableTask.__call__.__code__
-FIRST = (_CALL.co_filename, _CALL.co_firstlineno + 1)
+# A worker gets and calls the tracer of a task among lines of its own: nothing of ours is around the
+# attribute `__trace__`, and around the first lines of the tracer, up to its `try`.
+_TRACE = guarded(Task(), lambda *_: None).__code__
+_SOURCE, _START = inspect.getsourcelines(_TRACE)
+UNGUARDED = range(_START, _START + [line.strip() for line in _SOURCE].index("try:") + 1)
 
 
 class Lines:
@@ -235,13 +238,13 @@ class Lines:
 
     def _on_call(self, frame: FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
-        ours = code.co_filename.startswith(PACKAGE) and code.co_name != "before_start"
+        ours = code.co_filename.startswith(PACKAGE) and code.co_name != "__trace__"
         return self._on_line if ours else None
 
     def _on_line(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":
             line = frame.f_code.co_filename, frame.f_lineno
-            if line == FIRST:
+            if frame.f_code is _TRACE and line[1] in UNGUARDED:
                 return self._on_line
             self.seen[line] = None
             if self.error and line == self.at:
@@ -284,6 +287,7 @@ def test_no_exception_at_any_line_loses_a_message(
         message = case.message(slot, number)
         with Lines(error(), line):
             ending = ending_of(slot, message, redelivered=case.redelivered)
+        assert context.current_transaction() is None
         if fault := fault_of(slot, case, number, message, ending):
             faults.append((line, fault))
 
