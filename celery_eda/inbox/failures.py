@@ -93,6 +93,7 @@ class Failures:
         request = unit.delivery.request
         if not request.errbacks:
             return
+        handler.report_failure(unit.delivery.task, error)
         try:
             with unit.connection.begin_nested(), exceptions_only():
                 handler.publish_errbacks(unit.delivery.task, error)

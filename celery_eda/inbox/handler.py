@@ -8,6 +8,7 @@ and Celery finds nothing left to do.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,9 +133,34 @@ def report_revocation(task: Task, reason: str) -> None:
         )
 
 
+def report_failure(task: Task, error: Exception) -> None:
+    """Report a failure to the result backend, where errbacks look for it.
+
+    Celery reports it too, but after the commit: the errbacks may have left by then.
+    """
+    request = task.request
+    if request.ignore_result and not task.store_errors_even_if_ignored:
+        return
+    try:
+        task.backend.store_result(
+            request.id, error, FAILURE, traceback=_traceback_of(error), request=request
+        )
+    except Exception:
+        log.exception(
+            "the result backend does not know yet that %s[%s] has failed, and its errbacks are "
+            "called; Celery reports the failure again",
+            task.name,
+            request.id,
+        )
+
+
 def publish_errbacks(task: Task, error: Exception) -> None:
     """Call or publish the errbacks, exactly as Celery's result backends do after a failure."""
     request = task.request
     if request.errbacks:
-        task.backend._call_task_errbacks(request, error, None)
+        task.backend._call_task_errbacks(request, error, _traceback_of(error))
         request.errbacks = None
+
+
+def _traceback_of(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))

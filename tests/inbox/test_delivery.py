@@ -579,6 +579,66 @@ def test_an_errback_that_fails_does_not_cost_the_dead_letter(slot: Slot) -> None
     assert slot.effects() == []
 
 
+@pytest.fixture
+def worker_dies_after_the_commit(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery's own report of a failure never comes."""
+    monkeypatch.setattr(slot.app.backend, "mark_as_failure", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("worker_dies_after_the_commit")
+def test_errbacks_of_both_styles_find_the_failure_and_its_traceback(slot: Slot) -> None:
+    seen = {}
+
+    @slot.app.task(name="new_style", shared=False)
+    def new_style(request: Any, error: Exception, traceback: str) -> None:
+        result = slot.app.AsyncResult(request.id)
+        seen["new style"] = result.state, result.traceback, traceback
+
+    @slot.task
+    def old_style(task_id: str) -> None:
+        result = slot.app.AsyncResult(task_id)
+        seen["old style"] = result.state, result.traceback, result.traceback
+
+    @slot.task
+    def fail() -> None:
+        raise ValueError("no such order")
+
+    fail.apply_async(link_error=[new_style.s(), old_style.s()])
+    slot.work()
+
+    assert seen.keys() == {"new style", "old style"}
+    for state, stored, given in seen.values():
+        assert state == "FAILURE"
+        assert stored == given
+        assert stored.startswith("Traceback")
+        assert "ValueError: no such order" in stored
+
+
+def test_errbacks_leave_though_the_result_backend_is_away(
+    slot: Slot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any, **__: Any) -> None:
+        raise ConnectionError("the result backend is away")
+
+    @slot.task
+    def mourn(task_id: str) -> None:
+        """An errback."""
+
+    @slot.task
+    def fail() -> None:
+        raise ValueError
+
+    fail.apply_async(link_error=mourn.s())
+    (message,) = slot.sent()
+    with monkeypatch.context() as outage:
+        outage.setattr(slot.app.backend, "store_result", away)
+        ending = slot.deliver(message)
+
+    assert isinstance(ending, Reject)
+    assert len(slot.dead()) == 1
+    assert slot.waiting() == ["mourn"]
+
+
 def test_an_errback_takes_effect_together_with_the_dead_letter(slot: Slot) -> None:
     @slot.task
     def mourn(request: Any, error: Any, traceback: Any) -> None:
