@@ -12,6 +12,7 @@ EDAError
 │   ├── TwoEngines              the outbox would not commit together with the work
 │   ├── TwoSessions             cannot tell which open session a message belongs to
 │   ├── OtherBroker             called with a connection to another broker than the app's
+│   ├── UncommittedCall         waiting for the result of a call that is not committed yet
 │   ├── OutsideTransaction      published outside, where the settings forbid it
 │   ├── StatementTooLarge       more than the server accepts at once
 │   ├── VersionConflict         another transaction has appended to the event stream
@@ -101,6 +102,10 @@ class TwoSessions(TransactionError):
 
 class OtherBroker(TransactionError):
     """A call names a connection or producer to another broker than the app's."""
+
+
+class UncommittedCall(TransactionError):
+    """Somebody waits for the result of a call that is sent only when their transaction commits."""
 
 
 class OutsideTransaction(TransactionError):

@@ -68,8 +68,12 @@ class Capture:
         """Capture *message*, to be written when the transaction commits."""
         raise NotImplementedError
 
-    def holds(self, identity: Identity) -> bool:
-        """True if a message captured here still waits for the commit."""
+    def holds(self, message: Identity | str) -> bool:
+        """True if a message captured here still waits for the commit.
+
+        Args:
+            message: its identity, or Celery's id of the call.
+        """
         return False
 
 
@@ -247,10 +251,13 @@ def _furthest(sessions: list[Capture]) -> Capture:
     return first
 
 
-def holds(identity: Identity, transaction: Capture | None) -> bool:
-    """True if a message waits for the commit of *transaction*, or of one that is open here."""
+def holds(message: Identity | str, transaction: Capture | None = None) -> bool:
+    """True if *message* waits for the commit of *transaction*, or of one that is open here.
+
+    It is named by its identity, or by Celery's id of the call.
+    """
     here = [scope.transaction for scope in _scopes.get() if scope.covers()]
-    return any(each.holds(identity) for each in (transaction, *here) if each)
+    return any(each.holds(message) for each in (transaction, *here) if each)
 
 
 @dataclass(eq=False)

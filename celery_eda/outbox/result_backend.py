@@ -7,7 +7,7 @@ only prepare for a result are made when the first result is awaited.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
@@ -27,7 +27,7 @@ from celery_eda import brokers
 from celery_eda.core import context
 from celery_eda.core.chord_identities import next_identity
 from celery_eda.core.identity import Identity
-from celery_eda.errors import NotDelivered
+from celery_eda.errors import NotDelivered, UncommittedCall
 from celery_eda.outbox import chords
 
 #: Calls that have to precede a message: names and arguments, see :func:`run_prerequisites`.
@@ -97,6 +97,7 @@ def _deferring(backend: Backend) -> Backend:
     _defer_chords(backend)
     _defer_replies(backend)
     _defer_waiting(backend)
+    _refuse_waiting(backend)
     chords.identify(backend)
     _publish_apart_from_sessions(backend)
     _requeue_on_failure(backend)
@@ -180,6 +181,36 @@ def _apart_from_sessions(app: Celery, store: Callable[..., Any]) -> Callable[...
             return store(*args, **kwargs)
 
     return store_and_publish
+
+
+def _refuse_waiting(backend: Backend) -> None:
+    """Refuse to wait in a transaction for the result of a call that it holds: it never comes."""
+    for name in ("wait_for_pending", "iter_native"):
+        setattr(backend, name, _refusing(getattr(backend, name)))
+
+
+def _refusing(wait: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(wait)
+    def wait_or_refuse(result: Any, *args: Any, **kwargs: Any) -> Any:
+        for task_id in _awaited(result):
+            if context.holds(task_id):
+                raise UncommittedCall(
+                    f"The call {task_id} leaves when its transaction commits, so its result cannot "
+                    "come before. Wait for it after the end of the transaction."
+                )
+        return wait(result, *args, **kwargs)
+
+    return wait_or_refuse
+
+
+def _awaited(result: Any) -> Iterator[str]:
+    """The ids of the calls that have to end before *result* is there."""
+    waiting = [result]
+    while waiting:
+        each = waiting.pop()
+        yield each.id
+        waiting += [each.parent] if each.parent else []
+        waiting += getattr(each, "results", None) or ()
 
 
 def _requeue_on_failure(backend: Backend) -> None:

@@ -34,17 +34,19 @@ class Transaction(Capture):
         self.service = outbox.service
         self.captured: list[Message] = []
         self.written: list[Written] = []
+        # Identities and call ids of the written messages.
+        self._uncommitted: set[Identity | str] = set()
         self._merged_into: ref[Transaction] | None = None
 
     def capture(self, message: Message) -> None:
         self.captured.append(message)
         checkpoints.reach("publish.captured")
 
-    def holds(self, identity: Identity) -> bool:
-        if any(each.identity == identity for each in self.captured):
+    def holds(self, message: Identity | str) -> bool:
+        if message in self._uncommitted or any(message in _names(each) for each in self.captured):
             return True
         other = self._merged_into() if self._merged_into else None
-        return other is not None and other.holds(identity)
+        return other is not None and other.holds(message)
 
     def write(self, connection: Connection) -> None:
         """Write the captured messages, through the transaction's own connection.
@@ -59,6 +61,7 @@ class Transaction(Capture):
             return
         refuse_autocommit(connection)
         self.written += self.outbox.writer.write(connection, tuple(self.captured))
+        self._uncommitted.update(*map(_names, self.captured))
         self.captured.clear()
         checkpoints.reach("outbox.written")
 
@@ -72,13 +75,20 @@ class Transaction(Capture):
         """Drop all messages: the transaction did not commit."""
         self.captured.clear()
         self.written.clear()
+        self._uncommitted.clear()
 
     def dispatch(self) -> None:
         """Notify the sender of the written messages, now that the transaction is over."""
         written, self.written = self.written, []
+        self._uncommitted.clear()
         if written:
             checkpoints.reach("publish.committed")
             self.outbox.writer.dispatch(written)
+
+
+def _names(message: Message) -> tuple[Identity | str, ...]:
+    """The identity of *message*, and Celery's id of its call."""
+    return message.identity, message.headers.get("id") or ""
 
 
 def refuse_autocommit(connection: Connection) -> None:
