@@ -26,6 +26,7 @@ from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.outbox.batch import Batch, ClaimedBatches
 from celery_eda.outbox.housekeeping import Housekeeping, Round
 from celery_eda.outbox.result_backend import ResultBackend
+from celery_eda.outbox.sent_events import SentEvents
 from celery_eda.outbox.settlement import RelayResult, Settlement
 from celery_eda.outbox.store import OutboxStore, Pending
 
@@ -47,6 +48,7 @@ class Relay:
         broker: gives the thread that sends its connection.
         backend: makes the calls that have to precede a message.
         housekeeping: is done beside the sending, while there is no backlog.
+        sent_events: are published for monitors when messages have been sent.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Relay:
         backend: ResultBackend,
         settings: Settings,
         housekeeping: Housekeeping | None = None,
+        sent_events: SentEvents | None = None,
     ) -> None:
         self.engine = engine
         self.outbox = outbox
@@ -66,6 +69,7 @@ class Relay:
         self.backend = backend
         self.settings = settings
         self.housekeeping = housekeeping
+        self.sent_events = sent_events
         self.owner = uuid4().hex
         self.settlement = Settlement(outbox, dead_letters, settings, self.owner)
         self.stopping = threading.Event()
@@ -83,6 +87,7 @@ class Relay:
             backend=self.backend,
             settings=self.settings,
             housekeeping=self.housekeeping,
+            sent_events=self.sent_events and self.sent_events.another(),
         )
 
     def run(self) -> None:
@@ -122,7 +127,9 @@ class Relay:
         self.stopping.set()
 
     def close(self) -> None:
-        """Close the connection to the broker."""
+        """Close the connections to the broker."""
+        if self.sent_events:
+            self.sent_events.close()
         if self._transport:
             self._transport.close()
             self._transport = None
@@ -206,9 +213,12 @@ class Relay:
     def _settle(self, claimed: ClaimedBatches, batch: Batch) -> RelayResult:
         """Record the broker's answers to *batch*, and commit."""
         checkpoints.reach("relay.confirmed")
+        events = self.sent_events.of(batch.answered) if self.sent_events else []
         done = self.settlement.settle(batch)
         claimed.commit(batch)
         checkpoints.reach("relay.cleared")
+        if self.sent_events:
+            self.sent_events.publish(events)
         return done
 
     def _is_late(self, batch: Batch) -> bool:

@@ -12,6 +12,7 @@ from celery_eda.outbox.housekeeping import Housekeeping, Retained
 from celery_eda.outbox.relay import Relay
 from celery_eda.outbox.result_backend import ResultBackend
 from celery_eda.outbox.sender import CommitSender
+from celery_eda.outbox.sent_events import SentEvents
 from celery_eda.outbox.store import OutboxStore
 from celery_eda.outbox.writer import Companion, Writer
 
@@ -87,4 +88,5 @@ class Outbox:
             backend=ResultBackend(self.service.app),
             settings=self.service.settings,
             housekeeping=self.housekeeping,
+            sent_events=SentEvents(self.service.app, self.service.settings.publish_timeout),
         )
