@@ -31,6 +31,16 @@ class SafeConnection(Connection):
             options["transport_options"] = {**names, **(options.get("transport_options") or {})}
         return cls(url, *args, **options)
 
+    def info(self) -> dict[str, Any]:
+        """What Celery shows of the connection, to everybody who may inspect workers.
+
+        For a transport that reads URLs kombu's "hostname" is the whole URL, with the password.
+        """
+        shown: dict[str, Any] = super().info()
+        if "://" in (shown.get("hostname") or ""):
+            shown["hostname"] = self.as_uri()
+        return shown
+
     def get_transport_cls(self) -> Any:
         transport = super().get_transport_cls()
         return broker_of_type(transport.driver_type).consumers.get(transport, transport)

@@ -31,10 +31,14 @@ def option(
     choices: tuple[Any, ...] = (),
     least: float = 0,
     optional: bool = False,
+    secret: bool = False,
 ) -> T:
-    """A dataclass field that is also a Celery option; with *optional*, None is allowed."""
+    """A dataclass field that is also a Celery option.
+
+    With *optional*, None is allowed. The value of a *secret* is not in the ``repr`` of settings.
+    """
     metadata = {"doc": doc, "choices": choices, "least": least, "optional": optional}
-    value: T = field(default=default, metadata=metadata)
+    value: T = field(default=default, metadata=metadata, repr=not secret)
     return value
 
 
@@ -43,7 +47,9 @@ class Settings:
     """The settings of one app, checked."""
 
     database_url: str | None = option(
-        None, "SQLAlchemy URL of the service's own database: outbox, inbox and dead letters."
+        None,
+        "SQLAlchemy URL of the service's own database: outbox, inbox and dead letters.",
+        secret=True,
     )
     service: str | None = option(
         None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sqlalchemy import URL, Engine, make_url
+from sqlalchemy.exc import ArgumentError
 
 from celery_eda.core.once import cached_once
 from celery_eda.core.service import Service
@@ -43,7 +44,15 @@ class Databases:
                 "eda_database_url is not set: the outbox and the inbox live in the service's own "
                 "database. Set it to a SQLAlchemy URL, e.g. sqlite:///shop.db."
             )
-        return make_url(self._service.settings.database_url)
+        try:
+            return make_url(self._service.settings.database_url)
+        except (ArgumentError, ValueError):
+            pass  # the error quotes the URL, with its password
+        raise ConfigurationError(
+            "eda_database_url is no SQLAlchemy URL. Write it as "
+            "postgresql+psycopg://user:password@host:5432/name, and characters such as : / @ in "
+            "the password as %3A %2F %40."
+        )
 
     def _refuse_in_memory(self) -> None:
         if self.url.get_backend_name() == "sqlite" and self.url.database in IN_MEMORY:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import traceback
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 from celery import Celery
 from celery.app import defaults
 
+from celery_eda import EDA
 from celery_eda.core import settings
 from celery_eda.core.settings import Settings
 from celery_eda.errors import ConfigurationError, UnknownSetting, UnsafeSetting
@@ -30,6 +33,32 @@ def of_command_line(*arguments: str) -> Settings:
 
 def test_an_app_that_sets_nothing_has_the_defaults() -> None:
     assert of() == Settings()
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql+psycopg://u:s3cr3t@h/x", "postgresql://u:s3cr3t@h:port/x", "s3cr3t"]
+)
+def test_no_text_shows_the_address_of_the_database(url: str) -> None:
+    app = Celery("quiet", broker="memory://")
+    app.conf.eda_database_url = url
+    eda = EDA(app)
+
+    with suppress(ConfigurationError):
+        _ = eda.databases.url
+    assert "s3cr3t" not in repr(eda.service.settings)
+    if url != "postgresql+psycopg://u:s3cr3t@h/x":
+        with pytest.raises(ConfigurationError) as refusal:
+            _ = eda.databases.url
+        lines = traceback.format_exception(refusal.type, refusal.value, refusal.tb)
+        assert "s3cr3t" not in "".join(lines)
+
+
+def test_workers_show_nobody_the_password_of_a_database_that_is_the_broker() -> None:
+    app = Celery("quiet", broker="eda+postgresql+psycopg://u:s3cr3t@h/x")
+    EDA(app)
+
+    with app.connection_for_read() as connection:
+        assert "s3cr3t" not in str({**connection.info(), "password": ""})
 
 
 def test_every_setting_has_a_line_of_documentation() -> None:
