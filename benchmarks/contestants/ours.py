@@ -222,7 +222,7 @@ def send_first() -> None:
 def parked() -> int:
     """The number of parked messages."""
     with eda.databases.engine.connect() as connection:
-        return eda.ordering.cursors.count_parked(connection, follow.name)
+        return eda.ordering.progress.count_parked(connection, follow.name)
 
 
 def occupy(first: int) -> None:
