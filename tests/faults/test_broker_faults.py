@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from sqlalchemy import select
 
-from tests.faults.conftest import Process, Road, expect_hits
+from tests.faults.conftest import Process, Road, expect_hits, first_of
 from tests.support.letters import connection_to
 from tests.support.servers.base import Server
 from tests.support.servers.proxy import Proxy
@@ -320,3 +320,22 @@ def test_a_slow_wire_to_the_broker_is_only_slow(road: Road, broker_wire: Proxy) 
 
     expect_each_effect_once(road)
     assert len(road.effects()) == 20
+
+
+@first_of("rabbitmq-postgresql", "redis-mariadb")
+def test_what_was_on_a_connection_that_is_cut_does_not_rest(road: Road, broker_wire: Proxy) -> None:
+    """A message that rested would rest for longer than the test waits."""
+    road.environment |= {"ROAD_PUBLISH_TIMEOUT": "300", "ROAD_CLAIM_TIMEOUT": "600"}
+    road.run("with eda.transaction(): [charge.delay(number) for number in range(3000)]")
+    broker_wire.delay(0.1)
+    road.relay(ROAD_SETTINGS='{"eda_relay_batch": 1000}')
+    for cuts in range(1, 4):
+        road.pause(3, "messages come to be on the wire")
+        broker_wire.cut()
+        road.until(lambda least=cuts: road.logged("stay in the outbox") >= least, "a cut")  # type: ignore[misc]
+    broker_wire.heal()
+    road.worker()
+
+    road.until(lambda: len(road.effects()) == 3000, "all effects")
+
+    assert road.effects() == Counter(range(3000))
