@@ -22,7 +22,7 @@ from tests.support.servers.programs import beside
 
 COOKIE = "celery-eda-tests"
 #: Seconds after which the other nodes of a cluster take a frozen one for dead; a minute by default.
-TICK = 8
+TICK = 15
 
 
 class RabbitMQ(Server):

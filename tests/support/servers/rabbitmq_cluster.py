@@ -12,8 +12,10 @@ from tests.support.servers import ports
 from tests.support.servers.errors import ServerUnavailable
 from tests.support.servers.hosts import LocalProcess
 from tests.support.servers.rabbitmq import RabbitMQ, programs_of_a_node
+from tests.support.waiting import eventually
 
-SIZE = 3
+#: Nodes of a cluster.
+NODES = 3
 
 
 class RabbitMQCluster:
@@ -39,7 +41,7 @@ class RabbitMQCluster:
         folder.mkdir()
         daemon = LocalProcess(["epmd", "-port", str(epmd), "-address", "127.0.0.1"], folder)
         settings = ["cluster_partition_handling = pause_minority"]
-        nodes = [RabbitMQ.node(programs, root, epmd=epmd, settings=settings) for _ in range(SIZE)]
+        nodes = [RabbitMQ.node(programs, root, epmd=epmd, settings=settings) for _ in range(NODES)]
         with ExitStack() as stack:
             daemon.start()
             stack.callback(daemon.discard)
@@ -65,12 +67,27 @@ class RabbitMQCluster:
                 node.host.start()
         for node in self.nodes:
             node.start()
+        self.meet(NODES)
+
+    def meet(self, size: int) -> None:
+        """Wait until each node that is not stopped or frozen sees *size* running nodes."""
+        up = list(filter(is_up, self.nodes))
+        eventually(lambda: {running_at(node) for node in up} == {size}, f"{size} nodes")
 
     def home_of(self, vhost: str, queue: str) -> RabbitMQ:
         """The node with the leader of a quorum queue, or with a classic queue."""
-        alive = next(each for each in self.nodes if each.host.alive and not each.host.frozen)
-        name = alive.evaluate(
+        name = next(filter(is_up, self.nodes)).evaluate(
             f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost}">>, queue,'
             f' <<"{queue}">>)), amqqueue:qnode(Q)'
-        ).strip("'")
-        return next(each for each in self.nodes if each.node_name == name)
+        )
+        return next(each for each in self.nodes if each.node_name == name.strip("'"))
+
+
+def is_up(node: RabbitMQ) -> bool:
+    """True if *node* is neither stopped nor frozen."""
+    return node.host.alive and not node.host.frozen
+
+
+def running_at(node: RabbitMQ) -> int:
+    """The number of running nodes of the cluster, as *node* sees it."""
+    return int(node.evaluate("length(rabbit_nodes:all_running())"))
