@@ -1,4 +1,4 @@
-# make demo | test | lint | soak | bench: each installs what it needs, again only after setup.cfg changes.
+# make demo | test | lint | docs | soak | bench: each installs what it needs, again only after setup.cfg changes.
 # `bench` has an environment of its own: with the peers' Django beside them, tests fail.
 
 CANDIDATES := $(foreach minor,13 12 11 10,\
@@ -9,13 +9,13 @@ NEWEST := $(firstword $(PYTHONS))
 OLDEST := $(lastword $(NEWEST) $(filter-out python3,$(PYTHONS)))
 SQLALCHEMY_2_0 = 'sqlalchemy<2.1'
 
-.PHONY: demo test lint soak bench clean
+.PHONY: demo test lint docs soak bench clean
 
 demo: .venv/demo
 	.venv/bin/python -m example_project.demo
 
 # The last run repeats the core on the oldest Python of this machine, with SQLAlchemy 2.0.
-test: lint .venv/test .venv-oldest/test
+test: lint docs .venv/test .venv-oldest/test
 	.venv/bin/python -m pytest $(PARALLEL)
 	.venv-oldest/bin/python -m pytest $(PARALLEL) $(CORE)
 
@@ -35,6 +35,9 @@ lint: .venv/test
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
+docs: .venv-docs/docs
+	.venv-docs/bin/python -m sphinx --quiet --fail-on-warning --builder html docs build/docs
+
 soak: .venv/test
 	.venv/bin/python -m pytest -q -m soak --timeout 3600
 
@@ -45,7 +48,7 @@ bench: .venv-bench/bench
 	.venv-bench/bin/python -m benchmarks all --scale $(SCALE)
 
 clean:
-	rm -rf .venv .venv-bench .venv-oldest build dist *.egg-info
+	rm -rf .venv .venv-bench .venv-docs .venv-oldest build dist *.egg-info
 
 .venv/demo: setup.cfg .venv/bin/python
 	.venv/bin/python -m pip install --quiet --editable .
@@ -59,6 +62,10 @@ clean:
 	.venv-bench/bin/python -m pip install --quiet --editable '.[bench]'
 	touch $@
 
+.venv-docs/docs: setup.cfg .venv-docs/bin/python
+	.venv-docs/bin/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 .venv-oldest/test: setup.cfg .venv-oldest/bin/python
 	.venv-oldest/bin/python -m pip install --quiet --editable '.[test]' $(SQLALCHEMY_2_0)
 	touch $@
@@ -68,6 +75,9 @@ clean:
 
 .venv-bench/bin/python:
 	$(call make_venv,$(NEWEST),.venv-bench)
+
+.venv-docs/bin/python:
+	$(call make_venv,$(NEWEST),.venv-docs)
 
 .venv-oldest/bin/python:
 	$(call make_venv,$(OLDEST),.venv-oldest)

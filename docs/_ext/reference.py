@@ -1,7 +1,7 @@
 """Sphinx directives that print reference pages from the code, so that no page can be out of date.
 
-    ```{generated} settings
-    ```
+```{generated} settings
+```
 """
 
 from __future__ import annotations

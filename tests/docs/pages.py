@@ -92,7 +92,9 @@ class Reader:
                 return
             if time.monotonic() > until or not command.startswith(LOOKS):
                 shown = "\n".join(expected)
-                raise AssertionError(f"{where}\nexpected:\n{shown}\nprinted:\n{output}{self._logs()}")
+                raise AssertionError(
+                    f"{where}\nexpected:\n{shown}\nprinted:\n{output}{self._logs()}"
+                )
             time.sleep(0.5)
 
     def _start(self, command: str) -> None:
