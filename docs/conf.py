@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "celery_eda"
 author = "celery_eda contributors"
-copyright = "celery_eda contributors"  # noqa: A001  # Sphinx's name
+copyright = "celery_eda contributors"
 release = version = celery_eda.__version__
 
 extensions = [

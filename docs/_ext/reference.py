@@ -1,7 +1,6 @@
 """Sphinx directives that print reference pages from the code, so that no page can be out of date.
 
-```{generated} settings
-```
+The directive ``generated`` takes the name of one of ``PAGES``.
 """
 
 from __future__ import annotations
