@@ -18,7 +18,7 @@ PAGES = sorted(
     if "```" in page.read_text()
 )
 #: Pages that name the tests of what they say.
-NAMING = [PROJECT / "docs" / "patterns.md", PROJECT / "docs" / "explanation" / "road.md"]
+NAMING = [PROJECT / "docs" / "patterns.md", PROJECT / "docs" / "explanation" / "path.md"]
 
 
 @pytest.fixture
