@@ -1,6 +1,6 @@
 """The named steps on a message's path, at each of which a test can stop the process.
 
-The README's table of guarantees uses the same names. Reaching a step costs one look-up in an empty
+The table in docs/explanation/path.md uses the same names. Reaching a step costs one look-up in an empty
 dict unless an action is armed.
 """
 
