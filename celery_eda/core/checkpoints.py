@@ -1,7 +1,7 @@
 """The named steps on a message's path, at each of which a test can stop the process.
 
-The table in docs/explanation/path.md uses the same names. Reaching a step costs one look-up in an empty
-dict unless an action is armed.
+The table in ``docs/explanation/path.md`` uses the same names. Reaching a step costs one look-up in
+an empty dict unless an action is armed.
 """
 
 from __future__ import annotations
