@@ -32,7 +32,7 @@ class SafeConnection(Connection):
         return cls(url, *args, **options)
 
     def info(self) -> dict[str, Any]:
-        """What Celery shows of the connection, to everybody who may inspect workers.
+        """Details of the connection, which Celery shows to everybody who may inspect workers.
 
         For a transport that reads URLs kombu's "hostname" is the whole URL, with the password.
         """

@@ -19,28 +19,40 @@ from celery_eda.errors import TooLarge
 
 #: Bytes of memory for an LZMA decoder: its highest preset needs 65 MiB.
 LZMA_MEMORY = 100 * 2**20
+#: Streams of a body; the rest of the body is copied after each one.
+MOST_STREAMS = 100
 
 
-def limit_decompression(limit: int) -> None:
-    """Limit every decompressed message body in this process to *limit* bytes."""
+def limit_decompression(limit: int, compressed: int) -> None:
+    """Limit every message body in this process to *limit* bytes, and *compressed* ones before that.
+
+    Decompression takes time for each byte of a body, and for each stream in it, however little
+    comes out.
+    """
     for content_type, make in _DECODERS.items():
         try:
             encoder, _ = compression.get_encoder(content_type)
         except KeyError:
             continue  # its library is not installed
-        compression.register(encoder, partial(_decompress, make, limit), content_type)
+        decompress = partial(_decompress, make, limit, compressed)
+        compression.register(encoder, decompress, content_type)
 
 
-def _decompress(make: Callable[[], Any], limit: int, data: bytes) -> bytes:
+def _decompress(make: Callable[[], Any], limit: int, compressed: int, data: bytes) -> bytes:
     """Decompress *data*, which may consist of several streams.
 
     Raises:
-        TooLarge: the result would have more than *limit* bytes.
+        TooLarge: there are more than *compressed* bytes, or the result would have more than *limit*
+            bytes, or there are too many streams.
         ValueError: a stream is incomplete.
     """
+    if len(data) > compressed:
+        raise TooLarge(
+            f"The compressed body has {len(data)} bytes; eda_max_message_bytes is {compressed}."
+        )
     parts: list[bytes] = []
     room = limit
-    while True:
+    for _ in range(MOST_STREAMS):
         decoder = make()
         part = decoder.decompress(data, room + 1)
         parts.append(part)
@@ -55,6 +67,7 @@ def _decompress(make: Callable[[], Any], limit: int, data: bytes) -> bytes:
         data = decoder.unused_data
         if not data or isinstance(decoder, _ZLIB):
             return b"".join(parts)
+    raise TooLarge(f"The compressed body consists of more than {MOST_STREAMS} streams.")
 
 
 class _Brotli:

@@ -12,7 +12,8 @@ from typing import Any
 from uuid import UUID
 
 from celery_eda.core.clock import utc
-from celery_eda.core.topics import category_of
+from celery_eda.core.limits import KEY_BYTES, fits
+from celery_eda.core.topics import NAME_BYTES, category_of
 
 #: The task in an event's message, until a worker replaces it by the subscription's.
 EVENT_TASK = "celery_eda.event"
@@ -73,6 +74,11 @@ class Event:
         """The event's stream, ``<category>.<key>``; None without a key."""
         return None if self.key is None else f"{self.category}.{self.key}"
 
+    @property
+    def lane(self) -> tuple[str, str, str | None]:
+        """Source, scope and key: the events with the same ones are in one order."""
+        return self.source, ordering_scope(self.type), self.key
+
     def to_cloud(self) -> dict[str, Any]:
         """The event as CloudEvents 1.0 attributes, without those that are None."""
         sequence, after = (None, None) if self.order is None else _sequences(self.order)
@@ -111,7 +117,7 @@ class Event:
                 "source": str(source),
                 "type": str(type_),
                 "time": str(time),
-            }:
+            } if fits(type_, NAME_BYTES) and fits(source, KEY_BYTES):
                 key, recorded = (_optional(attributes, x, str) for x in ("subject", "recordedtime"))
                 return cls(
                     id=UUID(id_),
@@ -128,12 +134,14 @@ class Event:
                     order=_order(attributes, (source, ordering_scope(type_), key)),
                     recorded=datetime.fromisoformat(recorded) if recorded else None,
                 )
-        raise ValueError("this is not an event: it lacks attributes of CloudEvents 1.0")
+        raise ValueError(
+            "this is not an event: attributes of CloudEvents 1.0 lack, or are too long"
+        )
 
 
 def _optional(attributes: Mapping[str, Any], name: str, kind: type) -> Any:
     value = attributes.get(name)
-    if value is None or type(value) is kind:
+    if value is None or (type(value) is kind and (not isinstance(value, str) or fits(value))):
         return value
     raise ValueError(f"the attribute {name} of an event is malformed")
 

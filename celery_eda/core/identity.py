@@ -67,11 +67,14 @@ class Identity:
     def published(self) -> datetime | None:
         """Time of publishing in UTC, to the millisecond, by the publisher's clock.
 
-        None for an id that is no UUID of version 7.
+        None for an id that is no UUID of version 7, or of a year that has no date.
         """
         if self.id.version != 7:
             return None
-        return datetime.fromtimestamp((self.id.int >> 80) / 1000, timezone.utc)
+        try:
+            return datetime.fromtimestamp((self.id.int >> 80) / 1000, timezone.utc)
+        except (ValueError, OverflowError):  # made by somebody else: the year 10889, say
+            return None
 
     @property
     def next(self) -> Identity:

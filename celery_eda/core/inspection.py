@@ -7,6 +7,7 @@ that Celery assumes, and the body is a call. The message is not changed.
 from __future__ import annotations
 
 import math
+import re
 from codecs import lookup
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -30,6 +31,11 @@ LONGEST_NAME = NAME_LENGTH
 LONGEST_TEXT = 65_536
 #: Years in which every moment can be converted to another time zone and be waited for.
 YEARS = range(1970, 9999)
+JSON = "application/json"
+#: Each value of a JSON text comes after one of these.
+_SEPARATORS = (b",", b"[", b"{")
+# Strings, and one that is not closed; it matches from each quotation mark, so it takes one pass.
+_STRINGS = re.compile(rb'"[^"\\]*(?:\\.?[^"\\]*)*(?:"|\Z)', re.S)
 _TEXTS = (str, bytes, memoryview)
 _LISTS = (list, tuple)
 #: Types of values whose size does not count.
@@ -78,11 +84,14 @@ def undecodable(error: Exception) -> Undecodable:
 
 
 def _check_size(message: Any, limits: Limits) -> None:
-    # A compressed body is bounded when it is decompressed.
-    if "compression" not in message.headers and len(message.body or b"") > limits.bytes:
+    # A compressed body has been bounded when it was decompressed.
+    is_compressed = bool(message.headers.get("compression"))
+    if not is_compressed and len(message.body or b"") > limits.bytes:
         raise TooLarge(
             f"The body has {len(message.body)} bytes; eda_max_message_bytes is {limits.bytes}."
         )
+    if (items := _items(message, limits.items)) > limits.items:
+        raise TooLarge(f"The body has {items} values; eda_max_items is {limits.items}.")
     depth, size = measure(message.headers)
     if size > limits.bytes:
         raise TooLarge(f"The headers have {size} bytes; eda_max_message_bytes is {limits.bytes}.")
@@ -90,9 +99,20 @@ def _check_size(message: Any, limits: Limits) -> None:
         raise TooLarge(f"The headers are nested {depth} deep; eda_max_nesting is {limits.nesting}.")
 
 
+def _items(message: Any, most: int) -> int:
+    """The number of values in a body of JSON, found without decoding it; exact above *most*."""
+    if message.content_type != JSON or not message.body:
+        return 0
+    given = message.body
+    body = given.encode(errors="surrogatepass") if isinstance(given, str) else bytes(given)
+    if (items := sum(map(body.count, _SEPARATORS))) <= most:
+        return items
+    return sum(map(_STRINGS.sub(b"", body).count, _SEPARATORS))
+
+
 def _check_nesting(message: Any, payload: Any, most: int) -> None:
     body = message.body
-    is_json = message.content_type == "application/json" and isinstance(body, bytes)
+    is_json = message.content_type == JSON and isinstance(body, bytes)
     if is_json and body.count(b"[") + body.count(b"{") <= most:
         return  # each level has a bracket of its own
     if (depth := measure(payload)[0]) > most:

@@ -24,7 +24,9 @@ class Limits:
     Attributes:
         bytes: of its body, and of its headers, as received.
         nesting: depth of lists and mappings within each other.
+        items: number of values in a body of JSON, each of which takes memory of its own.
     """
 
     bytes: int
     nesting: int
+    items: int

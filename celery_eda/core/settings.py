@@ -162,6 +162,12 @@ class Settings:
         "Maximum levels of nested lists and mappings in a body or in headers.",
         least=8,
     )
+    max_items: int = option(
+        250_000,
+        "Maximum number of values in a JSON body: decoded, each takes up to 60 times as many bytes "
+        "as in the body.",
+        least=1000,
+    )
 
     inbox_retention: float | None = option(
         14 * DAY,

@@ -17,7 +17,7 @@ from celery_eda.core.event import Event
 from celery_eda.core.identity import ORDER_HEADER, REPLAY_HEADER
 from celery_eda.core.service import Service
 from celery_eda.core.silence import silenced
-from celery_eda.errors import ConfigurationError
+from celery_eda.errors import ConfigurationError, InvalidEvent
 from celery_eda.events.projections.projection import Apply, Projection
 from celery_eda.events.registry import EventRegistry
 from celery_eda.events.subscriptions import Subscription
@@ -64,6 +64,9 @@ class EventReceiver:
     def receive(self, attributes: Any) -> Any:
         """Handle the event with these CloudEvents *attributes*, if the subscription wants it."""
         event = Event.of_cloud(attributes)
+        order = _order_in_progress()
+        if order is not None and event.lane != order[:3]:
+            raise InvalidEvent("the position of the event is that of another source, scope or key")
         if not self.subscription.all and not self.subscription.wants(event.type):
             return None
         with self._scope():

@@ -116,7 +116,8 @@ class Consumer:
             progress = context.in_progress.get()
             if progress is None or progress.delivery is not delivery:
                 progress = None
-            if isinstance(error, UNRELATED) and not (progress and progress.in_handler):
+            of_handler = progress is not None and progress.in_handler
+            if isinstance(error, UNRELATED) and not of_handler:
                 raise
             continuation = classify(
                 delivery,
@@ -124,6 +125,7 @@ class Consumer:
                 self.transient_errors,
                 policy=delivery.task.retry_policy or self.policy,
                 next_attempt=progress.next_attempt if progress else None,
+                of_handler=of_handler,
             )
             return self._conclude(delivery, error, continuation)
 

@@ -21,6 +21,7 @@ from celery_eda.errors import (
     NoNextAttempt,
     OutOfSequence,
     PublishingForbidden,
+    RemoteError,
     TimeLimit,
     TransactionTimeout,
     Unwanted,
@@ -30,6 +31,8 @@ from celery_eda.inbox.attempts import IDLE, TIME_LIMIT
 from celery_eda.inbox.transient import Transient, TransientErrors
 
 log = redaction.logger(__name__)
+
+_GIVEN_UP = (MaxRetriesExceededError, PublishingForbidden)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def classify(
     *,
     policy: Policy | None = None,
     next_attempt: Message | None = None,
+    of_handler: bool = False,
 ) -> Continuation:
     """Decide what follows an attempt that ended with *error*.
 
@@ -97,6 +101,8 @@ def classify(
         transient_errors: the errors after which the same delivery may well succeed.
         policy: decides about errors of the handler; None for no further attempt.
         next_attempt: the retry that the handler has published.
+        of_handler: True if the handler raised *error*. An error of this package is then one like
+            any other: it may have come with a reply, from anybody.
     """
     match error:
         case Retry() if transient_errors.includes(error.exc):
@@ -109,7 +115,7 @@ def classify(
             return Done()
         case LostRace():
             return RunAgain(error)
-        case Unwanted():
+        case Unwanted() if not of_handler:
             return Refuse(str(error))
         case MemoryError():
             # Celery's main process would raise it again and never acknowledge the message.
@@ -121,7 +127,7 @@ def classify(
         case Reject():
             # Redis drops a rejected message (kombu, QoS.reject), so a dead letter keeps it.
             return Dead(Reason.rejected, error)
-        case OutOfSequence():
+        case OutOfSequence() if not of_handler:
             return Dead(Reason.out_of_sequence, error)
     if transient_errors.includes(error):
         return RunAgain(error)
@@ -149,7 +155,7 @@ def lost(deliveries: int, cause: str | None, transaction_timeout: float) -> Dead
 
 def _due(delivery: Delivery, error: Exception, policy: Policy) -> datetime | None:
     """The time of the next attempt; None if the policy gives up, or fails itself."""
-    if isinstance(error, MaxRetriesExceededError | PublishingForbidden):
+    if isinstance(error, _GIVEN_UP) and not isinstance(error.__cause__, RemoteError):
         return None  # the handler has given up; nothing would change
     try:
         with exceptions_only():

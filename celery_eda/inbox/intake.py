@@ -61,13 +61,13 @@ class Intake(bootsteps.StartStopStep):
         self.inbox = self.service.wing(Inbox)
         settings = self.service.settings
         self.consumer = consumer
-        self.limits = Limits(settings.max_message_bytes, settings.max_nesting)
+        self.limits = Limits(settings.max_message_bytes, settings.max_nesting, settings.max_items)
         self.dialect = self.service.wing(Databases).dialect
         self.waiting: deque[tuple[Any, RefusedMessage]] = deque()
         self.delays = delays(*RETRY_DELAYS)
         self.polling: Any = None
         self.given_up: ConsumerBeside | None = None
-        compression.limit_decompression(settings.max_decompressed_bytes)
+        compression.limit_decompression(settings.max_decompressed_bytes, settings.max_message_bytes)
         self._create_task_handler = consumer.create_task_handler
         consumer.create_task_handler = self.create_task_handler
         consumer.on_decode_error = self.on_decode_error

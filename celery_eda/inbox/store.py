@@ -149,14 +149,15 @@ class InboxStore:
         return None if row is None else RecordedOutcome(Outcome(row.outcome), row.result)
 
     def newest(self, connection: Connection, consumer: str) -> datetime | None:
-        """Publishing time of the newest message that *consumer* has handled.
+        """Publishing time of the message that *consumer* has handled last.
 
         Returns:
             The time by the publisher's clock; None if the inbox has no message of the consumer.
         """
         columns = self.table.c
         query = select(columns.message_id).where(columns.consumer == consumer)
-        newest = connection.scalar(query.order_by(columns.message_id.desc()).limit(1))
+        # Not the highest id: publishers choose ids, and one of the year 9000 would stay the newest.
+        newest = connection.scalar(query.order_by(columns.at.desc()).limit(1))
         return None if newest is None else Identity(newest).published
 
     def first_at(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from celery_eda.requests.client import RequestClient
+from celery_eda.requests.durable import refuse_other_queue
 from celery_eda.requests.remote_errors import RemoteErrors
 from celery_eda.requests.reply import Replies, Reply
 from celery_eda.requests.responder import Responder
@@ -15,4 +16,5 @@ __all__ = [
     "RequestClient",
     "Requests",
     "Responder",
+    "refuse_other_queue",
 ]

@@ -9,8 +9,8 @@ from uuid import UUID
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from celery_eda.core import redaction
-from celery_eda.errors import UnknownRequest
+from celery_eda.core import context, redaction
+from celery_eda.errors import Malformed, UnknownRequest
 from celery_eda.requests.outcomes import ReplyReader
 from celery_eda.requests.store import RequestStore
 
@@ -54,3 +54,19 @@ class DurableReplies:
             return
         if not is_first:
             log.warning("a durable reply is dropped, there is one already: %s", correlation_id)
+
+
+def refuse_other_queue(address: str) -> None:
+    """Check that the message in progress came over the queue *address*.
+
+    Other queues of a service take calls of all its tasks, from everybody who may write to them.
+
+    Raises:
+        Malformed: it came over another queue.
+    """
+    progress = context.in_progress.get()
+    if progress is None or progress.finished:
+        return
+    came_over = (progress.delivery.request.delivery_info or {}).get("routing_key")
+    if came_over != address:
+        raise Malformed(f"a message to {address} came over another queue")

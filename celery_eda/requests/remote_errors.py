@@ -14,7 +14,7 @@ from celery import exceptions
 
 from celery_eda import errors
 from celery_eda.core import redaction
-from celery_eda.core.error_text import text_of, traceback_of
+from celery_eda.core.error_text import presentable, text_of, traceback_of
 from celery_eda.errors import RemoteError
 
 #: Characters at most: of the name of a type, and of all arguments together.
@@ -23,7 +23,7 @@ LONGEST_ARGUMENTS = 10_000
 
 _PLAIN = (str, int, float, bool, type(None))
 #: Raising these would have effects in the interpreter of the requester.
-_NEVER = (MemoryError, StopAsyncIteration, StopIteration)
+_NEVER = (MemoryError, StopAsyncIteration, StopIteration, SyntaxError)
 _KNOWN = (
     *(each for each in vars(builtins).values() if isinstance(each, type)),
     *(each for each in vars(errors).values() if isinstance(each, type)),
@@ -66,7 +66,8 @@ class RemoteErrors:
 
         Returns:
             An error of a registered type, whose cause is a :class:`RemoteError`; the latter
-            itself if the type is unknown, or cannot be called with the arguments.
+            itself if the type is unknown, or cannot be called with the arguments, or if the
+            result cannot be printed.
 
         Raises:
             ValueError: *described* has another shape.
@@ -85,10 +86,10 @@ class RemoteErrors:
             return remote
         try:
             error = kind(*args)
+            error.__cause__ = remote
         except Exception:
             return remote
-        error.__cause__ = remote
-        return error
+        return error if presentable(error) is error else remote
 
 
 def _qualified(kind: type[BaseException]) -> str:

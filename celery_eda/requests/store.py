@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from kombu.serialization import dumps, loads
+from kombu.serialization import dumps, loads, prepare_accept_content
 from sqlalchemy import Connection, Row, Table, select, update
 
 from celery_eda.core.addresses import REPLY_HEADER, SAGA_HEADER
@@ -28,10 +28,15 @@ class StoredOutcome:
     content_encoding: str
     body: bytes
 
-    def decode(self) -> Any:
-        """``{"result": …}`` or ``{"error": …}``, as the responder sent it."""
-        # Safe to force: this service encoded it, with the serializer that it had configured.
-        return loads(self.body, self.content_type, self.content_encoding, force=True)
+    def decode(self, serializer: str) -> Any:
+        """``{"result": …}`` or ``{"error": …}``, as the responder sent it.
+
+        Raises:
+            ContentDisallowed: it is neither JSON nor written by *serializer*. A decoder may run
+                code, and not everybody who may write a row may run code here.
+        """
+        accept = prepare_accept_content([serializer, "json"])
+        return loads(self.body, self.content_type, self.content_encoding, accept=accept)
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class RequestStore:
 
     Attributes:
         address: of this service; None if it has no name, and so no durable requests.
-        serializer: encodes outcomes from now on.
+        serializer: encodes outcomes from now on; only such outcomes, and JSON, are decoded.
     """
 
     table: Table
@@ -99,7 +104,7 @@ class RequestStore:
         if correlation_id not in found:
             raise unknown_request(correlation_id)
         stored = found[correlation_id]
-        return None if stored is None else stored.decode()
+        return None if stored is None else stored.decode(self.serializer)
 
     def outcomes(
         self, connection: Connection, correlation_ids: Iterable[UUID]

@@ -165,7 +165,8 @@ class ReplyWatcher:
             raise unknown_request(correlation_id)
         if (outcome := stored[correlation_id]) is None:
             return None
-        return (self._reader.outcome_in([str(correlation_id), outcome.decode()])[1],)
+        decoded = outcome.decode(self._requests.serializer)
+        return (self._reader.outcome_in([str(correlation_id), decoded])[1],)
 
     def _is_temporary(self, error: Exception) -> bool:
         dialect = self._requests.dialect

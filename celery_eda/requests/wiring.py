@@ -17,7 +17,7 @@ from celery_eda.core.service import Service
 from celery_eda.databases import Chore, Databases
 from celery_eda.outbox import Outbox
 from celery_eda.requests.client import RequestClient
-from celery_eda.requests.durable import DurableReplies, ReplyListener
+from celery_eda.requests.durable import DurableReplies, ReplyListener, refuse_other_queue
 from celery_eda.requests.mailbox import Mailbox
 from celery_eda.requests.outcomes import ReplyReader
 from celery_eda.requests.remote_errors import RemoteErrors
@@ -50,7 +50,12 @@ class Requests:
         self.store.add(connection, messages)
 
     def receive_reply(self, session: Session, correlation_id: str, outcome: Any) -> None:
-        """Record the reply to a durable request, in the transaction of its message."""
+        """Record the reply to a durable request, in the transaction of its message.
+
+        Raises:
+            Malformed: the message did not come over the queue of replies to this service.
+        """
+        refuse_other_queue(addresses.of_service(self._service.name))
         self.durable_replies.receive(session, correlation_id, outcome)
 
     @cached_once
@@ -93,8 +98,8 @@ class Requests:
     def reader(self) -> ReplyReader:
         """Decodes and checks replies."""
         settings, conf = self._service.settings, self._service.app.conf
-        compression.limit_decompression(settings.max_decompressed_bytes)
-        limits = Limits(settings.max_message_bytes, settings.max_nesting)
+        compression.limit_decompression(settings.max_decompressed_bytes, settings.max_message_bytes)
+        limits = Limits(settings.max_message_bytes, settings.max_nesting, settings.max_items)
         accept = conf.result_accept_content or conf.accept_content
         return ReplyReader.of(limits, accept, self.remote_errors)
 

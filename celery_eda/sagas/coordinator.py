@@ -31,6 +31,8 @@ log = redaction.logger(__name__)
 
 #: Seconds until a timer asks again whether the definition of its saga fits.
 ASK_AGAIN = 60.0
+#: Seconds by which a timer's message may come early: it is sent by more than one clock.
+GRACE = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ class Coordinator:
     def wake(self, connection: Connection, wakeup: str, id: str, record: int) -> None:
         """Advance a saga after a time-out, a granted lock, or the end of a sub-saga.
 
-        A wake-up for a record that has its outcome already has no effect.
+        A wake-up is a question, which the database answers: anybody may have sent the message. For
+        a record that has its outcome already, or a lock that is not held, it has no effect. One
+        that comes before its time is sent again for that time, since clocks may be set back.
 
         Args:
             connection: of the transaction that handles the wake-up.
@@ -101,6 +105,8 @@ class Coordinator:
         found = transition.find(record)
         if found is None or found.status is not Status.open:
             return
+        if not self._is_confirmed(transition, found, Wakeup(wakeup)):
+            return
         if transition.misfit and Wakeup(wakeup) is Wakeup.timer:
             # The end of a wait may depend on its part: the timer asks again.
             self.engine.messages.send_wakeup(Wakeup.timer, id, record, countdown=ASK_AGAIN)
@@ -109,6 +115,21 @@ class Coordinator:
         else:
             self._timed_out(transition, found)
         self.engine.advance(transition)
+
+    def _is_confirmed(self, transition: Transition, record: Record, wakeup: Wakeup) -> bool:
+        """True if the database confirms a wake-up; one that is early is sent again for its time."""
+        id = transition.saga.id
+        if wakeup is Wakeup.lock_granted:
+            if self.engine.holds_lock(transition, record):
+                return True
+            log.warning("the saga %s is told of a lock that it does not hold", id)
+            return False
+        early = self.store.seconds_until_due(transition.connection, record.id)
+        if early is None:
+            log.warning("the saga %s is told of the end of a timer that it has not set", id)
+        elif early > GRACE:
+            self.engine.messages.send_wakeup(Wakeup.timer, id, record.id, countdown=early)
+        return early is not None and early <= GRACE
 
     def _record_outcome(self, transition: Transition, id: int, outcome: Any) -> None:
         """Record the outcome of a command, or of a sub-saga, and advance the saga."""

@@ -221,6 +221,13 @@ class SagaEngine:
             with suppress(SagaError):
                 self.cancel(sub_saga, f"saga {transition.saga.id}")
 
+    def holds_lock(self, transition: Transition, record: Record) -> bool:
+        """True if *record* waits for a lock that its saga, or the outermost one, holds."""
+        saga = transition.saga
+        return record.kind is Kind.lock and self.locks.is_held(
+            transition.connection, record.value, saga.root or saga.id
+        )
+
     def _take_lock(self, transition: Transition, decision: TakeLock) -> bool:
         """Acquire a lock, or queue for it; return True if the lock was free."""
         record = self._begin_waiting(

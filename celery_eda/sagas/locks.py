@@ -48,6 +48,12 @@ class SagaLocks:
             connection.execute(insert(self.table).values(place=record, **row))
         return bool(holder == owner)
 
+    def is_held(self, connection: Connection, key: str, owner: str) -> bool:
+        """True if *owner* holds the lock of *key*."""
+        columns = self.table.c
+        holder = select(columns.owner).where(columns.key == key, columns.place == HELD)
+        return bool(connection.scalar(holder) == owner)
+
     def release(self, connection: Connection, owner: str) -> list[tuple[str, int]]:
         """Release all locks of *owner*, and remove it from all queues.
 

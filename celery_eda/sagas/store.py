@@ -16,6 +16,7 @@ from uuid import UUID
 from kombu.utils import json
 from sqlalchemy import Connection, Row, Select, Table, delete, insert, select, update
 
+from celery_eda.core.clock import utc
 from celery_eda.databases import Dialect, ago
 from celery_eda.errors import SagaError
 from celery_eda.requests import RemoteErrors
@@ -291,6 +292,12 @@ class SagaStore:
         }
         connection.execute(update(self.steps).where(self.steps.c.id == record.id).values(values))
         return replace(record, value=self._value(record.status, value))
+
+    def seconds_until_due(self, connection: Connection, record: int) -> float | None:
+        """Seconds until the time-out of a record, by the database's clock; None if it has none."""
+        query = select(self.steps.c.due, self.dialect.now()).where(self.steps.c.id == record)
+        due, now = connection.execute(query).one()
+        return None if due is None else (utc(due) - utc(now)).total_seconds()
 
     def _rows(self, connection: Connection, saga: str) -> list[Row[Any]]:
         columns = self.steps.c

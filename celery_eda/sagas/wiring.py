@@ -8,11 +8,12 @@ from uuid import UUID
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
+from celery_eda.core import addresses
 from celery_eda.core.once import cached_once
 from celery_eda.core.service import Service
 from celery_eda.databases import Chore, Databases
 from celery_eda.outbox import Outbox
-from celery_eda.requests import Requests
+from celery_eda.requests import Requests, refuse_other_queue
 from celery_eda.sagas.coordinator import Coordinator
 from celery_eda.sagas.definition import Definitions
 from celery_eda.sagas.engine import SagaEngine
@@ -71,7 +72,12 @@ class Sagas:
         )
 
     def receive_wakeup(self, session: Session, wakeup: str, id: str, record: int) -> None:
-        """Advance a saga after the end of a timer or sub-saga, or after a granted lock."""
+        """Advance a saga after the end of a timer or sub-saga, or after a granted lock.
+
+        Raises:
+            Malformed: the message did not come over the queue of replies to this service.
+        """
+        refuse_other_queue(addresses.of_service(self._service.name))
         self.coordinator.wake(session.connection(), wakeup, id, record)
 
     def retention(self) -> list[Chore]:

@@ -152,6 +152,13 @@ def test_what_is_no_event_is_refused(change: dict[str, Any]) -> None:
         Event.of_cloud({**EVENT.to_cloud(), **change})
 
 
+@pytest.mark.parametrize("name", ["type", "source", "subject", "correlationid", "causationid"])
+@pytest.mark.parametrize("value", ["x" * 256, "a\0b"])
+def test_names_of_events_that_no_column_holds_are_refused(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=r"event"):
+        Event.of_cloud({**EVENT.to_cloud(), name: value})
+
+
 def test_old_data_are_brought_to_the_latest_version_step_by_step() -> None:
     types = EventRegistry()
     types.register("order.placed", Placed, version=3)

@@ -31,7 +31,7 @@ from celery_eda.inbox.refusals import (
 from tests.faults.programs.hostile_messages import Letter, letters
 
 ANY = Refusal(Reason.malformed, ValueError())
-LIMITS = Limits(bytes=2**20, nesting=200)
+LIMITS = Limits(bytes=2**20, nesting=200, items=250_000)
 SECRET = "hunter2"
 EVERYTHING = list(letters("/nowhere"))
 
@@ -40,7 +40,7 @@ EVERYTHING = list(letters("/nowhere"))
 def bounded() -> Iterator[None]:
     """With bounded decompression, as in a worker."""
     decoders = dict(compression._decoders)
-    limit_decompression(2**21)
+    limit_decompression(2**21, 2**21)
     yield
     compression._decoders.update(decoders)
 
@@ -56,6 +56,18 @@ def received(letter: Letter) -> Message:
         headers=letter.all_headers,
         accept=prepare_accept_content(["json"]),
     )
+
+
+def test_commas_within_texts_are_no_values() -> None:
+    text = b'[["' + b',\\",[' * 100_000 + b'"], {}, {}]'
+
+    assert reason(received(Letter("commas", "", body=text))) is None
+
+
+def test_the_values_of_an_unclosed_text_are_counted_in_one_pass() -> None:
+    text = b'[["' + b'\\",' * 300_000
+
+    assert reason(received(Letter("unclosed", "", body=text))) is Reason.undecodable
 
 
 def kept(letter: Letter) -> RefusedMessage:

@@ -78,6 +78,13 @@ def test_fresh_identities_are_uuids_of_version_7_that_grow_with_time() -> None:
     assert milliseconds == sorted(milliseconds)
 
 
+def test_an_identity_of_a_year_without_dates_has_no_time() -> None:
+    forged = UUID(int=(2**48 - 1) << 80 | 0x7 << 76 | 0x2 << 62)
+
+    assert forged.version == 7
+    assert Identity(forged).published is None
+
+
 def test_an_identity_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         Identity(ID).revision = 1  # type: ignore[misc]

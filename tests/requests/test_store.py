@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from kombu.exceptions import ContentDisallowed
 from sqlalchemy import select
 
 from celery_eda.core.addresses import REPLY_HEADER
@@ -66,6 +67,16 @@ def test_an_outcome_is_read_with_whatever_it_was_written(
     record(database, requests, asked, said)
 
     assert outcome(database, requests, asked) == said
+
+
+def test_a_row_cannot_choose_how_it_is_decoded(database: Database, requests: RequestStore) -> None:
+    asked = uuid4()
+    with database.engine.begin() as connection:
+        requests.add(connection, [request(asked)])
+    record(database, replace(requests, serializer="pickle"), asked, {"result": 1})
+
+    with pytest.raises(ContentDisallowed):
+        outcome(database, requests, asked)
 
 
 def test_a_request_is_noted_once_and_only_if_it_is_ours(

@@ -7,6 +7,7 @@ is free and the taker can lease nothing more: no taker that counts as dead still
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
@@ -16,6 +17,8 @@ from sqlalchemy import Connection, func, select, text
 
 from celery_eda.databases import Tables
 from celery_eda.errors import ConfigurationError
+
+_ID = re.compile("[0-9]{1,18}")
 
 
 def key_of(tables: Tables) -> int:
@@ -62,15 +65,17 @@ class Listening:
         try:
             connection.consume_input()
             while note := connection.notifies():
-                self._receive(note.extra.decode())
+                self._receive(note.extra.decode(errors="replace"))
         except Exception as error:
             raise ConnectionResetError(f"the connection that listens is lost: {error}") from error
         notified, self._notified = self._notified, {}
         return notified
 
     def _receive(self, note: str) -> None:
-        id_, _, queue = note.partition(" ")
-        self._notified[queue] = min(int(id_), self._notified.get(queue, int(id_)))
+        """Remember a note of :func:`note_of`; others are ignored, since any role may notify."""
+        text, _, queue = note.partition(" ")
+        if queue and _ID.fullmatch(text):
+            self._notified[queue] = min(int(text), self._notified.get(queue, int(text)))
 
     def missed(self, connection: Connection) -> bool:
         return False

@@ -19,6 +19,8 @@ from celery_eda.brokers.readiness import readable
 
 #: Seconds between two heartbeats; without any for twice as long the broker counts as lost.
 HEARTBEAT = 10
+#: Replies that the broker sends before the ones received are acknowledged.
+PREFETCH = 500
 #: Seconds to wait for the rest of a frame that has begun to arrive.
 MOMENT = 0.1
 
@@ -45,7 +47,9 @@ class ReplyConsumer:
         self._bell = Bell()
 
     def open(self, name: str) -> None:
-        self._channel = self._channel or self._broker.channel()
+        if self._channel is None:
+            self._channel = self._broker.channel()
+            self._channel.basic_qos(0, PREFETCH, False)
         _queue(name, self._expires).bind(self._channel).declare()
         self._channel.basic_consume(name, callback=self._on_message, consumer_tag=name)
 

@@ -134,6 +134,7 @@ BODIES: dict[str, tuple[bytes, str]] = {
     "nested 100,000 deep": (b"[" * 100_000 + b"]" * 100_000, "undecodable"),
     "nested 500 deep": (b"[[" + b"[" * 500 + b"]" * 500 + b"], {}, {}]", "too large"),
     "nested objects": (b"[[], " + b'{"a":' * 300 + b"1" + b"}" * 300 + b", {}]", "too large"),
+    "many values": (b"[[" + b"[]," * 300_000 + b"1], {}, {}]", "too large"),
     "an unknown type": (b'[[{"__type__": "os", "__value__": "x"}], {}, {}]', "undecodable"),
     "a wrong date": (b'[[{"__type__": "date", "__value__": "x"}], {}, {}]', "undecodable"),
     "a wrong uuid": (b'[[{"__type__": "uuid", "__value__": "x"}], {}, {}]', "undecodable"),
@@ -193,14 +194,25 @@ def _compressed(name: Any) -> Iterator[Letter]:
     for what in ("application/x-gzip", "gzip", "application/x-bz2", "application/x-lzma"):
         compression = {"compression": what}
         yield Letter(name(f"bomb {what}"), "too large", body=bomb(what), headers=compression)
+    streams = bz2.compress(b"") * 500 + bz2.compress(CALL)
+    yield Letter(
+        name("many streams"),
+        "too large",
+        body=streams,
+        headers={"compression": "application/x-bz2"},
+    )
+    for nothing in (False, []):
+        large = b'[["' + b"x" * 2**21 + b'"], {}, {}]'
+        headers = {"compression": nothing}
+        yield Letter(name("compression nothing"), "too large", body=large, headers=headers)
     gzipped = {"compression": "gzip"}
     yield Letter(name("compression unknown"), "undecodable", headers={"compression": "x-none"})
     yield Letter(name("compression a list"), "undecodable", headers={"compression": ["gzip"]})
     yield Letter(name("compression untrue"), "undecodable", headers=gzipped)
     truncated = zlib.compress(CALL)[:-6]
     yield Letter(name("compression truncated"), "undecodable", body=truncated, headers=gzipped)
-    nothing = zlib.compress(b"null")
-    yield Letter(name("compressed null"), body=nothing, headers=gzipped, stored=b"null")
+    null = zlib.compress(b"null")
+    yield Letter(name("compressed null"), body=null, headers=gzipped, stored=b"null")
 
 
 @functools.cache
