@@ -209,8 +209,9 @@ def _awaited(result: Any) -> Iterator[str]:
     while waiting:
         each = waiting.pop()
         yield each.id
-        waiting += [each.parent] if each.parent else []
-        waiting += getattr(each, "results", None) or ()
+        # Not `+=`: Celery's generated groups have lists that would take the place of this one.
+        waiting.extend([each.parent] if each.parent else [])
+        waiting.extend(getattr(each, "results", None) or ())
 
 
 def _requeue_on_failure(backend: Backend) -> None:

@@ -20,6 +20,7 @@ CANVAS = {
     "task": lambda add: add.s(1, 2),
     "chain": lambda add: chain(add.s(1, 2), add.s(3)),
     "group": lambda add: group(add.s(1, 2), add.s(3, 4)),
+    "generated group": lambda add: chain(add.s(1, 2), group(add.s(n) for n in range(2))),
     "chord": lambda add: chord([add.s(1, 2)], add.si(3, 4)),
 }
 
