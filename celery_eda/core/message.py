@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: The only header of a message whose headers cannot be decoded: the error, and the bytes in Base64.
 UNREADABLE = "eda_unreadable"
 #: Properties that travel with a message when it is sent again. ``expiration`` does not: the broker
-#: would drop the message silently.
+#: would drop the message silently. Nor does ``user_id``: RabbitMQ refuses that of another user.
 PROPERTIES = frozenset(
     {
         "app_id",
@@ -33,7 +33,6 @@ PROPERTIES = frozenset(
         "reply_to",
         "timestamp",
         "type",
-        "user_id",
     }
 )
 #: Headers in which two messages with the same task id differ, unless they are copies.

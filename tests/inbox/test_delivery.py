@@ -674,3 +674,18 @@ def test_a_dead_letter_that_cannot_be_written_leaves_the_message_with_the_broker
     assert isinstance(ending, Reject)
     assert ending.requeue
     assert [each.error_type for each in slot.dead()] == ["ValueError"]
+
+
+def test_the_user_of_the_publisher_is_not_sent_again_by_another_one(slot: Slot) -> None:
+    # RabbitMQ refuses a message with the property `user_id` of another user.
+    @slot.task(policy=lambda attempts, error: 0.0)
+    def fail() -> None:
+        raise ValueError("again")
+
+    fail.delay()
+    (message,) = slot.sent()
+    slot.deliver(replace(message, properties={**message.properties, "user_id": "somebody"}))
+
+    (again,) = slot.sent()
+    assert again.identity == message.identity.next
+    assert "user_id" not in again.properties
