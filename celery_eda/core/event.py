@@ -135,7 +135,7 @@ class Event:
                     recorded=datetime.fromisoformat(recorded) if recorded else None,
                 )
         raise ValueError(
-            "this is not an event: attributes of CloudEvents 1.0 lack, or are too long"
+            "this is not an event: it lacks attributes of CloudEvents 1.0, or some are too long"
         )
 
 
