@@ -202,6 +202,6 @@ def _refuse_session(subscription: Subscription, function: Callable[..., Any]) ->
 def _order_in_progress() -> tuple[Any, ...] | None:
     """The position of the message in progress, in the shape of :attr:`Event.order`."""
     progress = context.in_progress.get()
-    if progress is None or progress.delivery.position is None:
+    if progress is None or progress.finished or progress.delivery.position is None:
         return None
     return tuple(progress.delivery.position.headers[ORDER_HEADER])

@@ -78,3 +78,18 @@ def test_an_event_at_the_position_of_another_stream_is_a_dead_letter(
 
     assert handled == []
     assert [(row.reason, row.error_type) for row in slot.dead()] == [("failed", "InvalidEvent")]
+
+
+def test_the_position_of_a_message_is_over_with_its_handling(slot: Slot) -> None:
+    handled = []
+
+    @slot.eda.on("order.*", name="copy", ordered=True)
+    def copy(event: Event) -> None:
+        handled.append(event.key)
+
+    slot.eda.emit("order.placed", {}, key="first")
+    (event,) = slot.sent()
+    slot.deliver(replace(event, task="copy", headers={**event.headers, "task": "copy"}))
+    copy.apply((slot.eda.emit("order.placed", {}, key="second").to_cloud(),))
+
+    assert handled == ["first", "second"]
