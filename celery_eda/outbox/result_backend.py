@@ -208,9 +208,10 @@ def _awaited(result: Any) -> Iterator[str]:
     waiting = [result]
     while waiting:
         each = waiting.pop()
-        yield each.id
+        # A set of results has neither an id nor a parent.
+        yield from filter(None, [getattr(each, "id", None)])
         # Not `+=`: Celery's generated groups have lists that would take the place of this one.
-        waiting.extend([each.parent] if each.parent else [])
+        waiting.extend(filter(None, [getattr(each, "parent", None)]))
         waiting.extend(getattr(each, "results", None) or ())
 
 

@@ -95,6 +95,13 @@ def test_results_of_calls_that_have_left_can_be_awaited(slot: Slot, add: Any) ->
         assert before.get(timeout=30) == 3
 
 
+def test_a_set_of_results_is_awaited_as_its_results_are(slot: Slot, add: Any) -> None:
+    with slot.eda.transaction():
+        results = slot.app.ResultSet([add.delay(1, 2)])
+        with pytest.raises(UncommittedCall):
+            results.join_native(timeout=1)
+
+
 @pytest.mark.timeout(60)
 def test_a_result_can_be_awaited_after_the_commit(slot: Slot, add: Any) -> None:
     with slot.eda.transaction():
