@@ -30,8 +30,12 @@ class Place:
     """A database of its own, which can be backed up and restored."""
 
     database: Database
-    back_up: Callable[[], Path]
+    backed_up: Callable[[], Path]
     restored: Callable[[Path], None]
+
+    def back_up(self) -> Path:
+        self.database.engine.dispose()  # the server stops
+        return self.backed_up()
 
     def restore(self, backup: Path) -> None:
         self.database.engine.dispose()
