@@ -626,7 +626,9 @@ async def test_a_thousand_durable_replies_are_awaited_by_one_thread(
         ).each
     before = threading.active_count()
     awaiting = [asyncio.ensure_future(_await(each)) for each in replies]
-    await asyncio.sleep(0.2)
+    while threading.active_count() == before:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)  # more than one would have come by now
     threads = threading.active_count() - before
     with shop.eda.databases.engine.begin() as connection:
         for number, each in enumerate(replies):
