@@ -27,7 +27,7 @@ from celery_eda.core.service import service_of
 from celery_eda.databases import Databases
 from celery_eda.dead_letters import Reason
 from celery_eda.errors import Malformed
-from celery_eda.inbox.door import Door
+from celery_eda.inbox.local_delivery import LocalDelivery
 from celery_eda.inbox.refusals import (
     Refusal,
     RefusedMessage,
@@ -76,7 +76,7 @@ class Intake(bootsteps.StartStopStep):
         consumer.on_unknown_task = self.on_unknown_task
 
     def start(self, consumer: Any) -> None:
-        self.inbox.door = Door(consumer)
+        self.inbox.local_delivery = LocalDelivery(consumer)
         channel = consumer.task_consumer.channel
         if isinstance(channel, KeepsMalformed):
             self.polling = consumer.timer.call_repeatedly(
@@ -97,8 +97,8 @@ class Intake(bootsteps.StartStopStep):
     def stop(self, consumer: Any) -> None:
         """Drop the messages not acknowledged yet: the broker redelivers them."""
         self.waiting.clear()
-        if self.inbox.door:
-            self.inbox.door.is_open = False
+        if self.inbox.local_delivery:
+            self.inbox.local_delivery.is_active = False
         if self.polling is not None:
             self.polling.cancel()
         if self.given_up is not None:

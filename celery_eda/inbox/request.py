@@ -24,8 +24,8 @@ from celery_eda.core import checkpoints
 from celery_eda.core.identity import DRAIN, ID_HEADER, ORDER_HEADER, VERDICT, WAITED, WIRE
 from celery_eda.core.message import Wire
 from celery_eda.core.service import service_of
-from celery_eda.inbox.door import Door, ParkedMessage
 from celery_eda.inbox.drain import Drain, Followed, Successor, traced
+from celery_eda.inbox.local_delivery import LocalDelivery, ParkedMessage
 from celery_eda.inbox.wiring import Inbox
 
 log = get_logger(__name__)
@@ -70,10 +70,10 @@ class ReliableRequest(DueRequest):
         # Only this process passes a verdict and a drain; headers of those names are not trusted.
         self._request_dict[VERDICT] = self._request_dict[DRAIN] = None
         inbox = service_of(self._app).wing(Inbox)
-        self.door: Door | None = inbox.door
+        self.local_delivery: LocalDelivery | None = inbox.local_delivery
         if isinstance(message, ParkedMessage):
             self._request_dict[DRAIN] = message.drain
-        elif self.door and ORDER_HEADER in self._request_dict:
+        elif self.local_delivery and ORDER_HEADER in self._request_dict:
             self._request_dict[DRAIN] = Drain(seconds=inbox.longest_drain)
 
     def execute_using_pool(self, pool: Any, **options: Any) -> Any:
@@ -160,7 +160,7 @@ class ReliableRequest(DueRequest):
         if self.acknowledged or self.successor is None:
             super().acknowledge()
             checkpoints.reach("delivery.acknowledged")
-        elif self.door and self.door.receive(self.message, self.successor):
+        elif self.local_delivery and self.local_delivery.deliver(self.message, self.successor):
             self.acknowledged = True
         else:
             # The copy has no effect, and passes on the same parked message.

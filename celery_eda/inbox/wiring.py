@@ -14,10 +14,10 @@ from celery_eda.dead_letters import DeadLetters
 from celery_eda.errors import ConfigurationError
 from celery_eda.inbox.attempts import Attempts
 from celery_eda.inbox.consumer import Consumer
-from celery_eda.inbox.door import Door
 from celery_eda.inbox.drain import longest_drain
 from celery_eda.inbox.failures import Failures
 from celery_eda.inbox.gaps import GivenUpMessages, OverdueKeys
+from celery_eda.inbox.local_delivery import LocalDelivery
 from celery_eda.inbox.ordering import ReleasedMessages, TurnKeeper
 from celery_eda.inbox.refusals import Refusals
 from celery_eda.inbox.store import InboxStore
@@ -41,7 +41,8 @@ class Inbox:
 
     Attributes:
         readdressers: rewrite messages from queues whose messages are not calls of tasks.
-        door: receives parked messages in a worker that is connected to its broker; None elsewhere.
+        local_delivery: delivers parked messages in a worker that is connected to its broker; None
+            elsewhere.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Inbox:
         self._outbox = outbox
         self._requests = requests
         self.readdressers: list[Readdresser] = []
-        self.door: Door | None = None
+        self.local_delivery: LocalDelivery | None = None
         service.add(self)
         outbox.retained.append(self)
 

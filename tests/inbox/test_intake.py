@@ -1,4 +1,4 @@
-"""The worker's door, in a worker of this process: Celery's own, without a broker's server."""
+"""The inspection of messages, in a worker of this process: Celery's own, without a server."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from celery_eda.databases.mysql import MySQL
 from celery_eda.databases.postgresql import PostgreSQL
 from celery_eda.inbox import handler, safety, task
 from celery_eda.inbox.attempts import Attempts
-from celery_eda.inbox.door import ParkedMessage
 from celery_eda.inbox.intake import Intake
+from celery_eda.inbox.local_delivery import ParkedMessage
 from celery_eda.inbox.ordering import TurnKeeper
 from celery_eda.inbox.request import ReliableRequest
 from celery_eda.inbox.store import InboxStore
@@ -242,8 +242,8 @@ def first_message_is_acknowledged_at_once() -> None:
         if not isinstance(self.message, ParkedMessage):
             acknowledge(self)
         self.acknowledged = True
-        if successor and self.door:
-            self.door.receive(self.message, successor)
+        if successor and self.local_delivery:
+            self.local_delivery.deliver(self.message, successor)
 
     ReliableRequest.acknowledge = acknowledge_and_go_on  # type: ignore[method-assign]
     reject = ReliableRequest.reject

@@ -1,4 +1,4 @@
-"""The door through which parked messages reach Celery, in the worker's main process."""
+"""Delivery of parked messages to Celery by the worker itself, in its main process."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ log = redaction.logger(__name__)
 
 
 class ParkedMessage(Message):
-    """A parked message as if received from the broker, by the delivery of one before it.
+    """A parked message, made to look as if received from the broker by the delivery of another.
 
-    It is acknowledged, rejected and requeued in the place of that one.
+    That delivery is acknowledged, rejected or requeued when this message is.
 
     Attributes:
         drain: the parked messages that may follow this one.
@@ -39,29 +39,29 @@ class ParkedMessage(Message):
         self.drain: Drain = successor.drain
 
 
-class Door:
-    """Receives parked messages while a worker is connected to its broker.
+class LocalDelivery:
+    """Delivers parked messages to Celery while a worker is connected to its broker.
 
     Attributes:
-        is_open: False once the connection is lost or the worker stops. The messages of its
+        is_active: False once the connection is lost or the worker stops. The messages of its
             deliveries then come back.
     """
 
     def __init__(self, consumer: Any) -> None:
-        self.is_open = True
+        self.is_active = True
         self._consumer = consumer
         self._handle = consumer.create_task_handler()
         pool = consumer.pool
         self._is_green = pool.is_green
         self._is_solo = type(pool).__module__.endswith(".solo")
 
-    def receive(self, first: Message, successor: Successor) -> bool:
+    def deliver(self, first: Message, successor: Successor) -> bool:
         """Give *successor* to Celery as if received by the delivery of *first*.
 
         Returns:
             False if the worker stops or has lost that delivery.
         """
-        if not self.is_open or _is_stopping():
+        if not self.is_active or _is_stopping():
             return False
         checkpoints.reach("drain.taken")
         message = ParkedMessage(first, successor)
