@@ -44,12 +44,13 @@ class RepairDecorator:
         """Register a repairer.
 
         Args:
-            task: the task or its name. Give the name if the app is configured after its tasks are
-                defined.
+            task: the reliable task or its name. Give the name if the app is configured after its
+                tasks are defined. A worker refuses to start with a repairer of a plain task.
             on: errors that it repairs; the first repairer of the task that accepts the error
                 gets the message.
             name: of the repair task; several repairers of one task need different names.
-            queue: of the repair task, instead of ``eda_repair_queue``.
+            queue: of the repair task, instead of ``eda_repair_queue``. It is made if the app does
+                not define it, even if ``task_create_missing_queues`` is off.
             options: those of ``@eda.task``.
 
         Raises:

@@ -37,6 +37,7 @@ class Guard(bootsteps.Step):
                 "Use prefork, threads or solo."
             )
         eda.check()
+        eda.dead_letters.repair_tasks.refuse_plain()
         unsafe_queues.warn_of_unsafe(worker.app)
         unsafe_queues.warn_of_left_behind(worker.app)
         eda.events.record_queues()

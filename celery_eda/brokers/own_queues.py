@@ -14,7 +14,7 @@ from celery.app.amqp import Queues
 from kombu import Queue
 
 from celery_eda.brokers.rabbitmq import dead_letter_exchange
-from celery_eda.brokers.topology import is_own
+from celery_eda.brokers.topology import Topology, is_own
 from celery_eda.core.service import Service
 
 QUORUM = "quorum"
@@ -28,6 +28,11 @@ def arguments_of(service: Service) -> dict[str, Any]:
     limit = service.settings.delivery_limit
     limited = dead_letter_exchange.queue_arguments(limit, service.name) if limit else {}
     return {**limited, TYPE: QUORUM}
+
+
+def add(service: Service, name: str) -> None:
+    """Make *name* that of a queue of our own, which exists without a definition in the app."""
+    service.wing(Topology).own_queues.add(name)
 
 
 def with_own_queues(base: type[Queues], service: Service) -> type[Queues]:

@@ -31,11 +31,13 @@ class Topology:
     Attributes:
         exchanges: the declarer of each exchange that no queue of the app is bound to, by the name
             of the exchange.
+        own_queues: the names of queues of celery_eda that do not begin with :data:`PREFIX`.
     """
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self.exchanges: dict[str, Declares] = {}
+        self.own_queues: set[str] = set()
         service.add(self)
 
     def declare(self, channel: Any, name: str) -> None:
@@ -66,4 +68,8 @@ def declare(app: Celery, channel: Any, name: str) -> None:
 
 def is_own(service: Service, name: str) -> bool:
     """True if *name* is that of a queue of celery_eda, not of the app."""
-    return name.startswith(PREFIX) or name == service.settings.repair_queue
+    return (
+        name.startswith(PREFIX)
+        or name == service.settings.repair_queue
+        or name in service.wing(Topology).own_queues
+    )

@@ -15,6 +15,7 @@ from typing import Any
 from celery import Task
 from sqlalchemy import Connection
 
+from celery_eda.brokers import own_queues
 from celery_eda.core.arguments import Arguments
 from celery_eda.core.context import Capture
 from celery_eda.core.service import Service
@@ -152,7 +153,26 @@ class RepairTasks:
 
     def add(self, task: str, on: Any, repairer: str, queue: str | None) -> None:
         """Register *repairer* for errors of type *on* of *task*."""
+        if queue is not None:
+            own_queues.add(self.service, queue)
         self.known.setdefault(task, []).append((on, repairer, queue))
+
+    def refuse_plain(self) -> None:
+        """Refuse repairers of plain tasks, whose failures make no dead letters.
+
+        Tasks of other services, which are not registered here, are not checked.
+
+        Raises:
+            ConfigurationError: a registered task with a repairer is not reliable.
+        """
+        registered = self.service.app.tasks.keys() & self.known.keys()
+        plain = sorted(name for name in registered if not self.service.is_reliable(name))
+        if plain:
+            raise ConfigurationError(
+                f"There are repairers of plain tasks: {', '.join(plain)}. They would never be "
+                "called, since a failed message of a plain task is no dead letter. Make the tasks "
+                "reliable with `@eda.task` or `eda_tasks`, or remove the repairers."
+            )
 
     @property
     def queues(self) -> set[str]:

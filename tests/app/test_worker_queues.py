@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from celery_eda import EDA
 from celery_eda.core.event import Event
 from celery_eda.databases import upgrade
-from celery_eda.errors import UnsafeQueue
+from celery_eda.errors import ConfigurationError, UnsafeQueue
 
 PATIENCE = 120.0
 
@@ -120,6 +120,50 @@ def test_an_app_that_creates_no_missing_queues_has_ours_all_the_same(
     assert shop.app.amqp.queues["eda.replies.shop"].name == "eda.replies.shop"
     with pytest.raises(KeyError):
         shop.app.amqp.queues["other"]
+
+
+def test_the_own_queue_of_a_repairer_exists_though_the_app_creates_no_missing_queues(
+    make_shop: Callable[..., Shop],
+) -> None:
+    shop = make_shop(task_create_missing_queues=False, task_queues=[Queue("celery")])
+
+    @shop.eda.task(name="shop.fail")
+    def fail() -> None:
+        raise ValueError
+
+    @shop.eda.repairs(fail, queue="mending")
+    def mend(failure: Any) -> None:
+        shop.handled.append("mended")
+
+    with worker(shop.app):
+        with shop.eda.transaction():
+            fail.delay()
+
+        def mended() -> bool:
+            shop.relay()
+            return "mended" in shop.handled
+
+        shop.until(mended)
+
+
+def test_a_worker_with_a_repairer_of_a_plain_task_does_not_start(
+    make_shop: Callable[..., Shop],
+) -> None:
+    shop = make_shop(eda_tasks=["shop.named"])
+
+    @shop.app.task(name="shop.plain")
+    def plain() -> None: ...
+
+    @shop.app.task(name="shop.named")
+    def named() -> None: ...
+
+    for name in ("shop.plain", "shop.named", "shop.handle", "elsewhere.task"):
+
+        @shop.eda.repairs(name)
+        def mend(failure: Any) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"of plain tasks: shop\.plain\. "):
+        TestWorkController(shop.app, pool="solo")
 
 
 @pytest.mark.parametrize(

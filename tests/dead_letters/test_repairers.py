@@ -426,9 +426,8 @@ def test_what_is_no_json_is_left_to_a_person(slot: Slot) -> None:
 
 
 def test_a_repair_that_cannot_be_published_costs_no_dead_letter(slot: Slot, charge: Any) -> None:
-    slot.eda.repairs(charge, queue="nowhere")(lambda failure: None)
-    slot.app.conf.task_create_missing_queues = False
-    slot.app.conf.task_queues = {"celery": {"exchange": "celery"}}
+    slot.eda.repairs(charge, queue="forgetful")(lambda failure: None)
+    slot.app.conf.task_queues = {"celery": {"exchange": "celery"}, "forgetful": {"no_ack": True}}
     slot.app.amqp.__dict__.pop("queues", None)
     charge.apply_async(("a", "bad"), queue="celery")
     (message,) = slot.sent()
