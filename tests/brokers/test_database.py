@@ -16,11 +16,14 @@ from typing import Any
 import pytest
 from celery import Celery
 from kombu import Connection, Consumer, Exchange, Producer, Queue
+from kombu.asynchronous import Hub
 from sqlalchemy import create_engine, func, select, text
 
 from celery_eda.brokers.database.broker import broker_at
 from celery_eda.brokers.database.postgresql_presence import require_direct
+from celery_eda.brokers.database.queueing import Queueing
 from celery_eda.brokers.database.queues import Lease
+from celery_eda.brokers.database.sqlite import SQLiteQueues
 from celery_eda.brokers.database.sqlite_presence import refuse_remote
 from celery_eda.brokers.database.taker import Taker
 from celery_eda.databases.tables import Tables
@@ -146,6 +149,21 @@ def test_a_message_with_a_time_waits_in_the_database_until_then(
         until(lambda: not connection.drain_events(timeout=BOUND) and len(arrived) == 2)
 
     assert arrived["later"] >= due
+
+
+def test_an_event_loop_that_comes_after_the_consumer_delivers_at_once(
+    connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in (Queueing, SQLiteQueues):
+        monkeypatch.setattr(kind, "poll_interval", 10 * BOUND)
+    connection, loop, arrived = connect(), Hub(), list[Any]()
+    put(connection, "letter")
+
+    with Consumer(connection, [Queue("letters")], callbacks=[lambda body, _: arrived.append(body)]):
+        connection.register_with_event_loop(loop)
+        until(lambda: loop.run_once() or arrived)
+
+    assert arrived == ["letter"]
 
 
 @pytest.mark.parametrize("eta", ["not-a-date", "9999-12-31T23:59:59+00:00", "2001-01-01", 7, []])

@@ -107,6 +107,7 @@ class Transport(virtual.Transport):
         self._loop, self._loop_thread = loop, threading.get_ident()
         if self._taker is not None:
             self._attach()
+            self._call_soon()
 
     def _attach(self) -> None:
         if self._loop is None or self._taker is None or self._timers:
