@@ -13,7 +13,11 @@ from typing import Protocol
 
 from sqlalchemy import Engine
 
+from celery_eda.core import redaction
 from celery_eda.databases import Chore
+from celery_eda.outbox.store import OutboxStore
+
+log = redaction.logger(__name__)
 
 #: Rows that one transaction treats.
 BATCH = 500
@@ -80,3 +84,16 @@ class Housekeeping:
 
     def _due(self) -> list[Chore]:
         return [each for each in self.chores if each.is_due]
+
+
+def warn_of_abandoned(engine: Engine, outbox: OutboxStore) -> None:
+    """Warn of messages of other services in *outbox*, which its relays must not send."""
+    with engine.connect() as connection:
+        for service in outbox.abandoned(connection):
+            log.warning(
+                "messages of the service %r wait in the outbox of %r, and no relay sends them. "
+                "If both are one service, give their apps the same eda_service; otherwise run "
+                "`celery -A <its app> eda relay`.",
+                service,
+                outbox.service,
+            )

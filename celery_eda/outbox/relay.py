@@ -24,7 +24,7 @@ from celery_eda.core.retry import OUTAGE_DELAY, backoff
 from celery_eda.core.settings import Settings
 from celery_eda.dead_letters import DeadLetterStore
 from celery_eda.outbox.batch import Batch, ClaimedBatches
-from celery_eda.outbox.housekeeping import Housekeeping, Round
+from celery_eda.outbox.housekeeping import Housekeeping, Round, warn_of_abandoned
 from celery_eda.outbox.result_backend import ResultBackend
 from celery_eda.outbox.sent_events import SentEvents
 from celery_eda.outbox.settlement import RelayResult, Settlement
@@ -262,7 +262,7 @@ class Relay:
             return
         try:
             if self._round is None:
-                self._report_abandoned()
+                warn_of_abandoned(self.engine, self.outbox)
             self._round = self._round or self.housekeeping.start()
             if self._round.step():
                 return
@@ -270,18 +270,6 @@ class Relay:
             log.warning("the housekeeping failed and is tried again later: %r", error)
         self._round = None
         self._housekeeping_due = time.monotonic() + self.settings.housekeeping_interval
-
-    def _report_abandoned(self) -> None:
-        """Warn of messages of other services in this outbox, which this relay must not send."""
-        with self.engine.connect() as connection:
-            for service in self.outbox.abandoned(connection):
-                log.warning(
-                    "messages of the service %r wait in the outbox of %r, and no relay sends them. "
-                    "If both are one service, give their apps the same eda_service; otherwise run "
-                    "`celery -A <its app> eda relay`.",
-                    service,
-                    self.outbox.service,
-                )
 
     def _send_or_log(self) -> RelayResult | None:
         try:

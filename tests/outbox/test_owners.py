@@ -12,6 +12,7 @@ from sqlalchemy import update
 
 from celery_eda import EDA
 from celery_eda.core.message import Message
+from celery_eda.outbox.housekeeping import warn_of_abandoned
 from celery_eda.outbox.store import ABANDONED, OutboxStore
 from tests.support.databases import Database
 from tests.support.messages import message
@@ -68,12 +69,12 @@ def test_messages_of_another_service_are_left_and_reported_after_a_while(
     relay = shop.outbox.relay()
     left = relay.drain()
     table = stock.databases.tables.outbox
-    relay._report_abandoned()
+    warn_of_abandoned(relay.engine, relay.outbox)
     early = caplog.text
     with stock.databases.engine.begin() as connection:
         long_ago = stock.databases.dialect.later(-2 * ABANDONED)
         connection.execute(update(table).values(created_at=long_ago))
-    relay._report_abandoned()
+    warn_of_abandoned(relay.engine, relay.outbox)
     sent = stock.outbox.relay().drain()
 
     assert (left.claimed, sent.confirmed) == (0, 1)
