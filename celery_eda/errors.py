@@ -105,7 +105,7 @@ class OtherBroker(TransactionError):
 
 
 class UncommittedCall(TransactionError):
-    """Somebody waits for the result of a call that is sent only when their transaction commits."""
+    """The caller waits for a result inside the transaction that has yet to commit the call."""
 
 
 class OutsideTransaction(TransactionError):

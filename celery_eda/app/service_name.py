@@ -63,7 +63,12 @@ class ServiceName:
         try:
             owner = str(self.id)
         except SQLAlchemyError as error:
-            log.warning("the name %s is not held while the database is away: %r", self.name, error)
+            log.warning(
+                "the name %s is not held while the database is away, trying again in %g s: %r",
+                self.name,
+                EXPIRES / RENEWALS,
+                error,
+            )
             return
         if not self.brokers.hold_name(connection, owner, EXPIRES):
             raise NameTaken(

@@ -46,7 +46,7 @@ def warn_of_unconsumed(names: Collection[str]) -> None:
 
 
 def warn_of_left_behind(app: Celery) -> None:
-    """Warn of messages in the service's own database, if that is the broker no more."""
+    """Warn of messages in the service's own database, if that is no longer the broker."""
     if waiting := app.eda.brokers.left_behind():
         log.warning(
             "%d messages wait in this database from when it was the broker (%s). Run a worker with "

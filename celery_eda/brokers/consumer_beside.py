@@ -70,7 +70,7 @@ class ConsumerBeside:
 
     def _try_later(self, error: Exception) -> None:
         log.warning(
-            "%s is not consumed for now, trying again in %d s: %s",
+            "the queue %s is not consumed for now, trying again in %d s: %s",
             self.queue.name,
             RETRY_DELAY,
             error,
@@ -89,6 +89,11 @@ class ConsumerBeside:
         try:
             return Consumer(channel, queues=[self.queue], **self._options)
         except PreconditionFailed as error:
-            log.warning("%s is used as it is: %s", self.queue.name, error)
+            log.warning(
+                "the queue %s exists with other arguments and is used as it is: %s. To have it "
+                "declared anew, stop its consumers and delete it while it is empty.",
+                self.queue.name,
+                error,
+            )
             channel = self._worker.connection.channel()
             return Consumer(channel, queues=[self.queue], auto_declare=False, **self._options)

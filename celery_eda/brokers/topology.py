@@ -58,7 +58,7 @@ class Topology:
         except PreconditionFailed as error:
             if not is_own(self._service, name):
                 raise
-            log.info("%s is used as it is: %s", name, error)
+            log.info("the queue %s exists with other arguments and is used: %s", name, error)
 
 
 def declare(app: Celery, channel: Any, name: str) -> None:

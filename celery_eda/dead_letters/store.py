@@ -102,7 +102,12 @@ class DeadLetterStore:
                 if not self.dialect.is_of_values(error):
                     raise
                 why = f"the database refuses it: {type(error).__name__}"
-        log.error("a dead letter of %s is stored in reduced form: %s", columns["task"], why)
+        log.error(
+            "a dead letter of %s is stored in reduced form: %s. Write all its arguments again "
+            "(`eda dead-letters edit`) before you redrive it.",
+            columns["task"],
+            why,
+        )
         return self._insert(connection, _columns(reduced(message, why)), failure)
 
     def _insert(

@@ -103,7 +103,9 @@ class Consumer:
             return self._despite_outages(delivery, self._attempt, args, kwargs)
         except Stalled as stalled:
             self._record_cause(delivery.consumer, delivery.identity, IDLE)
-            log.error("%s stalled, and is redelivered: %r", delivery.log_name, stalled.__cause__)
+            log.error(
+                "%s was idle too long, and is redelivered: %r", delivery.log_name, stalled.__cause__
+            )
             raise Reject(repr(stalled.__cause__), requeue=True) from stalled
 
     def _attempt(self, delivery: Delivery, args: Sequence[Any], kwargs: dict[str, Any]) -> Ending:

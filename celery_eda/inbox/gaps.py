@@ -38,7 +38,7 @@ class GivenUpMessages:
             with suppress(LostRace):  # the key goes on by itself
                 messages.append(self.gaps.skip(connection, key))
                 log.warning(
-                    "%s: %s is skipped, because its producer was restored and has begun anew",
+                    "%s goes on without %s: its producer was restored and has begun a new epoch",
                     key.name,
                     key.gap,
                 )
@@ -71,8 +71,8 @@ class OverdueKeys:
             self._quiet_until = time.monotonic() + self.seconds
             log.warning(
                 "keys have waited for more than %g s for missing messages (%s keys, e.g. %s). "
-                "The messages are in a queue, wait for a retry, or are lost: see `eda order list`, "
-                "and `eda order skip-gap`",
+                "The messages are in a queue, wait for a retry, or are lost. See `eda order list`; "
+                "if they are lost, run `eda order skip-gap`.",
                 self.seconds,
                 len(keys) if len(keys) < limit else f"{limit} or more",
                 "; ".join(map(_line, keys[:EXAMPLES])),

@@ -77,7 +77,7 @@ class ReliableRequest(DueRequest):
             self._request_dict[DRAIN] = Drain(seconds=inbox.longest_drain)
 
     def execute_using_pool(self, pool: Any, **options: Any) -> Any:
-        """Give the message to *pool*; it returns the parked message that is next, if there is one.
+        """Give the message to *pool*; at its end the pool also returns the parked one that is next.
 
         Raises:
             TaskRevokedError: never for a message of this class; see :meth:`revoked`.
@@ -169,7 +169,7 @@ class ReliableRequest(DueRequest):
 
 @dataclass(frozen=True)
 class DrainingPool:
-    """The pool of a worker, which with the end of a message returns the parked one that is next."""
+    """The pool of a worker; with the end of a message it returns the parked one that is next."""
 
     pool: Any
     request: ReliableRequest
@@ -177,7 +177,7 @@ class DrainingPool:
     def apply_async(
         self, trace: Any, args: Any, callback: Callable[[Any], Any], **options: Any
     ) -> Any:
-        """As the pool's own, for a message."""
+        """Run a message in the pool, as its own method does."""
         callback = partial(self._on_end, callback)
         return self.pool.apply_async(traced, args=(trace, *args), callback=callback, **options)
 

@@ -31,17 +31,17 @@ def guarded(task: Task, trace: Callable[..., Any]) -> Callable[..., Any]:
         tracing = Tracing(task_id)
         try:
             with context.traced(tracing):
-                traced = trace(task_id, args, kwargs, _shown(task, tracing, request or {}))
+                traced = trace(task_id, args, kwargs, _for_celery(task, tracing, request or {}))
             if not tracing.recorded and not _is_rejected(traced):
                 raise NotDelivered(f"Celery has not called the task: {_error_of(traced)!r}")
             return traced
         except Exception as error:
-            return _ended(task, tracing, error)
+            return _end_of(task, tracing, error)
 
     return trace_or_requeue
 
 
-def _ended(task: Task, tracing: Tracing, error: Exception) -> Any:
+def _end_of(task: Task, tracing: Tracing, error: Exception) -> Any:
     """The end of a call for the pool; *error* has interrupted Celery, or its report of the end.
 
     A pool of processes would take an exception too, but in others the message would be stuck.
@@ -54,8 +54,8 @@ def _ended(task: Task, tracing: Tracing, error: Exception) -> Any:
         return trace_ok_t(ExceptionInfo(internal=True), TraceInfo(REJECTED, reject), 0.0, None)
 
 
-def _shown(task: Task, tracing: Tracing, request: dict[str, Any]) -> dict[str, Any]:
-    """*request* as Celery gets it, which may not learn that the message is redelivered.
+def _for_celery(task: Task, tracing: Tracing, request: dict[str, Any]) -> dict[str, Any]:
+    """*request* as Celery gets it: without the mark of a redelivery, which *tracing* keeps.
 
     With ``worker_deduplicate_successful_tasks`` it would not call the task again, though the
     message's part in a chord, say, may be missing. The inbox knows what is a copy.

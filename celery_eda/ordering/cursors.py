@@ -316,7 +316,7 @@ class Cursors:
 
     @cached_property
     def _moving_counted(self) -> Update:
-        """As ``_moving``, for a message that may be parked itself, and is not from now on."""
+        """The statement ``_moving``, for a message that may be parked, and is not from now on."""
         return self._moving.values(parked=self.table.c.parked - self.waiting.count_at)
 
     @cached_property

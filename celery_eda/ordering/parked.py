@@ -75,7 +75,7 @@ class ParkedMessages:
         return None if row is None else message_rows.from_row(row)
 
     def release(self, connection: Connection, consumer: str, position: Position) -> Message | None:
-        """As :meth:`find`, and record that the message is under way again."""
+        """Find the message as :meth:`find` does, and record that it is under way again."""
         if not connection.dialect.update_returning:
             if message := self.find(connection, consumer, position):
                 self.mark_released(connection, consumer, position)

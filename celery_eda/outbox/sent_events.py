@@ -82,7 +82,12 @@ class SentEvents:
             for each in events:
                 dispatcher.send("task-sent", **each)
         except Exception as error:
-            log.warning("%d events task-sent are lost: %r", len(events), error)
+            log.warning(
+                "%d events task-sent are lost, so monitors miss these calls; the messages were "
+                "sent: %r",
+                len(events),
+                error,
+            )
             self.close()
 
     def close(self) -> None:

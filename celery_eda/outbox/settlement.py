@@ -129,7 +129,7 @@ class Settlement:
             self._postpone(connection, each.id, OUTAGE_DELAY[1], answer.why)
         if unavailable:
             log.warning(
-                "%d messages wait for queues that are down: %s",
+                "%d messages wait for queues that are down, and are sent when these are up: %s",
                 len(unavailable),
                 unavailable[0][1].why,
             )

@@ -122,11 +122,11 @@ class Coordinator:
         if wakeup is Wakeup.lock_granted:
             if self.engine.holds_lock(transition, record):
                 return True
-            log.warning("the saga %s is told of a lock that it does not hold", id)
+            log.warning("a wake-up of the saga %s is ignored: it does not hold the lock", id)
             return False
         early = self.store.seconds_until_due(transition.connection, record.id)
         if early is None:
-            log.warning("the saga %s is told of the end of a timer that it has not set", id)
+            log.warning("a wake-up of the saga %s is ignored: it has set no such timer", id)
         elif early > GRACE:
             self.engine.messages.send_wakeup(Wakeup.timer, id, record.id, countdown=early)
         return early is not None and early <= GRACE

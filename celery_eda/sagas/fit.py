@@ -61,7 +61,7 @@ class _Check:
         for record in self.records:
             part = definition.parts.get(record.part)
             if part is None:
-                return f"its history has {record.path!r}, which the definition has not"
+                return f"its history has {record.path!r}, which is not in the definition"
             if not isinstance(part, PARTS[record.kind]):
                 kind = type(part).__name__.lower()
                 return f"its history has a {record.kind.value} {record.path!r}, now a {kind}"
@@ -96,7 +96,7 @@ class _Check:
     def _choice(self, choice: Choice, rounds: str) -> str | None:
         chosen = self._value(Kind.choice, f"{choice.name}{rounds}")
         if chosen is not None and chosen >= len(choice.cases):
-            return f"case {chosen + 1} of {choice.name!r} was chosen, which the definition has not"
+            return f"case {chosen + 1} of {choice.name!r}, which was chosen, is not defined"
         for number, (_, case) in enumerate(choice.cases):
             if number == chosen:
                 if why := self.block(case, rounds):

@@ -39,7 +39,7 @@ def test_a_handler_that_always_stalls_becomes_a_dead_letter_that_names_the_setti
     assert road.dead() == [("road.stall", "time limit")]
     assert letter.error_type == "TransactionTimeout"
     assert "eda_transaction_timeout (1 s)" in letter.error
-    assert road.logged("stalled, and is redelivered") == DELIVERIES
+    assert road.logged("was idle too long, and is redelivered") == DELIVERIES
     assert road.effects("stall") == Counter()
 
 

@@ -98,12 +98,12 @@ def without_one_that_is_done(steps: Steps) -> None:
 @pytest.mark.parametrize(
     ("describe", "why"),
     [
-        (renamed, "'pay', which the definition has not"),
+        (renamed, "'pay', which is not in the definition"),
         (reordered, "'pay' has begun, but 'tell' before it has not"),
         (with_one_more_before, "'make' has begun, but 'check' before it has not"),
         (of_another_kind, "a step 'pay', now a sleep"),
         (inside_a_loop, "'pay', now inside 1 loops"),
-        (without_one_that_is_done, "'pay', which the definition has not"),
+        (without_one_that_is_done, "'pay', which is not in the definition"),
     ],
 )
 def test_a_saga_that_does_not_fit_its_definition_any_more_is_parked(

@@ -28,7 +28,13 @@ def hold(connection: Connection, name: str, owner: str, expires: float) -> bool:
     except PreconditionFailed:
         return False
     except ChannelError as error:
-        log.warning("the name %s cannot be held, the broker refuses: %s", name, error)
+        log.warning(
+            "the broker does not let this service hold its name %s: %s. Workers of another service "
+            "of that name are not noticed. Permit the worker's user to declare queues %s*.",
+            name,
+            error,
+            PREFIX,
+        )
     finally:
         if channel.is_open:
             channel.close()

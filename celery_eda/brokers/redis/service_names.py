@@ -21,7 +21,14 @@ def hold(connection: Connection, name: str, owner: str, expires: float) -> bool:
         try:
             return _hold(client, PREFIX + name, owner, int(expires * 1000))
         except ResponseError as error:
-            log.warning("the name %s cannot be held, the broker refuses: %s", name, error)
+            log.warning(
+                "the broker does not let this service hold its name %s: %s. Workers of another "
+                "service of that name are not noticed. Permit the worker's user to write the keys "
+                "%s*.",
+                name,
+                error,
+                PREFIX,
+            )
             return True
 
 
