@@ -13,7 +13,7 @@ from celery import bootsteps
 from kombu import Queue
 
 from celery_eda.app import unsafe_queues
-from celery_eda.brokers import ConsumerBeside
+from celery_eda.brokers import AuxiliaryConsumer
 from celery_eda.events import EXPIRES, Subscription
 
 #: How often a worker redeclares its queues within the time after which an unused one expires.
@@ -35,13 +35,13 @@ class WorkerQueues(bootsteps.StartStopStep):
         )
         self.queues = [*_repairs_and_replies(app), *_subscribed(app)]
         self.per_worker = list(_per_worker(app, consumer.hostname))
-        self.consumers: list[ConsumerBeside] = []
+        self.consumers: list[AuxiliaryConsumer] = []
         self.renewing: Any = None
 
     def start(self, consumer: Any) -> None:
         handle = consumer.create_task_handler()
         for queue, subscription in (*self.queues, *self.per_worker):
-            beside = ConsumerBeside(
+            auxiliary = AuxiliaryConsumer(
                 consumer,
                 queue,
                 accept=consumer.app.conf.accept_content,
@@ -49,8 +49,8 @@ class WorkerQueues(bootsteps.StartStopStep):
                 on_decode_error=consumer.on_decode_error,
                 prefetch_count=consumer.initial_prefetch_count,
             )
-            beside.open()
-            self.consumers.append(beside)
+            auxiliary.open()
+            self.consumers.append(auxiliary)
         # Messages may arrive at once, and the pool accepts none before the event loop runs.
         consumer.call_soon(self._consume)
         if self.per_worker:
@@ -59,19 +59,19 @@ class WorkerQueues(bootsteps.StartStopStep):
             )
 
     def _consume(self) -> None:
-        for beside in self.consumers:
-            beside.consume()
+        for auxiliary in self.consumers:
+            auxiliary.consume()
 
     def _renew(self) -> None:
         """Declare this worker's own queues again, so that the broker does not expire them."""
-        for beside in self.consumers[len(self.queues) :]:
-            beside.declare()
+        for auxiliary in self.consumers[len(self.queues) :]:
+            auxiliary.declare()
 
     def stop(self, consumer: Any) -> None:
         if self.renewing is not None:
             self.renewing.cancel()
-        for beside in self.consumers:
-            beside.stop()
+        for auxiliary in self.consumers:
+            auxiliary.stop()
         self.consumers = []
 
     def _addressing(

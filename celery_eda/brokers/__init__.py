@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from celery_eda.brokers import own_queues
+from celery_eda.brokers.auxiliary_consumer import AuxiliaryConsumer
 from celery_eda.brokers.base import (
     EnvelopeTemplate,
     KeepsMalformed,
@@ -14,7 +15,6 @@ from celery_eda.brokers.base import (
     Verdict,
 )
 from celery_eda.brokers.connection import SafeConnection
-from celery_eda.brokers.consumer_beside import ConsumerBeside
 from celery_eda.brokers.database.publish import DirectEnqueue
 from celery_eda.brokers.rabbitmq import dead_letter_exchange
 from celery_eda.brokers.registry import (
@@ -27,8 +27,8 @@ from celery_eda.brokers.wiring import Brokers
 
 __all__ = [
     "BROKERS",
+    "AuxiliaryConsumer",
     "Brokers",
-    "ConsumerBeside",
     "DirectEnqueue",
     "EnvelopeTemplate",
     "KeepsMalformed",

@@ -17,7 +17,7 @@ from celery.exceptions import NotRegistered
 from celery.utils.objects import Bunch
 from celery.worker import state
 
-from celery_eda.brokers import ConsumerBeside, KeepsMalformed, dead_letter_exchange
+from celery_eda.brokers import AuxiliaryConsumer, KeepsMalformed, dead_letter_exchange
 from celery_eda.core import compression
 from celery_eda.core.error_text import loggable
 from celery_eda.core.inspection import inspect
@@ -66,7 +66,7 @@ class Intake(bootsteps.StartStopStep):
         self.waiting: deque[tuple[Any, RefusedMessage]] = deque()
         self.delays = delays(*RETRY_DELAYS)
         self.polling: Any = None
-        self.given_up: ConsumerBeside | None = None
+        self.given_up: AuxiliaryConsumer | None = None
         compression.limit_decompression(settings.max_decompressed_bytes, settings.max_message_bytes)
         self._create_task_handler = consumer.create_task_handler
         consumer.create_task_handler = self.create_task_handler
@@ -84,7 +84,7 @@ class Intake(bootsteps.StartStopStep):
             )
         driver_type = consumer.connection.transport.driver_type
         if self.service.settings.delivery_limit and driver_type == "amqp":
-            self.given_up = ConsumerBeside(
+            self.given_up = AuxiliaryConsumer(
                 consumer,
                 dead_letter_exchange.queue_of(self.service.name),
                 on_message=self.on_given_up,

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 RETRY_DELAY = 5.0
 
 
-class ConsumerBeside:
+class AuxiliaryConsumer:
     """Consumes *queue* in a Celery *worker* (its ``Consumer``), over a channel of its own.
 
     Args:
