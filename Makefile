@@ -19,9 +19,9 @@ test: lint docs .venv/test .venv-oldest/test
 	.venv/bin/python -m pytest $(PARALLEL)
 	.venv-oldest/bin/python -m pytest $(PARALLEL) $(CORE)
 
-# Four processes on any machine, since most tests wait for other processes. With `worksteal` each
+# Six processes on any machine, since most tests wait for other processes. With `worksteal` each
 # test process runs a stretch of neighbouring tests, which share fixtures, then helps the others.
-PARALLEL = -q -n 4 --dist worksteal
+PARALLEL = -q -n 6 --dist worksteal
 
 CORE = tests/core/test_settings.py tests/core/test_message.py tests/core/test_inspection.py \
 	tests/outbox/test_transaction.py tests/outbox/test_join.py tests/outbox/test_attach.py \

@@ -12,7 +12,7 @@ from celery import Celery
 from sqlalchemy import select
 
 from celery_eda.core import checkpoints
-from tests.faults.conftest import SHORT, Process, Road, expect_hits
+from tests.faults.conftest import SHORT, Process, Road, expect_hits, first_of
 from tests.faults.programs.tables import effects
 from tests.support.servers.proxy import Proxy
 
@@ -133,12 +133,20 @@ def test_parked_messages_do_not_wait_behind_the_queue(road: Road) -> None:
 @pytest.mark.parametrize(
     ("road", "pool"),
     [
-        *(("rabbitmq-postgresql", pool) for pool in ("prefork", "threads", "solo", "gevent")),
+        ("rabbitmq-postgresql", "prefork"),
+        ("rabbitmq-postgresql", "gevent"),
         ("redis-mariadb", "threads"),
-        ("redis-mariadb", "solo"),
-        ("redis-sqlite", "prefork"),
-        *(("eda-sqlite", pool) for pool in ("prefork", "threads", "solo")),
-        *(("eda-postgresql", pool) for pool in ("prefork", "threads", "solo", "gevent")),
+        ("eda-sqlite", "solo"),
+        *(
+            pytest.param(*each, marks=pytest.mark.soak)
+            for each in (
+                *(("rabbitmq-postgresql", pool) for pool in ("threads", "solo")),
+                ("redis-mariadb", "solo"),
+                ("redis-sqlite", "prefork"),
+                *(("eda-sqlite", pool) for pool in ("prefork", "threads")),
+                *(("eda-postgresql", pool) for pool in ("prefork", "threads", "solo", "gevent")),
+            )
+        ),
     ],
     indirect=["road"],
 )
@@ -156,8 +164,11 @@ def test_every_pool_hands_on_what_is_parked(road: Road, pool: str) -> None:
 @pytest.mark.parametrize(
     "road",
     [
-        *("rabbitmq-postgresql", "redis-mariadb"),
-        *(pytest.param(each, marks=pytest.mark.soak) for each in ("redis-sqlite", *SHORT)),
+        "rabbitmq-postgresql",
+        *(
+            pytest.param(each, marks=pytest.mark.soak)
+            for each in ("redis-mariadb", "redis-sqlite", *SHORT)
+        ),
     ],
     indirect=True,
 )
@@ -203,7 +214,7 @@ def test_a_parked_message_that_kills_its_worker_once_is_counted_and_takes_effect
         assert connection.execute(select(road.tables.attempts)).all() == []
 
 
-@pytest.mark.parametrize("road", ["rabbitmq-postgresql", "redis-mariadb"], indirect=True)
+@first_of("rabbitmq-postgresql", "redis-mariadb")
 def test_a_parked_message_that_always_kills_its_worker_becomes_a_dead_letter(road: Road) -> None:
     park(road, ", 'kill always' if (account, number) == (0, 5) else ''")
     let_go(road)
@@ -249,8 +260,8 @@ def test_a_parked_message_that_always_exceeds_its_limit_becomes_a_dead_letter(ro
     ("road", "pool"),
     [
         ("rabbitmq-postgresql", "prefork"),
-        ("rabbitmq-postgresql", "threads"),
-        ("redis-mariadb", "solo"),
+        pytest.param("rabbitmq-postgresql", "threads", marks=pytest.mark.soak),
+        pytest.param("redis-mariadb", "solo", marks=pytest.mark.soak),
         ("eda-postgresql", "threads"),
     ],
     indirect=["road"],

@@ -112,9 +112,7 @@ def expect_that_it_all_fits(road: Road) -> None:
     assert moved == sum(did["give"] - did["take back"] for did in found.values())
 
 
-@pytest.mark.parametrize(
-    "road", ["rabbitmq-postgresql", "redis-mariadb", "eda-sqlite"], indirect=True
-)
+@conftest.first_of("rabbitmq-postgresql", "redis-mariadb", "eda-sqlite")
 @pytest.mark.parametrize("transfers", [200, pytest.param(1000, marks=pytest.mark.soak)])
 @pytest.mark.timeout(900)
 def test_every_saga_ends_honestly_whoever_dies_at_whichever_transition(
